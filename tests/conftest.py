@@ -1,0 +1,53 @@
+"""Shared fixtures: tiny models and a tiny tokenizer, made here, without network or files."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # sums in one order: bit-exact comparisons, and no fight for two cores
+
+SENTENCES = (
+    "Once upon a time there was a small cat who lived near the river and liked the sun.",
+    "The dog ran over the hill, and the cat ran after the dog until both of them were tired.",
+    "Every morning the old man walked to the market to buy bread, milk and a little honey.",
+    "She said that the moon was bright; he said that the stars were brighter still.",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 300 tokens with an end-of-text token and no beginning-of-text token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """A random two-layer grouped-query Llama, fp32, evaluation mode, vocabulary of `tiny_tokenizer`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # large enough that attention and head matter in a comparison
+    )
+    return LlamaForCausalLM(config).eval()

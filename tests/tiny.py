@@ -1,0 +1,103 @@
+"""Tiny random models of every supported family, with norms and biases away from 1 and 0.
+
+Neutral norms and biases hide ordering and omission bugs (a QK-norm after the rotation looks right while its weight
+is 1), and attention of a default-initialised toy is nearly uniform; so both are perturbed.
+"""
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 128
+SWITCH = 32
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [1.5 + i for i in range(8)],
+    "original_max_position_embeddings": SWITCH,
+    "factor": 8.0,
+}
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32, "attention_bias": True}),
+    "llama-mha": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32, "num_key_value_heads": 4}),
+    "llama-3.1": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32, "rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32, "rope_parameters": YARN_ROPE}),
+    "llama-tied": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 32, "sliding_window": 16}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"hidden_size": 128}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"hidden_size": 128}),
+    "phi3-longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {"hidden_size": 128, "rope_parameters": LONGROPE, "original_max_position_embeddings": SWITCH},
+    ),
+}
+HEAD_DIM = 32
+
+
+def tiny_model(name: str, **overrides):
+    """A perturbed random model of one entry of `FAMILIES`, in eval mode, fp32."""
+    config_type, model_type, fields = FAMILIES[name]
+    # Copied: transformers writes into the rope dict it is given.
+    fields = {key: dict(value) if isinstance(value, dict) else value for key, value in fields.items()}
+    torch.manual_seed(0)
+    model = model_type(config_type(**{**SIZES, **fields, **overrides})).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name or "bias" in parameter_name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(4)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 48, seed: int = 0) -> torch.Tensor:
+    """Random ordinary token ids [batch, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def logits(model, input_ids, **kwargs) -> torch.Tensor:
+    """Logits [B, T, V] without gradient."""
+    with torch.no_grad():
+        return model(input_ids, **kwargs).logits
+
+
+def padded(x, extra=5):
+    """Left-padded ids and their attention mask."""
+    pad = torch.zeros(x.shape[0], extra, dtype=torch.long)
+    return torch.cat([pad, x], 1), torch.cat([pad, torch.ones_like(x)], 1)
