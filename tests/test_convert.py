@@ -1,0 +1,202 @@
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import FAMILIES, HEAD_DIM, logits, tiny_model, tokens
+
+from kvlatent.choose import choose, resolve_choices
+from kvlatent.convert import convert
+from kvlatent.families import effective_table
+from kvlatent.modeling import latent_config_of
+from kvlatent.rope import frequency_aware_exponents
+
+
+def digest(model):
+    state = model.state_dict()
+    return {n: hashlib.sha256(t.contiguous().view(torch.uint8).numpy()).hexdigest() for n, t in state.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_original_is_untouched_and_the_rest_is_shared(name):
+    model = tiny_model(name)
+    before, config_before, x = digest(model), model.config.to_dict(), tokens()
+    expected = logits(model, x)
+    latent = convert(model, d_qk=16, d_vo=8, preset="own-frequency")
+    assert digest(model) == before and model.config.to_dict() == config_before
+    assert torch.equal(logits(model, x), expected)
+    ours = latent.state_dict()
+    for key, tensor in model.state_dict().items():
+        if ".self_attn." not in key:
+            assert ours[key].data_ptr() == tensor.data_ptr()
+            assert latent.get_parameter(key) is not model.get_parameter(key)
+    tied = latent.lm_head.weight is latent.model.embed_tokens.weight
+    assert tied == bool(model.config.tie_word_embeddings)
+    assert not list(latent.buffers()) and all(p.device.type == "cpu" for p in latent.parameters())
+
+
+def test_preset_paper_is_the_papers_equation_5_and_its_table():
+    model = tiny_model("llama")
+    latent = convert(model, d_qk=16, d_vo=8)
+    config = latent_config_of(latent.config)
+    assert config.tables[0][0].short == tuple(1e4**-e for e in frequency_aware_exponents(16))
+    old, new = model.model.layers[1].self_attn, latent.model.layers[1].self_attn
+    assert new.scaling == 16**-0.5
+    for projection, heads, stride in (("q_proj", 4, 2), ("k_proj", 2, 2), ("v_proj", 2, 4)):
+        w = getattr(old, projection).weight.view(heads, HEAD_DIM, -1)[:, ::stride]
+        b = getattr(old, projection).bias.view(heads, HEAD_DIM)[:, ::stride]
+        assert torch.equal(getattr(new, projection).weight, w.flatten(0, 1))
+        assert torch.equal(getattr(new, projection).bias, b.flatten())
+    assert torch.equal(new.o_proj.weight, old.o_proj.weight.view(-1, 4, HEAD_DIM)[:, :, ::4].flatten(1))
+    assert torch.equal(new.o_proj.bias, old.o_proj.bias)
+
+
+@pytest.mark.parametrize("keys", ["stride", "matched"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kept_pairs_keep_their_own_frequency_and_the_original_scale(name, keys):
+    model = tiny_model(name)
+    latent = convert(model, d_qk=16, d_vo=16, keys=keys, frequencies="own")
+    config, table = latent_config_of(latent.config), effective_table(model.config)
+    (channels,), (kept,) = config.channels[0], config.tables[0]
+    pairs = channels[: kept.rotary_dim // 2]
+    assert kept == table.subset(pairs)
+    assert channels[kept.rotary_dim // 2 : kept.rotary_dim] == tuple(p + table.rotary_dim // 2 for p in pairs)
+    attention, original = latent.model.layers[0].self_attn, model.model.layers[0].self_attn
+    fold = original.scaling / attention.scaling
+    if name == "qwen3":
+        torch.testing.assert_close(attention.q_gain, torch.full((4, 16), fold))
+        assert attention.q_proj.weight.data_ptr() == original.q_proj.weight.data_ptr()
+    else:
+        source = original.qkv_proj if hasattr(original, "qkv_proj") else original.q_proj
+        ours = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
+        expected = source.weight[: 4 * HEAD_DIM].view(4, HEAD_DIM, -1)[:, list(channels)] * fold
+        torch.testing.assert_close(ours.weight[: 4 * 16], expected.flatten(0, 1))
+        if ours.bias is not None:
+            bias = source.bias[: 4 * HEAD_DIM].view(4, HEAD_DIM)[:, list(channels)] * fold
+            torch.testing.assert_close(ours.bias[: 4 * 16], bias.flatten())
+
+
+def test_paper_with_another_choice_keeps_the_original_scale():
+    assert resolve_choices("paper").scale == "d_qk"
+    assert resolve_choices("paper", values="svd").scale == "original"
+    assert resolve_choices("own-frequency").scale == "original"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2", "phi3"])
+def test_factored_values_of_a_low_rank_model_are_exact(name):
+    model = tiny_model(name)
+    kv_heads = model.config.num_key_value_heads
+    with torch.no_grad():
+        for layer in model.model.layers:  # make W_V of rank 8 per head
+            attention = layer.self_attn
+            fused = hasattr(attention, "qkv_proj")
+            projection = attention.qkv_proj if fused else attention.v_proj
+            rows = projection.weight[-kv_heads * HEAD_DIM :].view(kv_heads, HEAD_DIM, -1)
+            u = torch.linalg.qr(torch.randn(kv_heads, HEAD_DIM, 8, generator=torch.Generator().manual_seed(5)))[0]
+            rows.copy_(u @ (u.mT @ rows))
+            if projection.bias is not None:
+                bias = projection.bias[-kv_heads * HEAD_DIM :].view(kv_heads, HEAD_DIM, 1)
+                bias.copy_(u @ (u.mT @ bias))
+    x = tokens()
+    expected = logits(model, x)
+    factored = convert(model, d_vo=8, preset="own-frequency")
+    torch.testing.assert_close(logits(factored, x), expected, rtol=1e-4, atol=1e-4)
+    assert (logits(convert(model, d_vo=8), x) - expected).abs().max() > 0.1  # a slice is not
+
+
+def test_a_sliced_qk_norm_is_an_option():
+    model = tiny_model("qwen3")
+    latent = convert(model, d_qk=16, d_vo=16, frequencies="own", qk_norm="sliced")
+    attention, original = latent.model.layers[0].self_attn, model.model.layers[0].self_attn
+    assert attention.q_norm.weight.shape == (16,) and attention.kept is None and attention.q_gain is None
+    channels = list(latent_config_of(latent.config).channels[0][0])
+    k = original.k_proj.weight.view(2, HEAD_DIM, -1)[:, channels]
+    assert torch.equal(attention.k_proj.weight, k.flatten(0, 1))
+    ratio = (k.square().mean() / original.k_proj.weight.square().mean()).sqrt()
+    torch.testing.assert_close(attention.k_norm.weight, original.k_norm.weight[channels] * ratio)
+    full = convert(model, d_qk=16, d_vo=16, frequencies="own")
+    assert not torch.equal(logits(full, tokens()), logits(latent, tokens()))
+    identity = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM, qk_norm="sliced")
+    assert torch.equal(logits(identity, tokens()), logits(model, tokens()))
+    one_head = latent_config_of(latent.config)
+    per_head = type(one_head)(**{**vars(one_head), "tables": (one_head.tables[0] * 2,), "channels": (one_head.channels[0] * 2,)})
+    with pytest.raises(ValueError, match="must keep the same channels: got 2 lists; use qk_norm='full'"):
+        convert(model, per_head)
+
+
+def test_bfloat16_weights_stay_bfloat16():
+    model = tiny_model("llama").bfloat16()
+    latent = convert(model, d_qk=16, d_vo=8, preset="own-frequency")
+    assert {p.dtype for p in latent.parameters()} == {torch.bfloat16}
+
+
+BAD = [
+    ({"d_qk": 15, "d_vo": 8}, "d_qk must be even.*try 14 or 16"),
+    ({"d_qk": 34, "d_vo": 8}, "d_qk cannot exceed head_dim: got d_qk=34, head_dim=32; try 16"),
+    ({"d_qk": 0, "d_vo": 8}, "positive integer: got d_qk=0"),
+    ({"d_qk": 16, "d_vo": -8}, "positive integer: got d_vo=-8"),
+    ({"d_qk": 12, "d_vo": 8}, "divisible by d_qk: got d_qk=12, head_dim=32; try 8 or 16"),
+    ({"d_qk": 16, "d_vo": 12}, "divisible by d_vo: got d_vo=12, head_dim=32; try 8 or 16"),
+    ({"d_qk": 2, "d_vo": 8}, "frequency-aware table needs a rotated width divisible by 4: got 2; try 4"),
+    ({"d_qk": [16, 16], "d_vo": 8}, "one width per layer: got 2 for 3 layers"),
+    ({"d_qk": 16, "d_vo": [8] * 4}, "one width per layer: got 4 for 3 layers"),
+    ({"d_qk": 24, "keys": "matched"}, "matched pairs need.*d_qk=24, head_dim=32.*try 16"),
+    ({"d_qk": 16, "preset": "magic"}, "unknown preset 'magic'; choose one of paper"),
+    ({"d_qk": 16, "keys": "magic"}, "unknown keys 'magic'; choose one of stride, matched"),
+    ({"d_qk": 16, "qk_norm": "magic"}, "unknown qk_norm 'magic'; choose one of full, sliced"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_impossible_widths_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert(tiny_model("llama"), **arguments)
+
+
+def test_partial_rotary_needs_a_proportional_width():
+    config = tiny_model("phi3-longrope").config
+    with pytest.raises(ValueError, match="d_qk=2 of head_dim=32 with 16 rotated gives 1; try 4"):
+        choose(config, 2, 8, resolve_choices("own-frequency"))
+    assert choose(config, 8, 8).tables[0][0].rotary_dim == 4
+
+
+def test_a_latent_model_is_not_converted_again():
+    with pytest.raises(ValueError, match="latent already .*convert the original checkpoint instead"):
+        convert(convert(tiny_model("llama"), d_qk=16), d_qk=8)
+
+
+def test_widths_per_layer():
+    latent = convert(tiny_model("llama"), d_qk=[16, 32, 8], d_vo=[8, 8, 32])
+    config = latent_config_of(latent.config)
+    assert (latent.config.qk_head_dim, latent.config.v_head_dim, latent.config.head_dim) == (32, 32, 32)
+    assert len(config.tables) == 3 and config.tables[1][0] == effective_table(tiny_model("llama").config)
+    assert latent(tokens()).logits.isfinite().all()
+
+
+MEMORY = """
+import resource, sys, torch
+import kvlatent
+from kvlatent.convert import convert
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+baseline = peak()
+config = LlamaConfig(vocab_size=8000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=22,
+                     num_attention_heads=16, num_key_value_heads=4, head_dim=64)
+with torch.device("meta"):
+    model = LlamaForCausalLM(config)
+model = model.to_empty(device="cpu")
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.fill_(0.01)
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+convert(model, d_qk=32, d_vo=32)
+print(size / 2**20, (peak() - baseline) * 1024 / size)
+"""
+
+
+def test_converting_copies_only_what_it_changes():
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    size, ratio = map(float, result.stdout.split())
+    assert size * 2**20 >= 1e9 and ratio < 1.3

@@ -1,0 +1,41 @@
+"""Flex attention on a CPU: inference at unequal widths; training is refused with a sentence."""
+
+import pytest
+import torch
+from tiny import logits, padded, tiny_model, tokens
+
+from kvlatent.convert import convert
+
+# torch 2.13's compiler warns about its own and transformers' use of it.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "phi3-longrope"])
+def test_flex_agrees_with_sdpa_and_is_causal(name):
+    latent = convert(tiny_model(name), d_qk=16, d_vo=8)
+    x = tokens(length=40)  # one length throughout: every other length compiles again
+    short = x[:, :35]
+    changed = x.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 100 + 3
+    expected, expected_short = logits(latent, x), logits(latent, short)
+    latent.set_attn_implementation("flex_attention")
+    for training in (False, True):
+        latent.train(training)
+        torch.testing.assert_close(logits(latent, x), expected, **CLOSE)
+        torch.testing.assert_close(logits(latent, changed)[:, :-1], expected[:, :-1], **CLOSE)
+        ids, mask = padded(short, 5)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        left_padded = logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:]
+        torch.testing.assert_close(left_padded, expected_short, **CLOSE)
+        ids[:, -1] = changed[:, -1]
+        left_padded = logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:]
+        torch.testing.assert_close(left_padded[:, :-1], expected_short[:, :-1], **CLOSE)
+    assert (logits(latent, changed)[:, -1] - expected[:, -1]).abs().max() > 0.1
+
+
+def test_training_with_flex_on_a_cpu_is_refused():
+    latent = convert(tiny_model("llama"), d_qk=16, d_vo=8)
+    latent.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="no backward pass on a CPU: train with attn_implementation='sdpa'"):
+        latent(tokens())
