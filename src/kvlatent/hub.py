@@ -1,0 +1,242 @@
+"""Where checkpoints come from and go to: registration with transformers, loading, atomic saving.
+
+safetensors only. Everything is written into a temporary sibling of the output directory, flushed to disk and
+renamed at the end, so that an output either exists whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .families import FAMILIES, LATENT_PREFIX, family_of
+from .modeling import latent_classes
+from .remote_code import MODULE_NAME, remote_code
+
+__all__ = ["atomic_directory", "load_model", "load_tokenizer", "prepare_output", "register", "save"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def register() -> None:
+    """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know every latent family. Idempotent."""
+    for model_type in FAMILIES:
+        config, decoder, causal = latent_classes(model_type)
+        AutoConfig.register(LATENT_PREFIX + model_type, config, exist_ok=True)
+        AutoModel.register(config, decoder, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load an original or latent causal language model of a supported family, in eval mode.
+
+    Args:
+        path_or_id: a local directory or a hub id.
+        dtype: "float32", "bfloat16", ...; None keeps the checkpoint's.
+        device: "cpu", "cuda", ...
+
+    Raises:
+        FileNotFoundError: no such directory or hub id.
+        ValueError: unsupported architecture; weights missing, truncated, pickled, or with missing or unexpected
+            names.
+    """
+    register()
+    path = str(path_or_id)
+    config = _load_config(path)
+    family_of(config)
+    if Path(path).is_dir():
+        _check_weights(Path(path))
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"cannot load the weights of {path}: {_first_line(error)}; download the checkpoint again") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info.get(kind) or ())
+        if names:
+            raise ValueError(
+                f"the weights of {path} do not fit its config: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; "
+                "download or convert the checkpoint again"
+            )
+    return model.to(device).eval()
+
+
+def _load_config(path: str) -> Any:
+    """The transformers config of a local directory or hub id."""
+    local = Path(path)
+    if local.exists() and not local.is_dir():
+        raise ValueError(f"{path} is a file, not a model directory; give the directory that holds config.json")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise ValueError(f"{path} holds no config.json, so it is no model directory; give a checkpoint's directory")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, json.JSONDecodeError) as error:
+        if local.is_dir():
+            raise ValueError(f"cannot read {path}/config.json: {_first_line(error)}") from error
+        raise FileNotFoundError(
+            f"{path} is neither a local directory nor a model that the hub gives us: {_first_line(error)}"
+        ) from error
+
+
+def _check_weights(path: Path) -> None:
+    """Raise `ValueError` unless every shard of a local checkpoint is there and its header and size agree."""
+    shards = [path / _SINGLE]
+    if (path / _INDEX).is_file():
+        names = set(json.loads((path / _INDEX).read_text())["weight_map"].values())
+        shards = [path / name for name in sorted(names)]
+    elif not shards[0].is_file():
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+        if pickled:
+            raise ValueError(
+                f"{path} has pickled weights only ({pickled[0]}), which can run code when loaded; convert them to "
+                "safetensors first"
+            )
+        raise ValueError(f"{path} holds no weights: expected {_SINGLE} or {_INDEX}")
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of {len(shards)} weight shards, e.g. {missing[0]}; download it again"
+        )
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{shard} is truncated or damaged ({_first_line(error)}); download it again") from error
+
+
+def load_tokenizer(path_or_id: str | os.PathLike[str], config: Any) -> Any:
+    """Load a tokenizer and check it against the embedding.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it can produce ids that the embedding lacks.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id))
+    except (OSError, ValueError, KeyError) as error:
+        raise FileNotFoundError(f"{path_or_id} has no tokenizer that loads: {_first_line(error)}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer's vocabulary exceeds the embedding: {len(tokenizer)} tokens, {config.vocab_size} rows; "
+            "use the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    card: str | None = None,
+    files: dict[str, str] | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a latent model as a loadable checkpoint, whole or not at all.
+
+    The directory carries config, safetensors (sharded above `max_shard_size`), generation config, tokenizer with its
+    chat template, the self-contained modelling file named by `auto_map`, a model card, and `files` (name -> text).
+
+    Raises:
+        FileExistsError: `out` holds something and `overwrite` is false.
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    out = Path(out)
+    model_type = str(model.config.model_type).removeprefix(LATENT_PREFIX)
+    with atomic_directory(out, overwrite=overwrite) as folder:
+        try:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # safetensors reports a full disk as its own error
+            raise OSError(f"cannot write the weights to {out}: {_first_line(error)}") from error
+        if str(model.config.model_type).startswith(LATENT_PREFIX):
+            _add_auto_map(folder / "config.json", model_type)
+            (folder / f"{MODULE_NAME}.py").write_text(remote_code(model_type))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for name, text in {**({} if card is None else {"README.md": card}), **(files or {})}.items():
+            (folder / name).write_text(text)
+    return out
+
+
+def _add_auto_map(path: Path, model_type: str) -> None:
+    """Name the checkpoint's own modelling file, for loading with `trust_remote_code` and without kvlatent."""
+    config, decoder, causal = latent_classes(model_type)
+    data = json.loads(path.read_text())
+    data["auto_map"] = {
+        "AutoConfig": f"{MODULE_NAME}.{config.__name__}",
+        "AutoModel": f"{MODULE_NAME}.{decoder.__name__}",
+        "AutoModelForCausalLM": f"{MODULE_NAME}.{causal.__name__}",
+    }
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def prepare_output(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Check that `out` may be written before any work is done.
+
+    Raises:
+        FileExistsError: it is a file, or holds something and `overwrite` is false.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; give a directory that does not exist yet")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} already holds something; give another directory or --overwrite")
+    return out
+
+
+@contextmanager
+def atomic_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `out`; on success flush it and rename it to `out`, on failure remove it.
+
+    Raises:
+        FileExistsError: see `prepare_output`.
+    """
+    out = prepare_output(out, overwrite)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    folder = out.absolute().with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        for path in folder.rglob("*"):
+            _flush(path)
+        old = out.absolute().with_name(f".{out.name}.old-{os.getpid()}")
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+        _flush(out.absolute().parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    with suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,247 @@
+"""Saving, loading in a fresh process with and without kvlatent, and every checkpoint that must be refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import FAMILIES, logits, tiny_model, tokens
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from kvlatent.convert import convert
+from kvlatent.hub import atomic_directory, load_model, load_tokenizer, save
+from kvlatent.modeling import latent_classes, latent_config_of
+from kvlatent.remote_code import MODULE_NAME, remote_code
+
+LOAD = """
+import json, sys, torch
+{prelude}
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder{trust})
+    ids, expected = torch.load(folder + "/expected.pt")
+    with torch.no_grad():
+        logits = model(ids).logits
+    rotary = [m for m in model.modules() if type(m).__name__ == "LatentRotary" and m.tables]
+    tables = [m.inv_freq(ids.device, torch.tensor(1)).reshape(-1).tolist() for m in rotary]
+    print(json.dumps([(logits - expected).abs().max().item(), tables, "kvlatent" in sys.modules]))
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """One saved latent checkpoint per family, with expected logits beside it, and its in-memory tables."""
+    folders = {}
+    for name in FAMILIES:
+        folder = tmp_path_factory.mktemp("hub") / name
+        layers = [16, 32, 8] if name in ("llama", "qwen3") else 16
+        latent = convert(tiny_model(name), d_qk=layers, d_vo=8, preset="own-frequency")
+        save(latent, folder)
+        torch.save((tokens(), logits(latent, tokens())), folder / "expected.pt")
+        config = latent_config_of(latent.config)
+        tables = [config.tables_at(i)[0] for i in range(len(config.tables))]
+        folders[name] = folder, [torch.tensor(t.short).tolist() for t in tables]
+    return folders
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_fresh_process_gives_the_same_logits_and_tables(saved, trust, tmp_path):
+    """Once with kvlatent imported, once through the checkpoint's own modelling file, kvlatent never imported."""
+    code = LOAD.format(prelude="" if trust else "import kvlatent", trust=", trust_remote_code=True" if trust else "")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *(str(folder) for folder, _ in saved.values())]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    for line, (name, (_, tables)) in zip(lines, saved.items(), strict=True):
+        difference, loaded_tables, has_kvlatent = json.loads(line)
+        assert difference == 0.0, name
+        assert loaded_tables == tables, name
+        assert has_kvlatent is not trust
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_saved_config_has_one_source_of_truth(saved, name):
+    folder, _ = saved[name]
+    data = json.loads((folder / "config.json").read_text())
+    latent = latent_config_of(load_model(folder).config)
+    assert data["model_type"] == f"kv_latent_{latent.original_model_type}"
+    assert (data["qk_head_dim"], data["v_head_dim"]) == (latent.max_d_qk, 8)
+    assert data["head_dim"] == max(latent.max_d_qk, 8)
+    assert data["rope_parameters"]["rope_type"] == "default"
+    assert data["original_rope_parameters"]["rope_type"] == tiny_model(name).config.rope_parameters["rope_type"]
+    assert set(data["kv_latent"]) == {
+        "version", "widths", "tables", "selection", "original_head_dim", "original_model_type"
+    }  # fmt: skip
+    assert set(data["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert (folder / f"{MODULE_NAME}.py").read_text() == remote_code(latent.original_model_type)
+
+
+@pytest.mark.parametrize("field", ["qk_head_dim", "v_head_dim", "head_dim"])
+def test_a_config_that_contradicts_itself_is_refused(saved, tmp_path, field):
+    data = json.loads((saved["mistral"][0] / "config.json").read_text())
+    config_type = latent_classes("mistral")[0]
+    expected, data[field] = data[field], 20
+    with pytest.raises(ValueError, match=f"{field}=20 but kv_latent says {expected}; kv_latent is the source"):
+        config_type(**data)
+
+
+def test_a_config_without_kv_latent_makes_no_model():
+    config_type, _, causal = latent_classes("llama")
+    with pytest.raises(ValueError, match="has no 'kv_latent': it is not a latent model"):
+        causal(config_type())
+
+
+def test_key_names_are_upstreams(saved):
+    names = set(load_model(saved["llama"][0]).state_dict())
+    assert names == set(tiny_model("llama").state_dict())
+    assert set(load_model(saved["phi3"][0]).state_dict()) == set(tiny_model("phi3").state_dict())
+    extra = set(load_model(saved["qwen3"][0]).state_dict()) - set(tiny_model("qwen3").state_dict())
+    assert extra == {f"model.layers.{i}.self_attn.q_gain" for i in (0, 2)}  # layer 1 is at full width
+
+
+def test_auto_model_and_from_config(saved):
+    folder, _ = saved["llama-tied"]
+    decoder = AutoModel.from_pretrained(folder)
+    assert type(decoder).__name__ == "KVLatentLlamaModel"
+    causal = load_model(folder)
+    x = tokens()
+    with torch.no_grad():
+        hidden = decoder(x).last_hidden_state
+        assert torch.equal(hidden, causal.model(x).last_hidden_state)
+    assert causal.lm_head.weight is causal.model.embed_tokens.weight
+    fresh = AutoModelForCausalLM.from_config(causal.config)
+    assert logits(fresh, x).isfinite().all()
+
+
+def test_tokenizer_chat_template_generation_config_and_shards_travel(tmp_path, tiny_tokenizer):
+    model = tiny_model("llama", vocab_size=300)
+    model.generation_config.max_new_tokens = 7
+    tiny_tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    latent = convert(model, d_qk=16)
+    save(latent, tmp_path / "a", tokenizer=tiny_tokenizer, card="# card", files={"run.json": "{}"}, max_shard_size="100KB")
+    loaded = load_model(tmp_path / "a")
+    assert loaded.generation_config.max_new_tokens == 7
+    assert (tmp_path / "a" / "README.md").read_text() == "# card" and (tmp_path / "a" / "run.json").exists()
+    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(loaded, tokens()), logits(latent, tokens()))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert tokenizer.chat_template == tiny_tokenizer.chat_template
+    assert tokenizer("the cat").input_ids == tiny_tokenizer("the cat").input_ids
+
+
+def test_an_output_that_holds_something_is_refused_and_overwritten_on_demand(tmp_path):
+    latent = convert(tiny_model("llama"), d_qk=16)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="already holds something; give another directory or --overwrite"):
+        save(latent, tmp_path / "out")
+    assert (tmp_path / "out" / "precious.txt").exists()
+    save(latent, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "precious.txt").exists() and load_model(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="is a file; give a directory"):
+        save(latent, tmp_path / "out" / "config.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    with pytest.raises(RuntimeError, match="boom"), atomic_directory(tmp_path / "out", overwrite=True) as folder:
+        (folder / "half").write_text("y")
+        raise RuntimeError("boom")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "old").exists()
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, {tests!r})
+from tiny import tiny_model
+from kvlatent.convert import convert
+from kvlatent.hub import save
+latent = convert(tiny_model("llama"), d_qk=16)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    save(latent, {out!r})
+except OSError as error:
+    print("OSError", error.errno)
+"""
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    code = FULL_DISK.format(tests=os.path.dirname(__file__), out=str(tmp_path / "out"))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "OSError" in result.stdout, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(convert(tiny_model("llama"), d_qk=16), tmp_path / "m", max_shard_size="100KB")
+    return tmp_path / "m"
+
+
+def test_checkpoints_without_usable_weights_are_refused(folder):
+    shards = sorted(folder.glob("model-*.safetensors"))
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{shards[1].name} is truncated or damaged"):
+        load_model(folder)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"lacks 1 of {len(shards)} weight shards, e.g. {shards[1].name}"):
+        load_model(folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"holds no weights: expected model.safetensors"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"pickled weights only \(pytorch_model.bin\).*convert them to safetensors"):
+        load_model(folder)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save(convert(tiny_model("llama"), d_qk=16), tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    weights = load_file(path)
+    removed = {k: v for k, v in weights.items() if "layers.1.self_attn.q_proj.weight" not in k}
+    save_file(removed, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing keys, e.g. model.layers.1.self_attn.q_proj.weight"):
+        load_model(tmp_path / "m")
+    save_file({**weights, "extra.weight": torch.zeros(2)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="1 unexpected keys, e.g. extra.weight"):
+        load_model(tmp_path / "m")
+    save_file({**weights, "model.norm.weight": torch.zeros(2)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="cannot load the weights|mismatched keys"):
+        load_model(tmp_path / "m")
+
+
+def test_paths_that_are_no_model_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a local directory nor a model that the hub gives us"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no config.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot read .*config.json"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="is a file, not a model directory"):
+        load_model(tmp_path / "config.json")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="exceeds the embedding: 300 tokens, 128 rows"):
+        load_tokenizer(tmp_path, tiny_model("llama").config)
+    assert len(load_tokenizer(tmp_path, tiny_model("llama", vocab_size=300).config)) == 300
+    with pytest.raises(FileNotFoundError, match="has no tokenizer that loads"):
+        load_tokenizer(tmp_path / "nowhere", tiny_model("llama").config)
+
+
+def test_generated_file_is_plain_python_without_kvlatent():
+    source = remote_code("phi3")
+    compile(source, "modeling_kv_latent.py", "exec")
+    assert "from .config" not in source and "import kvlatent" not in source
+    assert source.count("from __future__ import annotations") == 1
+    assert source.rstrip().endswith('KVLatentPhi3Config, KVLatentPhi3Model, KVLatentPhi3ForCausalLM = latent_classes("phi3")')
