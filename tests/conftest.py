@@ -51,3 +51,27 @@ def tiny_llama() -> LlamaForCausalLM:
         initializer_range=0.2,  # large enough that attention and head matter in a comparison
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def corpus_file(tmp_path):
+    """120 distinct short documents, about 11,600 tokens, in a .txt file."""
+    from corpora import SEPARATOR, stories
+
+    path = tmp_path / "corpus.txt"
+    path.write_text(f"\n{SEPARATOR}\n".join(stories(120)))
+    return path
+
+
+@pytest.fixture
+def make_corpus(tiny_tokenizer, tmp_path):
+    """Call `prepare` with small blocks, and the cache in the test's own folder."""
+
+    from kvlatent.data import prepare
+
+    def call(source, **options):
+        return prepare(
+            source, tiny_tokenizer, **{"block_size": 32, "cache_dir": tmp_path / "cache", **options}
+        )
+
+    return call

@@ -308,3 +308,13 @@ def test_table_of_another_head_changes_the_output():
     x = tokens()
     assert not torch.equal(logits(convert(model, config), x), logits(convert(model, swapped), x))
     assert all(isinstance(t, RotaryTable) for layer in config.tables for t in layer)
+
+
+def test_generation_across_the_longrope_switch():
+    model = tiny_model("phi3-longrope")
+    plan = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    x = tokens(batch=1, length=SWITCH - 5)
+    same = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM)
+    assert torch.equal(same.generate(x, **plan), model.generate(x, **plan))
+    narrow = convert(model, **NARROW)
+    assert torch.equal(narrow.generate(x, **plan), narrow.generate(x, use_cache=False, **plan))
