@@ -1,0 +1,179 @@
+"""Recipe: how a run happens (conversion choices, data, both stages), one YAML, saved beside the weights.
+
+Why: what the artifact *is* lives in `LatentConfig`; what was *done* to it lives here, complete and resolved,
+so that a run can be repeated from its own output directory. Unknown keys are refused: a misspelt learning
+rate must not train. Each stage is a class of its own, so that a file that names only some keys keeps that
+stage's other defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+__all__ = ["Conversion", "Data", "Lora", "Recipe", "Stage", "Stage1", "Stage2"]
+
+
+def _whole(value: Any) -> Any:
+    """Accept 1e6 and "1e6" (a string in YAML 1.1) where a whole number is wanted."""
+    try:
+        return int(float(value)) if isinstance(value, (float, str)) and float(value).is_integer() else value
+    except (ValueError, OverflowError):
+        return value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Conversion(Section):
+    """Which channels are kept and how they rotate; None means what the preset says (checked by `convert`)."""
+
+    preset: str = "paper"
+    keys: str | None = None
+    frequencies: str | None = None
+    values: str | None = None
+    qk_norm: str = "full"
+
+
+class Lora(Section):
+    """LoRA on the FFN projections, merged into the exported weights; rank 0 leaves the FFN frozen."""
+
+    rank: int = Field(16, ge=0)
+    alpha: int = Field(32, ge=1)
+    dropout: Share = 0.0
+
+
+class Data(Section):
+    """How text becomes blocks of tokens."""
+
+    block_size: int = Field(512, ge=2)
+    separator: str | None = "<|endoftext|>"
+    held_out: float = Field(0.02, ge=0.0, lt=1.0)
+    isolate: bool = True
+    text_field: str = "text"
+
+
+class Stage(Section):
+    """What both stages share: budget, optimiser, checkpoints."""
+
+    tokens: Count = 500_000
+    batch_size: Count = 8
+    gradient_accumulation: Count = 1
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_ratio: Share = 0.05
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    activation_checkpointing: bool = False
+    save_steps: Count = 50
+    keep: int = Field(2, ge=2)
+    log_steps: Count = 1
+
+
+class Stage1(Stage):
+    """In-layer distillation (paper 3.2.2)."""
+
+
+class Stage2(Stage):
+    """End-to-end training (paper 3.2.3)."""
+
+    objective: Literal["next_token", "kl", "mix"] = "kl"
+    kl_weight: float = Field(0.5, ge=0.0, le=1.0)
+    temperature: float = Field(1.0, gt=0)
+
+
+class Recipe(Section):
+    """A whole run. `Recipe()` equals `recipes/cpu-small.yaml`."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    conversion: Conversion = Conversion()
+    lora: Lora = Lora()
+    data: Data = Data()
+    stage1: Stage1 = Stage1()
+    stage2: Stage2 = Stage2()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a recipe file (None: the defaults) and apply `section.key=value` overrides, values in YAML.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a YAML mapping, an unknown key, or a value out of range; one sentence naming the
+                key.
+        """
+        values = {} if path is None else _read(Path(path))
+        for override in overrides:
+            _apply(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(_sentence(error)) from None
+
+    def dump_yaml(self) -> str:
+        """The resolved recipe as YAML; `Recipe.load` of it gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the recipe {path} does not exist; pass a YAML file such as recipes/cpu-small.yaml"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = str(error).replace("\n", " ")
+        raise ValueError(f"the recipe {path} is not YAML: {line}") from None
+    if values is None or isinstance(values, dict):
+        return values or {}
+    raise ValueError(f"a recipe is a mapping of sections: {path} holds a {type(values).__name__}")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `a.b=c` in the nested mapping, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(
+            f"an override is written section.key=value: got {override!r}; try stage1.tokens=100000"
+        )
+    *sections, last = key.strip().split(".")
+    try:
+        for section in sections:
+            values[section] = values.get(section) or {}
+            values = values[section]
+        values[last] = yaml.safe_load(text)
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"{section} in the override {override!r} is a value, not a section of the recipe"
+        ) from None
+    except yaml.YAMLError:
+        raise ValueError(
+            f"the value of the override {override!r} is not YAML; quote it if it is text"
+        ) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first complaint of pydantic as one sentence that names the key, the value and what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"recipe key {key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+    section: Any = Recipe()
+    for part in first["loc"][:-1]:
+        section = getattr(section, str(part))
+    known = ", ".join(type(section).model_fields)
+    return f"unknown recipe key {key}: the known keys there are {known}"

@@ -1,0 +1,92 @@
+"""The two stages as trainers: which loss one forward has, and over how many items it is a mean.
+
+The Trainer's model is the *decoder* in both stages: it holds every trained tensor, and it is called through
+its root forward, as DDP and FSDP need. The frozen LM head stays outside and goes to the stage II loss as a
+plain weight.
+
+Legend: `B` batch, `T` positions, `L` layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loop import StageTrainer
+from .recipe import Stage2
+from .stage1 import capture, layer_losses
+from .stage2 import stage2_loss
+
+__all__ = ["EndToEndTrainer", "LayerTrainer"]
+
+
+class LayerTrainer(StageTrainer):
+    """Stage I: the mean over layers of the in-layer squared errors (paper eq. 7)."""
+
+    stage = 1
+    layer_total: Any = 0.0
+    layer_tokens: int = 0
+
+    def num_items(self, inputs: dict[str, Tensor]) -> Tensor:
+        """All tokens: blocks have no padding."""
+        return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+
+    def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Mean over layers, tokens and channels."""
+        assert self.teacher is not None
+        losses = layer_losses(model, capture(self.teacher.get_decoder(), inputs), inputs)
+        tokens = inputs["input_ids"].numel()
+        self.layer_tokens += tokens
+        self.layer_total = self.layer_total + losses.detach() * tokens
+        return losses.mean()
+
+    def extra_metrics(self) -> dict[str, Any]:
+        """Every layer's own loss: the sum is dominated by the last layers' larger activations."""
+        means = self.layer_total / self.layer_tokens
+        self.layer_total, self.layer_tokens = 0.0, 0
+        return {"layer_losses": self.accelerator.reduce(means, "mean").tolist()}
+
+
+class EndToEndTrainer(StageTrainer):
+    """Stage II: next-token cross-entropy, KL to the original, or a mix (paper eq. 8 and 9).
+
+    Args:
+        head: the latent model's LM head, frozen, on the same device.
+        settings: objective, weight and temperature.
+        others: as for `StageTrainer`.
+    """
+
+    stage = 2
+
+    def __init__(self, *args: Any, head: nn.Linear, settings: Stage2, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self.head, self.settings = head, settings
+
+    def num_items(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Positions with a label."""
+        return inputs["labels"].ne(-100).sum()
+
+    def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Mean over the labelled tokens."""
+        call = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
+        hidden = model(**call, use_cache=False).last_hidden_state
+        teacher: dict[str, Any] = {}
+        if self.settings.objective != "next_token":
+            assert self.teacher is not None
+            with torch.no_grad():
+                teacher["teacher_hidden"] = self.teacher.get_decoder()(
+                    **call, use_cache=False
+                ).last_hidden_state
+            teacher["teacher_head"] = self.teacher.get_output_embeddings()
+        return stage2_loss(
+            hidden,
+            self.head.weight,
+            self.head.bias,
+            inputs,
+            objective=self.settings.objective,
+            kl_weight=self.settings.kl_weight,
+            temperature=self.settings.temperature,
+            **teacher,
+        )

@@ -1,0 +1,170 @@
+"""One stage: the mean over an accumulated batch, what it reports, and how it ends early."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kvlatent.loop import collate
+from kvlatent.stage1 import capture, layer_losses
+from kvlatent.stage2 import next_token_loss
+from kvlatent.train import train_stage
+from kvlatent.trainable import prepare_for_training
+from training_setup import blocks, hashes, original, recipe, run, student_of
+
+
+def oracle_step(student, teacher, stage, rows):
+    """The gradient of one loss over all rows at once."""
+    batch = collate(rows)
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+    decoder = student.get_decoder()
+    if stage == 1:
+        loss = layer_losses(decoder, capture(teacher.get_decoder(), inputs), inputs).mean()
+    else:
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state
+        total, count = next_token_loss(hidden, student.get_output_embeddings(), batch["labels"])
+        loss = total / count
+    loss.backward()
+    grads = [p.grad for p in student.parameters() if p.grad is not None]
+    return loss.item(), torch.cat([grad.flatten() for grad in grads]).norm().item()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_loss_is_a_mean_over_the_whole_accumulated_batch(stage, tmp_path):
+    """Blocks with very different numbers of labels, three micro-batches: as one big batch would have it."""
+    rows = blocks(3)
+    rows[0]["labels"] = torch.where(torch.arange(16) < 3, rows[0]["labels"], -100)
+    rows[1]["labels"] = torch.full((16,), -100)  # a micro-batch without any label
+    teacher = original()
+    student = student_of(teacher)
+    section = f"stage{stage}"
+    config = recipe(
+        f"{section}.batch_size=1", f"{section}.gradient_accumulation=3", f"{section}.tokens=48",
+        "stage2.objective=next_token", f"{section}.max_grad_norm=0",
+    )  # fmt: skip
+    prepare_for_training(student, config)
+    loss, norm = oracle_step(student, teacher, stage, rows)
+    student.zero_grad()
+    summary = run(student, teacher, stage, tmp_path, config, rows)
+    assert summary["steps"] == 1
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert math.isclose(row["loss"], loss, rel_tol=1e-5)
+    assert math.isclose(row["grad_norm"], norm, rel_tol=1e-4)
+    naive = sum(oracle_step(student, teacher, stage, [r])[0] for r in (rows[0], rows[2])) / 3
+    assert stage == 1 or not math.isclose(naive, loss, rel_tol=1e-2)
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
+    ends = []
+    for flag in ("false", "true"):
+        teacher = original()
+        student = student_of(teacher)
+        config = recipe(f"stage1.activation_checkpointing={flag}", f"stage2.activation_checkpointing={flag}")
+        prepare_for_training(student, config)
+        for stage in (1, 2):
+            run(student, teacher, stage, tmp_path / f"{flag}{stage}", config)
+        ends.append(hashes(student))
+    assert ends[0] == ends[1]
+
+
+def test_progress_and_journal_tell_every_step(tmp_path, capsys):
+    teacher = original()
+    student = student_of(teacher)
+    config = recipe("stage1.log_steps=3")
+    prepare_for_training(student, config)
+    seen = []
+    run(student, teacher, 1, tmp_path, config, progress=lambda *told: seen.append(told))
+    assert [(stage, step, total) for stage, step, total, _, _ in seen] == [(1, n, 8) for n in range(1, 9)]
+    assert all(speed > 0 and math.isfinite(loss) for *_, speed, loss in seen)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3, 6, 8]
+    assert [row["tokens"] for row in rows] == [64, 192, 384, 512]
+    assert math.isclose(rows[0]["loss"], seen[0][-1], rel_tol=1e-6)
+    assert math.isclose(rows[1]["loss"], (seen[1][-1] + seen[2][-1]) / 2, rel_tol=1e-6)
+    assert {"learning_rate", "grad_norm", "layer_losses", "seconds"} <= set(rows[0])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(stage, tmp_path):
+    teacher = original()
+    student = student_of(teacher)
+    config = recipe()
+    prepare_for_training(student, config)
+    calls = []
+
+    def poisoned(step, *args):
+        calls.append(step)
+        if step == 4:  # poisons step 5, after the checkpoint of step 3
+            student.get_decoder().layers[1].self_attn.o_proj.weight.data[0, 0] = float("inf")
+
+    with pytest.raises(ValueError, match=rf"stage {stage} stopped at step 5 of 8 .*checkpoint-3") as caught:
+        run(student, teacher, stage, tmp_path, config, progress=lambda _, step, *rest: poisoned(step))
+    assert "\n" not in str(caught.value)
+    assert f"stage{stage}.learning_rate=0.01" in str(caught.value)
+    assert calls == [1, 2, 3, 4]
+    assert not (tmp_path / "final.safetensors").exists()
+    kept = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    # and from there the run goes on to the end
+    student = student_of(teacher)
+    prepare_for_training(student, config)
+    assert run(student, teacher, stage, tmp_path, config)["steps"] == 8
+
+
+def test_gradient_that_is_not_finite_stops_before_the_optimiser(tmp_path):
+    teacher = original()
+    student = student_of(teacher)
+    config = recipe()
+    prepare_for_training(student, config)
+    before = hashes(student)
+    weight = student.get_decoder().layers[0].self_attn.o_proj.weight
+    weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(
+        ValueError, match=r"at step 1 of 8 because the gradient norm is nan.*none was written"
+    ):
+        run(student, teacher, 1, tmp_path, config)
+    assert hashes(student) == before
+
+
+def test_teacher_of_another_shape_is_refused(tmp_path):
+    teacher = original()
+    student = student_of(teacher)
+    prepare_for_training(student, recipe())
+    with pytest.raises(ValueError, match="hidden_size: got 64 in the teacher and 32 in the student"):
+        run(student, original("phi3"), 1, tmp_path, recipe())
+    with pytest.raises(ValueError, match="pass it as the teacher"):
+        run(student, None, 2, tmp_path, recipe())
+    assert not list(tmp_path.iterdir())
+    assert run(student, None, 2, tmp_path, recipe("stage2.objective=next_token"))["steps"] == 8
+
+
+def test_unprepared_models_wrong_stages_and_empty_data_are_refused(tmp_path):
+    teacher = original()
+    student = student_of(teacher)
+    with pytest.raises(ValueError, match="call prepare_for_training"):
+        run(student, teacher, 1, tmp_path, recipe())
+    prepare_for_training(student, recipe())
+    with pytest.raises(ValueError, match="already carries LoRA"):
+        prepare_for_training(student, recipe())
+    with pytest.raises(ValueError, match="got stage=3"):
+        run(student, teacher, 3, tmp_path, recipe())
+    with pytest.raises(ValueError, match="at least 1 block"):
+        train_stage(student, teacher, 1, [], recipe(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_work_directory_belongs_to_one_run(tmp_path):
+    teacher = original()
+    student = student_of(teacher)
+    prepare_for_training(student, recipe())
+    summary = run(student, teacher, 1, tmp_path, recipe())
+    assert run(student, teacher, 1, tmp_path, recipe("stage1.save_steps=5")) == summary  # decides nothing
+    with pytest.raises(ValueError, match=r"settings.learning_rate \(0.01, now 0.02\)"):
+        run(student, teacher, 1, tmp_path, recipe("stage1.learning_rate=0.02"))
+    with pytest.raises(ValueError, match="another blocks"):
+        run(student, teacher, 1, tmp_path, recipe(), blocks(seed=2))
