@@ -16,7 +16,7 @@ install: $(STAMP)
 # torch first and alone: the index's newest torch is another one, and the constraint then holds it.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
 	rm -f $(VENV)/.kvlatent-*
 	touch $@

@@ -17,11 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from tiny import FAMILIES, HEAD_DIM, logits, padded, tiny_model, tokens
-
 from kvlatent.convert import convert
 from kvlatent.hub import load_model, save
 from kvlatent.record import environment
+from tiny import FAMILIES, HEAD_DIM, logits, padded, tiny_model, tokens
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -43,7 +42,9 @@ def row(name: str) -> dict[str, float]:
     cache, steps = None, []
     for position, piece in enumerate(x.split(1, 1)):
         with torch.no_grad():
-            out = latent(piece, past_key_values=cache, position_ids=torch.tensor([[position]]), use_cache=True)
+            out = latent(
+                piece, past_key_values=cache, position_ids=torch.tensor([[position]]), use_cache=True
+            )
         cache = out.past_key_values
         steps.append(out.logits)
     # Token by token a longrope model turns early keys by its short table, as the original does: compare before.
@@ -51,7 +52,9 @@ def row(name: str) -> dict[str, float]:
     figures["cached"] = difference(torch.cat(steps, 1)[:, :length], logits(latent, x[:, :length]))
     ids, mask = padded(x)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    figures["left-padded"] = difference(logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:], expected)
+    figures["left-padded"] = difference(
+        logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:], expected
+    )
     changed = x.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 100 + 3
     figures["future token"] = difference(logits(latent, changed)[:, :-1], expected[:, :-1])
@@ -61,7 +64,9 @@ def row(name: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -73,7 +78,9 @@ def main() -> None:
         print(f"| {name} |", " | ".join(f"{figures[column]:.1g}" for column in columns), "|")
     if args.out:
         command = "python benchmarks/identity.py"
-        args.out.write_text(json.dumps({"command": command, "rows": rows, **environment("cpu")}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"command": command, "rows": rows, **environment("cpu")}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def sha256(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--eval-data", type=Path, required=True)
@@ -39,7 +41,9 @@ def main() -> None:
     parser.add_argument("--d-qk", type=int, default=32)
     parser.add_argument("--d-vo", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of both stages together")
-    parser.add_argument("--share", type=float, default=0.2, help="of the tokens that stage I gets in the two-stage row")
+    parser.add_argument(
+        "--share", type=float, default=0.2, help="of the tokens that stage I gets in the two-stage row"
+    )
     parser.add_argument("--objective", default="next_token", choices=["next_token", "kl"])
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=1)
@@ -56,7 +60,10 @@ def main() -> None:
 
     def perplexity(model) -> dict:
         figures, _ = measure(model, blocks)
-        return {name: figures[name] for name in ("perplexity", "standard_error", "tokens", "cache_bytes_per_token")}
+        return {
+            name: figures[name]
+            for name in ("perplexity", "standard_error", "tokens", "cache_bytes_per_token")
+        }
 
     rows: dict[str, dict] = {
         "original": perplexity(original),
@@ -72,18 +79,26 @@ def main() -> None:
             if not tokens:
                 continue
             planned = Recipe.model_validate(
-                recipe.model_dump() | {f"stage{stage}": getattr(recipe, f"stage{stage}").model_dump() | {"tokens": tokens}}
+                recipe.model_dump()
+                | {f"stage{stage}": getattr(recipe, f"stage{stage}").model_dump() | {"tokens": tokens}}
             )
             work = args.work / args.objective / name.replace(" ", "-") / f"stage{stage}"
             started = time.time()
             summary = train_stage(latent, original, stage, corpus.train, planned, work)
-            row = perplexity(merged_copy(latent)) | {"tokens_trained": summary["tokens"], "minutes": summary["minutes"]}
+            row = perplexity(merged_copy(latent)) | {
+                "tokens_trained": summary["tokens"],
+                "minutes": summary["minutes"],
+            }
             rows[f"{name}: after stage {'I' * stage}"] = row
             print(name, stage, f"{time.time() - started:.0f} s", json.dumps(row), flush=True)
     result = {
         "command": f"python benchmarks/two_stage.py --d-qk {args.d_qk} --d-vo {args.d_vo} --tokens {args.tokens} "
         f"--share {args.share} --objective {args.objective} --eval-tokens {args.eval_tokens}",
-        "sha256": {"model": sha256(args.model), "data": sha256(args.data), "eval_data": sha256(args.eval_data)},
+        "sha256": {
+            "model": sha256(args.model),
+            "data": sha256(args.data),
+            "eval_data": sha256(args.eval_data),
+        },
         "recipe": recipe.model_dump(mode="json"),
         "rows": rows,
         **environment("cpu"),

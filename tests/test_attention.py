@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
-from kvlatent.config import LatentConfig
-from kvlatent.table import RotaryTable
 from kvlatent.choose import choose, resolve_choices
+from kvlatent.config import LatentConfig
 from kvlatent.convert import convert
 from kvlatent.cost import live_cache_bytes
 from kvlatent.families import effective_table
 from kvlatent.modeling import latent_config_of
+from kvlatent.table import RotaryTable
+from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
 
 NARROW = {"d_qk": 16, "d_vo": 8}
 EXACT = {"rtol": 0, "atol": 0}
@@ -35,7 +35,11 @@ def narrow(converted):
 def per_head(model) -> LatentConfig:
     """A config with other widths and kept pairs in every layer and every key-value head."""
     table = effective_table(model.config)
-    layers, heads, half = model.config.num_hidden_layers, model.config.num_key_value_heads, table.rotary_dim // 2
+    layers, heads, half = (
+        model.config.num_hidden_layers,
+        model.config.num_key_value_heads,
+        table.rotary_dim // 2,
+    )
     d_qk = tuple(8 + 4 * layer for layer in range(layers))
     passed = HEAD_DIM - table.rotary_dim
     tables, channels = [], []
@@ -117,7 +121,10 @@ def slow_attention(attention, hidden, latent, layer, scale):
         table, kept = tables[group % len(tables)], list(channels[group % len(channels)])
         for t in range(len(hidden)):
             first = max(0, t - config.sliding_window + 1) if getattr(config, "sliding_window", None) else 0
-            scores = [scale * turn(q[t, head, kept], t, table) @ turn(k[s, group, kept], s, table) for s in range(first, t + 1)]
+            scores = [
+                scale * turn(q[t, head, kept], t, table) @ turn(k[s, group, kept], s, table)
+                for s in range(first, t + 1)
+            ]
             weights = torch.softmax(torch.stack(scores), 0)
             mixed = sum(w * v[s, group] for w, s in zip(weights, range(first, t + 1), strict=True))
             out[t, head, ::stride] = mixed[::stride]
@@ -129,8 +136,10 @@ def turn(x, position, table):
     angle = position * torch.tensor(table.short)
     a, b = x[:half], x[half : 2 * half]
     turned = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), x[2 * half :]])
-    return turned * table.attention_factor if half * 2 == len(x) else torch.cat(
-        [turned[: 2 * half] * table.attention_factor, x[2 * half :]]
+    return (
+        turned * table.attention_factor
+        if half * 2 == len(x)
+        else torch.cat([turned[: 2 * half] * table.attention_factor, x[2 * half :]])
     )
 
 
@@ -150,7 +159,9 @@ def test_narrow_attention_against_a_slow_oracle(name, preset):
         d_qk = latent_config.d_qk_at(layer)
         scale = d_qk**-0.5 if preset == "paper" else HEAD_DIM**-0.5
         with torch.no_grad():
-            expected = slow_attention(model.model.layers[layer].self_attn, hidden, latent_config, layer, scale)
+            expected = slow_attention(
+                model.model.layers[layer].self_attn, hidden, latent_config, layer, scale
+            )
             caught = run_layer_attention(latent, layer, hidden)
         torch.testing.assert_close(caught, expected, rtol=1e-4, atol=1e-5)
 
@@ -198,7 +209,10 @@ def test_a_future_token_never_changes_past_logits(narrow, name, implementation, 
     changed = x.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 100 + 3
     first, second = (padded(v) if padding else (v, None) for v in (x, changed))
-    a, b = logits(latent, first[0], attention_mask=first[1]), logits(latent, second[0], attention_mask=second[1])
+    a, b = (
+        logits(latent, first[0], attention_mask=first[1]),
+        logits(latent, second[0], attention_mask=second[1]),
+    )
     start = 5 if padding else 0
     torch.testing.assert_close(a[:, start:-1], b[:, start:-1], **EXACT)
     assert (a[:, -1] - b[:, -1]).abs().max() > 0.1
@@ -227,7 +241,9 @@ def test_cached_decoding_equals_the_full_forward(narrow, name):
         start, outputs = 0, []
         for piece in pieces:
             positions = torch.arange(start, start + piece.shape[1])[None]
-            outputs.append(logits(latent, piece, past_key_values=cache, position_ids=positions, use_cache=True))
+            outputs.append(
+                logits(latent, piece, past_key_values=cache, position_ids=positions, use_cache=True)
+            )
             start += piece.shape[1]
         torch.testing.assert_close(torch.cat(outputs, 1), expected, **CLOSE)
 

@@ -35,7 +35,10 @@ def test_json_round_trip_keeps_every_bit():
 
 
 def test_cache_bytes_is_the_sum_over_layers():
-    assert make().cache_bytes_per_token(num_layers=3, num_key_value_heads=2, element_size=2) == 3 * 2 * (4 + 6) * 2
+    assert (
+        make().cache_bytes_per_token(num_layers=3, num_key_value_heads=2, element_size=2)
+        == 3 * 2 * (4 + 6) * 2
+    )
     uneven = make(d_vo=(6, 8, 2))
     assert uneven.cache_bytes_per_token(3, 2, 4) == 2 * 4 * (3 * 4 + 16)
 

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
-from tiny import FAMILIES, HEAD_DIM, logits, tiny_model, tokens
 
 from kvlatent.choose import choose, resolve_choices
 from kvlatent.convert import convert
 from kvlatent.families import effective_table
 from kvlatent.modeling import latent_config_of
 from kvlatent.rope import frequency_aware_exponents
+from tiny import FAMILIES, HEAD_DIM, logits, tiny_model, tokens
 
 
 def digest(model):
@@ -93,7 +93,9 @@ def test_factored_values_of_a_low_rank_model_are_exact(name):
             fused = hasattr(attention, "qkv_proj")
             projection = attention.qkv_proj if fused else attention.v_proj
             rows = projection.weight[-kv_heads * HEAD_DIM :].view(kv_heads, HEAD_DIM, -1)
-            u = torch.linalg.qr(torch.randn(kv_heads, HEAD_DIM, 8, generator=torch.Generator().manual_seed(5)))[0]
+            u = torch.linalg.qr(
+                torch.randn(kv_heads, HEAD_DIM, 8, generator=torch.Generator().manual_seed(5))
+            )[0]
             rows.copy_(u @ (u.mT @ rows))
             if projection.bias is not None:
                 bias = projection.bias[-kv_heads * HEAD_DIM :].view(kv_heads, HEAD_DIM, 1)
@@ -120,7 +122,9 @@ def test_a_sliced_qk_norm_is_an_option():
     identity = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM, qk_norm="sliced")
     assert torch.equal(logits(identity, tokens()), logits(model, tokens()))
     one_head = latent_config_of(latent.config)
-    per_head = type(one_head)(**{**vars(one_head), "tables": (one_head.tables[0] * 2,), "channels": (one_head.channels[0] * 2,)})
+    per_head = type(one_head)(
+        **{**vars(one_head), "tables": (one_head.tables[0] * 2,), "channels": (one_head.channels[0] * 2,)}
+    )
     with pytest.raises(ValueError, match="must keep the same channels: got 2 lists; use qk_norm='full'"):
         convert(model, per_head)
 

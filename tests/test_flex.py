@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import logits, padded, tiny_model, tokens
 
 from kvlatent.convert import convert
+from tiny import logits, padded, tiny_model, tokens
 
 # torch 2.13's compiler warns about its own and transformers' use of it.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
-from tiny import FAMILIES, logits, tiny_model, tokens
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from kvlatent.convert import convert
-from kvlatent.hub import atomic_directory, load_model, load_tokenizer, save
+from kvlatent.hub import load_model, load_tokenizer, save
 from kvlatent.modeling import latent_classes, latent_config_of
+from kvlatent.output import atomic_directory
 from kvlatent.remote_code import MODULE_NAME, remote_code
+from tiny import FAMILIES, logits, tiny_model, tokens
 
 LOAD = """
 import json, sys, torch
@@ -49,10 +50,19 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("trust", [False, True])
 def test_a_fresh_process_gives_the_same_logits_and_tables(saved, trust, tmp_path):
     """Once with kvlatent imported, once through the checkpoint's own modelling file, kvlatent never imported."""
-    code = LOAD.format(prelude="" if trust else "import kvlatent", trust=", trust_remote_code=True" if trust else "")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    code = LOAD.format(
+        prelude="" if trust else "import kvlatent", trust=", trust_remote_code=True" if trust else ""
+    )
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", code, *(str(folder) for folder, _ in saved.values())]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    lines = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout.splitlines()
     for line, (name, (_, tables)) in zip(lines, saved.items(), strict=True):
         difference, loaded_tables, has_kvlatent = json.loads(line)
         assert difference == 0.0, name
@@ -69,7 +79,9 @@ def test_the_saved_config_has_one_source_of_truth(saved, name):
     assert (data["qk_head_dim"], data["v_head_dim"]) == (latent.max_d_qk, 8)
     assert data["head_dim"] == max(latent.max_d_qk, 8)
     assert data["rope_parameters"]["rope_type"] == "default"
-    assert data["original_rope_parameters"]["rope_type"] == tiny_model(name).config.rope_parameters["rope_type"]
+    assert (
+        data["original_rope_parameters"]["rope_type"] == tiny_model(name).config.rope_parameters["rope_type"]
+    )
     assert set(data["kv_latent"]) == {
         "version", "widths", "tables", "selection", "original_head_dim", "original_model_type"
     }  # fmt: skip
@@ -82,7 +94,9 @@ def test_a_config_that_contradicts_itself_is_refused(saved, tmp_path, field):
     data = json.loads((saved["mistral"][0] / "config.json").read_text())
     config_type = latent_classes("mistral")[0]
     expected, data[field] = data[field], 20
-    with pytest.raises(ValueError, match=f"{field}=20 but kv_latent says {expected}; kv_latent is the source"):
+    with pytest.raises(
+        ValueError, match=f"{field}=20 but kv_latent says {expected}; kv_latent is the source"
+    ):
         config_type(**data)
 
 
@@ -119,7 +133,14 @@ def test_tokenizer_chat_template_generation_config_and_shards_travel(tmp_path, t
     model.generation_config.max_new_tokens = 7
     tiny_tokenizer.chat_template = "{{ messages[0]['content'] }}"
     latent = convert(model, d_qk=16)
-    save(latent, tmp_path / "a", tokenizer=tiny_tokenizer, card="# card", files={"run.json": "{}"}, max_shard_size="100KB")
+    save(
+        latent,
+        tmp_path / "a",
+        tokenizer=tiny_tokenizer,
+        card="# card",
+        files={"run.json": "{}"},
+        max_shard_size="100KB",
+    )
     loaded = load_model(tmp_path / "a")
     assert loaded.generation_config.max_new_tokens == 7
     assert (tmp_path / "a" / "README.md").read_text() == "# card" and (tmp_path / "a" / "run.json").exists()
@@ -134,7 +155,9 @@ def test_an_output_that_holds_something_is_refused_and_overwritten_on_demand(tmp
     latent = convert(tiny_model("llama"), d_qk=16)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("x")
-    with pytest.raises(FileExistsError, match="already holds something; give another directory or --overwrite"):
+    with pytest.raises(
+        FileExistsError, match="already holds something; give another directory or --overwrite"
+    ):
         save(latent, tmp_path / "out")
     assert (tmp_path / "out" / "precious.txt").exists()
     save(latent, tmp_path / "out", overwrite=True)
@@ -147,9 +170,14 @@ def test_an_output_that_holds_something_is_refused_and_overwritten_on_demand(tmp
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
-    with pytest.raises(RuntimeError, match="boom"), atomic_directory(tmp_path / "out", overwrite=True) as folder:
-        (folder / "half").write_text("y")
-        raise RuntimeError("boom")
+
+    def fail():
+        with atomic_directory(tmp_path / "out", overwrite=True) as folder:
+            (folder / "half").write_text("y")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "old").exists()
 
 
@@ -171,7 +199,7 @@ except OSError as error:
 
 def test_a_full_disk_leaves_nothing(tmp_path):
     code = FULL_DISK.format(tests=os.path.dirname(__file__), out=str(tmp_path / "out"))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "OSError" in result.stdout, result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -196,7 +224,9 @@ def test_checkpoints_without_usable_weights_are_refused(folder):
     with pytest.raises(ValueError, match=r"holds no weights: expected model.safetensors"):
         load_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"pickled weights only \(pytorch_model.bin\).*convert them to safetensors"):
+    with pytest.raises(
+        ValueError, match=r"pickled weights only \(pytorch_model.bin\).*convert them to safetensors"
+    ):
         load_model(folder)
 
 
@@ -219,7 +249,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
 
 
 def test_paths_that_are_no_model_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither a local directory nor a model that the hub gives us"):
+    with pytest.raises(
+        FileNotFoundError, match="neither a local directory nor a model that the hub gives us"
+    ):
         load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no config.json"):
         load_model(tmp_path)
@@ -244,4 +276,6 @@ def test_generated_file_is_plain_python_without_kvlatent():
     compile(source, "modeling_kv_latent.py", "exec")
     assert "from .config" not in source and "import kvlatent" not in source
     assert source.count("from __future__ import annotations") == 1
-    assert source.rstrip().endswith('KVLatentPhi3Config, KVLatentPhi3Model, KVLatentPhi3ForCausalLM = latent_classes("phi3")')
+    assert source.rstrip().endswith(
+        'KVLatentPhi3Config, KVLatentPhi3Model, KVLatentPhi3ForCausalLM = latent_classes("phi3")'
+    )

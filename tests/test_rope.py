@@ -1,8 +1,9 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_model
 
 from kvlatent.families import effective_table
 from kvlatent.rope import (
@@ -14,6 +15,7 @@ from kvlatent.rope import (
     standard_exponents,
 )
 from kvlatent.table import RotaryTable
+from tiny import tiny_model
 
 THETA = 1e4
 
@@ -68,7 +70,7 @@ def test_frequency_aware_exponents_rise_from_a_quarter(d):
     exponents = frequency_aware_exponents(d)
     assert len(exponents) == d // 2
     assert exponents[0] == 0.25 and exponents[-1] == 1 - 1 / d
-    assert all(a < b for a, b in zip(exponents, exponents[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(exponents))
 
 
 def test_a_width_not_divisible_by_4_is_refused():
@@ -78,16 +80,22 @@ def test_a_width_not_divisible_by_4_is_refused():
 
 def test_scaled_models_keep_their_scaling():
     plain = RotaryTable(tuple(THETA**-e for e in standard_exponents(32)))
-    assert frequency_aware_table(plain, 16, THETA).short == tuple(THETA**-e for e in frequency_aware_exponents(16))
+    assert frequency_aware_table(plain, 16, THETA).short == tuple(
+        THETA**-e for e in frequency_aware_exponents(16)
+    )
     # A linear factor 4 divides every frequency by 4, on the new grid as well.
     linear = RotaryTable(tuple(f / 4 for f in plain.short))
     for scaled, unscaled in zip(
-        frequency_aware_table(linear, 16, THETA).short, frequency_aware_table(plain, 16, THETA).short, strict=True
+        frequency_aware_table(linear, 16, THETA).short,
+        frequency_aware_table(plain, 16, THETA).short,
+        strict=True,
     ):
         assert scaled == pytest.approx(unscaled / 4, rel=1e-12)
     both = RotaryTable(plain.short, linear.short, switch=8, attention_factor=1.2)
     table = frequency_aware_table(both, 16, THETA)
-    assert (table.switch, table.attention_factor) == (8, 1.2) and table.long[0] == pytest.approx(table.short[0] / 4)
+    assert (table.switch, table.attention_factor) == (8, 1.2) and table.long[0] == pytest.approx(
+        table.short[0] / 4
+    )
     # On grid points shared with the original, the effective frequency itself comes back (matched pairs).
     llama3 = effective_table(tiny_model("llama-3.1").config)
     assert frequency_aware_table(llama3, 16, THETA).short[-1] == pytest.approx(llama3.short[15], rel=1e-5)
@@ -98,14 +106,17 @@ def rotate_slowly(x, position, frequencies):
     half = len(frequencies)
     out = x.clone()
     for j, frequency in enumerate(frequencies):
-        pair = torch.complex(x[j], x[j + half]) * torch.polar(torch.tensor(1.0), torch.tensor(position * frequency))
+        pair = torch.complex(x[j], x[j + half]) * torch.polar(
+            torch.tensor(1.0), torch.tensor(position * frequency)
+        )
         out[j], out[j + half] = pair.real, pair.imag
     return out
 
 
 def test_rotation_against_complex_numbers_with_tables_per_head():
     tables = (RotaryTable((1.0, 0.1)), RotaryTable((0.5, 0.01)))
-    x = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(0))  # 4 query heads, 6 channels, 4 rotated
+    # 4 query heads of 6 channels, 4 of them rotated
+    x = torch.randn(1, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     cos, sin = LatentRotary(tables)(x, torch.arange(5)[None])
     rotated = apply_rotary(x, cos, sin)
     for head in range(4):
@@ -121,7 +132,10 @@ def test_scores_depend_on_the_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 6, generator=torch.Generator().manual_seed(1)).unbind(0)
 
     def score(query_position, key_position):
-        rotated = [apply_rotary(x, *rotary(x, torch.tensor([[p]]))) for x, p in ((q, query_position), (k, key_position))]
+        rotated = [
+            apply_rotary(x, *rotary(x, torch.tensor([[p]])))
+            for x, p in ((q, query_position), (k, key_position))
+        ]
         return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(score(9, 4), score(105, 100), rtol=1e-4, atol=1e-5)

@@ -92,7 +92,10 @@ class LatentAttention(nn.Module):
             self.k_proj = nn.Linear(hidden, self.widths[1], bias=qkv_bias)
             self.v_proj = nn.Linear(hidden, self.widths[2], bias=qkv_bias)
         self.o_proj = nn.Linear(self.num_heads * self.d_vo, hidden, bias=o_bias)
-        self.q_norm = self.k_norm = self.kept = self.q_gain = None
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        self.kept: KeptChannels | None = None
+        self.q_gain: nn.Parameter | None = None
         if family.qk_norm:
             norm = family.upstream("RMSNorm")
             self.q_norm = norm(projected, eps=config.rms_norm_eps)
@@ -108,12 +111,16 @@ class LatentAttention(nn.Module):
         if hasattr(self, "qkv_proj"):
             query, key, value = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
         else:
-            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+            query, key, value = (
+                self.q_proj(hidden_states),
+                self.k_proj(hidden_states),
+                self.v_proj(hidden_states),
+            )
         query = query.view(*heads, self.widths[0] // self.num_heads)
         key = key.view(*heads, self.widths[1] // self.num_key_value_heads)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        if self.kept is not None:
+        if self.kept is not None and self.q_gain is not None:
             query, key = self.kept(query) * self.q_gain.to(query.dtype), self.kept(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.view(*heads, self.d_vo).transpose(1, 2)
 
@@ -133,6 +140,7 @@ class LatentAttention(nn.Module):
         query, key, value = self.project(hidden_states)
         if self.rotary is not None:
             position_embeddings = self.rotary(hidden_states, kwargs["position_ids"])
+        assert position_embeddings is not None, "the decoder shares one table"
         cos, sin = position_embeddings
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if past_key_values is not None:

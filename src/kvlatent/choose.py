@@ -81,29 +81,30 @@ def choose(
     if qk_norm not in ("full", "sliced"):
         raise ValueError(f"unknown qk_norm {qk_norm!r}; choose one of full, sliced")
     head_dim = head_dim_of(config)
-    widths = {
-        name: _normalise(name, value, config.num_hidden_layers, head_dim)
-        for name, value in (("d_qk", d_qk), ("d_vo", d_vo))
-    }
+    key_width = _normalise("d_qk", d_qk, config.num_hidden_layers, head_dim)
+    value_width = _normalise("d_vo", d_vo, config.num_hidden_layers, head_dim)
     table, theta = effective_table(config), float(config.rope_parameters["rope_theta"])
-    key_widths = (widths["d_qk"],) if isinstance(widths["d_qk"], int) else widths["d_qk"]
-    kept = [_keep_keys(head_dim, width, table, theta, choices) for width in key_widths]
-    for width in {widths["d_vo"]} if isinstance(widths["d_vo"], int) else set(widths["d_vo"]):
-        if choices.values == "slice":
+    kept = [_keep_keys(head_dim, width, table, theta, choices) for width in _each(key_width)]
+    if choices.values == "slice":
+        for width in _each(value_width):
             stride_channels("d_vo", width, head_dim)
-    full = {name: value == head_dim for name, value in widths.items()}
     return LatentConfig(
-        **widths,
+        d_qk=key_width,
+        d_vo=value_width,
         tables=tuple((new_table,) for _, new_table in kept),
         channels=tuple((channels,) for channels, _ in kept),
         original_head_dim=head_dim,
         original_model_type=family.model_type,
-        keys="full" if full["d_qk"] else choices.keys,
-        frequencies="own" if full["d_qk"] else choices.frequencies,
-        values="full" if full["d_vo"] else choices.values,
+        keys="full" if key_width == head_dim else choices.keys,
+        frequencies="own" if key_width == head_dim else choices.frequencies,
+        values="full" if value_width == head_dim else choices.values,
         scale=choices.scale,
         qk_norm=qk_norm if family.qk_norm else "none",
     )
+
+
+def _each(widths: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (widths,) if isinstance(widths, int) else widths
 
 
 def _normalise(name: str, widths: Widths, num_layers: int, head_dim: int) -> int | tuple[int, ...]:
@@ -131,7 +132,9 @@ def _keep_keys(
         pairs = matched_pairs(head_dim, d_qk, rotary_dim, kept_rotary)
     else:
         pairs = stride_pairs(rotary_dim // 2, kept_rotary // 2)
-    passed = stride_channels("d_qk", d_qk - kept_rotary, head_dim - rotary_dim) if head_dim > rotary_dim else ()
+    passed = (
+        stride_channels("d_qk", d_qk - kept_rotary, head_dim - rotary_dim) if head_dim > rotary_dim else ()
+    )
     channels = (*pairs_to_channels(pairs, rotary_dim), *(rotary_dim + channel for channel in passed))
     if choices.frequencies == "own":
         return channels, table.subset(pairs)

@@ -182,9 +182,13 @@ class LatentConfig:
 def check_width(name: str, width: Any, head_dim: int) -> None:
     """Raise `ValueError` unless `width` is an integer in [1, head_dim], even for keys."""
     if isinstance(width, bool) or not isinstance(width, int) or width <= 0:
-        raise ValueError(f"{name} must be a positive integer: got {name}={width}, head_dim={head_dim}; try {head_dim // 2}")
+        raise ValueError(
+            f"{name} must be a positive integer: got {name}={width}, head_dim={head_dim}; try {head_dim // 2}"
+        )
     if width > head_dim:
-        raise ValueError(f"{name} cannot exceed head_dim: got {name}={width}, head_dim={head_dim}; try {head_dim // 2}")
+        raise ValueError(
+            f"{name} cannot exceed head_dim: got {name}={width}, head_dim={head_dim}; try {head_dim // 2}"
+        )
     if name == "d_qk" and width % 2:
         raise ValueError(
             f"d_qk must be even, since rotary channels come in pairs: got d_qk={width}, head_dim={head_dim}; "

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .choose import Widths, choose, resolve_choices
-from .config import Channels, LatentConfig
+from .config import LatentConfig
 from .families import Family, family_of, head_dim_of
 from .modeling import latent_classes
 from .select import product_svd, stride_channels
@@ -74,7 +74,10 @@ def _config_fields(config: Any, latent: LatentConfig) -> dict[str, Any]:
     for name in ("model_type", "architectures", "transformers_version", "auto_map", "head_dim"):
         fields.pop(name, None)
     fields["original_rope_parameters"] = fields["rope_parameters"]
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields["rope_parameters"]["rope_theta"]}
+    fields["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": fields["rope_parameters"]["rope_theta"],
+    }
     head_dim = max(latent.max_d_qk, latent.max_d_vo)
     return {**fields, "head_dim": head_dim, "kv_latent": latent.to_dict()}
 
@@ -108,7 +111,7 @@ def _split_qkv(source: dict[str, Tensor], hf_config: Any, head_dim: int) -> dict
     }
 
 
-def _take(tensor: Tensor, channels: Channels, head_dim: int) -> Tensor:
+def _take(tensor: Tensor, channels: tuple[tuple[int, ...], ...], head_dim: int) -> Tensor:
     """Rows of `tensor` ([H * head_dim, ...]) that survive, per head; each list serves the heads of its group."""
     heads = tensor.unflatten(0, (-1, head_dim))
     groups = heads.shape[0] // len(channels)
@@ -162,7 +165,10 @@ def _narrow_values(
     w_v, b_v, w_o = source["v_proj.weight"], source.get("v_proj.bias"), source["o_proj.weight"]
     if latent.values == "slice":
         channels = (stride_channels("d_vo", d_vo, head_dim),)
-        new = {"v_proj.weight": _take(w_v, channels, head_dim), "o_proj.weight": _take(w_o.T, channels, head_dim).T}
+        new = {
+            "v_proj.weight": _take(w_v, channels, head_dim),
+            "o_proj.weight": _take(w_o.T, channels, head_dim).T,
+        }
         if b_v is not None:
             new["v_proj.bias"] = _take(b_v, channels, head_dim)
         return {name: tensor.contiguous() for name, tensor in new.items()}
@@ -175,7 +181,10 @@ def _narrow_values(
         values.append(value)
         biases.append(new_bias)
         outputs.append(output.unflatten(0, (-1, w_o.shape[0])))
-    new = {"v_proj.weight": torch.cat(values), "o_proj.weight": torch.cat(outputs).permute(1, 0, 2).flatten(1)}
+    new = {
+        "v_proj.weight": torch.cat(values),
+        "o_proj.weight": torch.cat(outputs).permute(1, 0, 2).flatten(1),
+    }
     if b_v is not None:
         new["v_proj.bias"] = torch.cat(biases)
     return {name: tensor.to(w_v.dtype).contiguous() for name, tensor in new.items()}

@@ -110,12 +110,18 @@ def _obstacle(config: Any, model_type: str) -> str | None:
     if getattr(config, "kv_lora_rank", None):
         return f"its cache is already latent (multi-head latent attention); {supported}"
     if model_type in _INTERLEAVED or getattr(config, "rope_interleave", False):
-        return f"its rotary layout is interleaved (pairs 2j, 2j+1), not half-split (pairs j, j+d/2); {supported}"
+        return (
+            f"its rotary layout is interleaved (pairs 2j, 2j+1), not half-split (pairs j, j+d/2); {supported}"
+        )
     if model_type in _NO_ROTARY:
         return f"it has no rotary position embedding; {supported}"
     if model_type not in FAMILIES:
-        causal = any(str(name).endswith("ForCausalLM") for name in getattr(config, "architectures", None) or ())
-        kind = "its architecture is not among the tested ones" if causal else "it is not a causal language model"
+        causal = any(
+            str(name).endswith("ForCausalLM") for name in getattr(config, "architectures", None) or ()
+        )
+        kind = (
+            "its architecture is not among the tested ones" if causal else "it is not a causal language model"
+        )
         return f"{kind}; {supported}"
     if getattr(config, "quantization_config", None):
         return "its weights are quantised; convert the unquantised checkpoint and quantise the result"

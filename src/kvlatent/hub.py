@@ -1,16 +1,12 @@
 """Where checkpoints come from and go to: registration with transformers, loading, atomic saving.
 
-safetensors only. Everything is written into a temporary sibling of the output directory, flushed to disk and
-renamed at the end, so that an output either exists whole or not at all.
+safetensors only. What is written appears whole or not at all (see `output`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +16,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from .families import FAMILIES, LATENT_PREFIX, family_of
 from .modeling import latent_classes
+from .output import atomic_directory
 from .remote_code import MODULE_NAME, remote_code
 
-__all__ = ["atomic_directory", "load_model", "load_tokenizer", "prepare_output", "register", "save"]
+__all__ = ["load_model", "load_tokenizer", "register", "save"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -59,14 +56,17 @@ def load_model(
     if Path(path).is_dir():
         _check_weights(Path(path))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             output_loading_info=True,
         )
+        model, info = loaded
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"cannot load the weights of {path}: {_first_line(error)}; download the checkpoint again") from error
+        raise ValueError(
+            f"cannot load the weights of {path}: {_first_line(error)}; download the checkpoint again"
+        ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info.get(kind) or ())
         if names:
@@ -81,9 +81,13 @@ def _load_config(path: str) -> Any:
     """The transformers config of a local directory or hub id."""
     local = Path(path)
     if local.exists() and not local.is_dir():
-        raise ValueError(f"{path} is a file, not a model directory; give the directory that holds config.json")
+        raise ValueError(
+            f"{path} is a file, not a model directory; give the directory that holds config.json"
+        )
     if local.is_dir() and not (local / "config.json").is_file():
-        raise ValueError(f"{path} holds no config.json, so it is no model directory; give a checkpoint's directory")
+        raise ValueError(
+            f"{path} holds no config.json, so it is no model directory; give a checkpoint's directory"
+        )
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, json.JSONDecodeError) as error:
@@ -118,7 +122,9 @@ def _check_weights(path: Path) -> None:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{shard} is truncated or damaged ({_first_line(error)}); download it again") from error
+            raise ValueError(
+                f"{shard} is truncated or damaged ({_first_line(error)}); download it again"
+            ) from error
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str], config: Any) -> Any:
@@ -129,7 +135,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], config: Any) -> Any:
         ValueError: it can produce ids that the embedding lacks.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path_or_id))
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path_or_id))
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(f"{path_or_id} has no tokenizer that loads: {_first_line(error)}") from error
     if len(tokenizer) > config.vocab_size:
@@ -186,56 +192,6 @@ def _add_auto_map(path: Path, model_type: str) -> None:
         "AutoModelForCausalLM": f"{MODULE_NAME}.{causal.__name__}",
     }
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
-
-
-def prepare_output(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Check that `out` may be written before any work is done.
-
-    Raises:
-        FileExistsError: it is a file, or holds something and `overwrite` is false.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; give a directory that does not exist yet")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(f"{out} already holds something; give another directory or --overwrite")
-    return out
-
-
-@contextmanager
-def atomic_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `out`; on success flush it and rename it to `out`, on failure remove it.
-
-    Raises:
-        FileExistsError: see `prepare_output`.
-    """
-    out = prepare_output(out, overwrite)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = out.absolute().with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        for path in folder.rglob("*"):
-            _flush(path)
-        old = out.absolute().with_name(f".{out.name}.old-{os.getpid()}")
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-        _flush(out.absolute().parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _flush(path: Path) -> None:
-    with suppress(PermissionError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _first_line(error: BaseException) -> str:

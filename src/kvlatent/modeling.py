@@ -46,7 +46,7 @@ def _check_derived(given: dict[str, Any], latent: LatentConfig) -> dict[str, int
     return derived
 
 
-def _make_config(base: type, family_name: str, prefix: str) -> type:
+def _make_config(base: Any, family_name: str, prefix: str) -> type:
     class Config(base):
         model_type = LATENT_PREFIX + family_name
         kv_latent: dict | None = None

@@ -33,11 +33,13 @@ def remote_code(model_type: str) -> str:
     imports: dict[str, None] = {}
     bodies = []
     for module in _MODULES:
-        source = files(__package__).joinpath(f"{module}.py").read_text(encoding="utf-8")
+        source = files("kvlatent").joinpath(f"{module}.py").read_text(encoding="utf-8")
         body, found = _split(source)
         imports.update(dict.fromkeys(found))
         bodies.append(body)
-    names = [f"KVLatent{FAMILIES[model_type].prefix}{suffix}" for suffix in ("Config", "Model", "ForCausalLM")]
+    names = [
+        f"KVLatent{FAMILIES[model_type].prefix}{suffix}" for suffix in ("Config", "Model", "ForCausalLM")
+    ]
     header = _HEADER.format(modules=", ".join(_MODULES))
     footer = f'{", ".join(names)} = latent_classes("{model_type}")\n'
     return header + "\n".join(sorted(imports)) + "\n\n\n" + "\n\n".join(bodies) + "\n\n" + footer

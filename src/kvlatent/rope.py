@@ -101,18 +101,18 @@ class LatentRotary(nn.Module):
     def inv_freq(self, device: torch.device, length: Tensor) -> Tensor:
         """Frequencies for sequences of `length` tokens (a scalar tensor): [P], or [K, 1, P] for tables per head."""
         if device not in self._on_device:
-            self._on_device[device] = (self._tensor("short", device), self._tensor("long", device))
+            self._on_device[device] = self._build(device)
         short, long = self._on_device[device]
-        if long is None:
-            return short
-        return torch.where(length > self.tables[0].switch, long, short)
+        switch = self.tables[0].switch
+        return short if long is None or switch is None else torch.where(length > switch, long, short)
 
-    def _tensor(self, name: str, device: torch.device) -> Tensor | None:
-        rows = [getattr(table, name) for table in self.tables]
-        if rows[0] is None:
-            return None
-        tensor = torch.tensor(rows, dtype=torch.float32, device=device)
-        return tensor[0] if len(rows) == 1 else tensor[:, None, :]
+    def _build(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        def stacked(rows: list[tuple[float, ...]]) -> Tensor:
+            tensor = torch.tensor(rows, dtype=torch.float32, device=device)
+            return tensor[0] if len(rows) == 1 else tensor[:, None, :]
+
+        long = [table.long for table in self.tables if table.long is not None]
+        return stacked([table.short for table in self.tables]), stacked(long) if long else None
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:

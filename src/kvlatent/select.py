@@ -10,7 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["latent_rotary_dim", "matched_pairs", "nearest", "pairs_to_channels", "product_svd", "stride_channels", "stride_pairs"]
+__all__ = [
+    "latent_rotary_dim",
+    "matched_pairs",
+    "nearest",
+    "pairs_to_channels",
+    "product_svd",
+    "stride_channels",
+    "stride_pairs",
+]
 
 
 def latent_rotary_dim(head_dim: int, rotary_dim: int, d_qk: int) -> int:
@@ -33,7 +41,9 @@ def nearest(width: int, allowed: list[int]) -> str:
     """`try 16 or 32`: the allowed widths next to `width` on either side."""
     below = [d for d in allowed if d < width]
     above = [d for d in allowed if d > width]
-    return "try " + " or ".join(str(d) for d in ([max(below)] if below else []) + ([min(above)] if above else []))
+    return "try " + " or ".join(
+        str(d) for d in ([max(below)] if below else []) + ([min(above)] if above else [])
+    )
 
 
 def stride_channels(name: str, width: int, size: int) -> tuple[int, ...]:

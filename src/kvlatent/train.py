@@ -22,6 +22,7 @@ from .checkpoints import last_complete_checkpoint, read_final, read_journal, wri
 from .claim import claim, stage_identity
 from .data import prepare
 from .loop import Progress, StageTrainer
+from .output import prepare_output
 from .recipe import Recipe, Stage, Stage2
 from .record import environment
 from .teacher import check_teacher, placed_teacher
@@ -145,7 +146,7 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
     device = choose_device(device)
     settings = _settings(recipe, stage)
-    hub.prepare_output(out, overwrite)
+    prepare_output(out, overwrite)
     student = hub.load_model(model)
     tokenizer = hub.load_tokenizer(model, student.config)
     original = None if teacher is None else hub.load_model(teacher)

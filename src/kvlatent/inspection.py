@@ -1,0 +1,70 @@
+"""What a checkpoint is, read from its config and the record of its making; no weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import LatentConfig
+from .families import family_of
+from .hub import _load_config as load_config
+
+__all__ = ["describe"]
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """Family, widths, selection, cache bytes per token (computed), and the figures of the run that made it.
+
+    Args:
+        model: directory or hub id, of a latent checkpoint or of a supported original.
+
+    Returns:
+        A JSON-able dict. `cache_bytes_per_token` is for the checkpoint's own dtype. "figures" is there when a local
+        directory holds `run.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or not a supported one.
+    """
+    config = load_config(str(model))
+    family = family_of(config)
+    saved = getattr(config, "kv_latent", None)
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    dtype = config.dtype or torch.float32
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    document: dict[str, Any] = {
+        "model_type": config.model_type,
+        "family": family.model_type,
+        "is_latent": saved is not None,
+    }
+    document |= {
+        "num_hidden_layers": layers,
+        "num_key_value_heads": heads,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    document["max_position_embeddings"] = getattr(config, "max_position_embeddings", None)
+    if saved is None:
+        size = 2 * head_dim * layers * heads * dtype.itemsize
+        return document | {"head_dim": head_dim, "cache_bytes_per_token": {"original": size}}
+    latent = LatentConfig.from_dict(saved)
+    original = 2 * latent.original_head_dim * layers * heads * dtype.itemsize
+    reduced = latent.cache_bytes_per_token(layers, heads, dtype.itemsize)
+    document |= {
+        "d_qk": latent.d_qk,
+        "d_vo": latent.d_vo,
+        "original_head_dim": latent.original_head_dim,
+        "selection": {
+            "keys": latent.keys,
+            "values": latent.values,
+            "frequencies": latent.frequencies,
+            "qk_norm": latent.qk_norm,
+        },
+        "cache_bytes_per_token": {"original": original, "latent": reduced, "share": reduced / original},
+    }
+    record = Path(model) / "run.json"
+    if record.is_file():
+        made = json.loads(record.read_text(encoding="utf-8"))
+        document |= {name: made[name] for name in ("command", "figures", "training") if made.get(name)}
+    return document

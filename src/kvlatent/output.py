@@ -1,0 +1,64 @@
+"""Output directories that exist whole or not at all.
+
+Everything is written into a temporary sibling, flushed to disk and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["atomic_directory", "prepare_output"]
+
+
+def prepare_output(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Check that `out` may be written before any work is done.
+
+    Raises:
+        FileExistsError: it is a file, or holds something and `overwrite` is false.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; give a directory that does not exist yet")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} already holds something; give another directory or --overwrite")
+    return out
+
+
+@contextmanager
+def atomic_directory(out: str | os.PathLike[str], *, overwrite: bool = False) -> Generator[Path]:
+    """Yield a temporary sibling of `out`; on success flush it and rename it to `out`, on failure remove it.
+
+    Raises:
+        FileExistsError: see `prepare_output`.
+    """
+    out = prepare_output(out, overwrite)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    folder = out.absolute().with_name(f".{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        for path in folder.rglob("*"):
+            _flush(path)
+        old = out.absolute().with_name(f".{out.name}.old-{os.getpid()}")
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+        _flush(out.absolute().parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    with suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

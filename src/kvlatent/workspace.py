@@ -1,0 +1,123 @@
+"""The directory beside the output where an unfinished `compress` keeps what it has.
+
+`OUT.partial/plan.json` holds everything that decides the result. A step counts as finished when its JSON file is
+there; that file is written last, synced and put in place by a rename, so a kill at any moment leaves either the
+finished step or none. A second call with the same plan continues; one with another plan is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import write_atomically
+
+__all__ = ["Workspace", "differences", "fingerprint", "identity", "write_text"]
+
+_MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there complete or not at all."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def fingerprint(plan: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON-able mapping, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def identity(source: str | Path) -> str:
+    """SHA-256 of what a path holds: a file's content, or the names and contents of a checkpoint's files.
+
+    A name that is no local path (a hub id) stands for itself.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _sha256(path)
+    if not path.is_dir():
+        return f"hub:{source}"
+    files = sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern) if file.is_file()})
+    return fingerprint({file.name: _sha256(file) for file in files})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two nested mappings, one `section.key (old, now new)` each."""
+    found: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} ({_short(before)}, now {_short(after)})")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."
+
+
+class Workspace:
+    """Files of one unfinished run.
+
+    Args:
+        out: the output directory the run works for; the workspace is its sibling `out.partial`.
+        plan: JSON-able mapping of everything that decides the result.
+    """
+
+    def __init__(self, out: str | Path, plan: Mapping[str, Any]) -> None:
+        out = Path(out)
+        self.path = out.with_name(out.name + ".partial")
+        self.plan = json.loads(json.dumps(plan))
+
+    def open(self, *, overwrite: bool = False) -> bool:
+        """Make the directory, or continue in it; True when it held finished work of the same plan.
+
+        Raises:
+            ValueError: it holds the work of another plan and `overwrite` is false.
+        """
+        plan_file = self.path / "plan.json"
+        if plan_file.is_file():
+            changed = differences(json.loads(plan_file.read_text(encoding="utf-8")), self.plan)
+            if not changed:
+                return any(self.path.glob("step-*.json"))
+            if not overwrite:
+                raise ValueError(
+                    f"{self.path} holds an unfinished run with another {', '.join(changed)}; call it with the same "
+                    "arguments to continue, or pass --overwrite to start anew"
+                )
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        write_text(plan_file, json.dumps(self.plan, indent=2))
+        return False
+
+    def done(self, step: str) -> dict[str, Any] | None:
+        """What a finished step left, or None."""
+        file = self.path / f"step-{step}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def finish(self, step: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Mark a step as finished and return its figures."""
+        write_text(self.path / f"step-{step}.json", json.dumps(figures, indent=2))
+        return dict(figures)
+
+    def has_work(self) -> bool:
+        """Whether anything here is worth continuing: a finished step or a training checkpoint."""
+        return any(self.path.glob("step-*.json")) or any(
+            self.path.glob("stage*/checkpoint-*/trainer_state.json")
+        )
+
+    def remove(self) -> None:
+        """Delete the directory."""
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,5 @@
+"""`python -m kvlatent_cli` is the `kvlatent` command."""
+
+from .main import main
+
+main()

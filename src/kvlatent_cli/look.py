@@ -1,0 +1,92 @@
+"""The commands that read a checkpoint: eval, generate, inspect."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+from .session import session
+from .tables import figures_table, pairs_table
+
+
+def evaluate(
+    directory: o.Directory,
+    data: o.Data,
+    against: Annotated[
+        str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens a window.", metavar="N")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", metavar="N")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(help="Score that many tokens; all by default.")] = None,
+    separator: Annotated[str, typer.Option(help="Splits a .txt into documents.")] = "<|endoftext|>",
+    text_field: Annotated[
+        str, typer.Option(help="Field of a .jsonl or .parquet that holds the text.")
+    ] = "text",
+    device: o.Device = "auto",
+    dtype: o.Dtype = None,
+    as_json: o.Json = False,
+) -> None:
+    """Measure perplexity and the live cache, beside the original's with --against."""
+    with session(as_json) as run:
+        from kvlatent.budget import choose_device
+        from kvlatent.evaluate import evaluate as work
+
+        report = work(
+            directory,
+            data,
+            against=against,
+            block_size=block_size,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            separator=separator,
+            text_field=text_field,
+            device=choose_device(device),
+            dtype=dtype,
+            progress=run.report,
+        )
+        latent = report["latent"]
+        if against is not None:
+            latent = latent | {name: report[name] for name in ("ratio", "ratio_standard_error")}
+        rows = {"original": report["original"]} if against is not None else {}
+        run.show(report, figures_table(rows | {"latent": latent}), f"scored {latent['tokens']:,} tokens")
+
+
+def generate(
+    directory: o.Directory,
+    prompt: Annotated[str, typer.Option(help="The text to continue.", metavar="TEXT")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", metavar="N")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.", metavar="N")] = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = None,
+    as_json: o.Json = False,
+) -> None:
+    """Continue a text."""
+    with session(as_json) as run:
+        from kvlatent.budget import choose_device
+        from kvlatent.generation import continuation
+        from kvlatent.hub import load_model, load_tokenizer
+
+        model = load_model(directory, dtype=dtype, device=choose_device(device))
+        tokenizer = load_tokenizer(directory, model.config)
+        added = continuation(model, tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed)
+        run.show({"prompt": prompt, "continuation": added}, f"{prompt}{added}")
+
+
+def inspect(directory: o.Directory, as_json: o.Json = False) -> None:
+    """Say what a checkpoint is: widths, tables, cache bytes per token, and what was measured when it was made."""
+    with session(as_json) as run:
+        from kvlatent.inspection import describe
+
+        document = describe(directory)
+        run.show(document, pairs_table(_flat(document)))
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested document as one level of dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,31 @@
+"""The `kvlatent` command: its subcommands, and nothing heavy at import."""
+
+from __future__ import annotations
+
+import typer
+
+from . import look, make
+
+app = typer.Typer(
+    name="kvlatent",
+    help="Halve the KV cache of a pretrained language model: convert, distil, measure, load as before.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for name, function in {
+    "compress": make.compress,
+    "convert": make.convert,
+    "train": make.train,
+    "eval": look.evaluate,
+    "generate": look.generate,
+    "inspect": look.inspect,
+    "demo": make.demo,
+}.items():
+    app.command(name)(function)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,213 @@
+"""The commands that write a checkpoint: compress, convert, train, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as o
+from .session import Session, session
+from .tables import figures_table, pairs_table, plan_lines
+
+
+def compress(
+    model: o.Model,
+    data: o.Data,
+    out: o.Out,
+    kv: o.Kv = None,
+    d_qk: o.Qk = None,
+    d_vo: o.Vo = None,
+    preset: o.Preset = None,
+    recipe: o.RecipeFile = None,
+    overrides: o.Set = None,
+    tokens: o.Tokens = None,
+    stages: o.Stages = "both",
+    eval_data: o.OptionalData = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = None,
+    seed: o.Seed = None,
+    overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+) -> None:
+    """Convert a checkpoint, train it in two stages, measure it, save it. Repeat the command to continue a killed run."""
+    with session(as_json) as run:
+        from kvlatent.pipeline import compress as work
+
+        chosen = _plan_options(kv, d_qk, d_vo, preset, recipe, overrides, tokens, stages, device, dtype, seed)
+        if not dry_run:
+            _announce(run, model, chosen)
+        record = work(
+            model,
+            data,
+            out,
+            eval_data=eval_data,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=run.report,
+            **chosen,
+        )
+        _show_record(run, record, out)
+
+
+def convert(
+    model: o.Model,
+    out: o.Out,
+    kv: o.Kv = None,
+    d_qk: o.Qk = None,
+    d_vo: o.Vo = None,
+    preset: o.Preset = None,
+    data: o.OptionalData = None,
+    recipe: o.RecipeFile = None,
+    overrides: o.Set = None,
+    device: o.Device = "auto",
+    overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+) -> None:
+    """Convert a checkpoint without training it; with --data, measure what that costs."""
+    with session(as_json) as run:
+        from kvlatent.pipeline import convert_checkpoint as work
+
+        chosen = _plan_options(kv, d_qk, d_vo, preset, recipe, overrides, None, "none", device, None, None)
+        if not dry_run:
+            _announce(run, model, chosen)
+        record = work(
+            model, out, data=data, overwrite=overwrite, dry_run=dry_run, progress=run.report, **chosen
+        )
+        _show_record(run, record, out)
+
+
+def train(
+    directory: o.Directory,
+    stage: Annotated[int, typer.Option(help="1: layer by layer; 2: end to end.", metavar="1|2")],
+    data: o.Data,
+    teacher: Annotated[
+        str | None, typer.Option(help="The original; only stage 2 on next tokens can do without.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write; DIR itself by default.", metavar="DIR")
+    ] = None,
+    recipe: o.RecipeFile = None,
+    overrides: o.Set = None,
+    tokens: o.Tokens = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = None,
+    seed: o.Seed = None,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+) -> None:
+    """Train one stage of a latent checkpoint, in place unless --out is given. Repeat the command to continue."""
+    with session(as_json) as run:
+        from kvlatent.train import train as work
+
+        values = {"dtype": dtype, "seed": seed} | (
+            {f"stage{stage}.tokens": tokens} if stage in (1, 2) else {}
+        )
+        settings = [
+            *(overrides or []),
+            *(f"{key}={value}" for key, value in values.items() if value is not None),
+        ]
+        target = Path(directory) if out is None else out
+        summary = work(
+            directory,
+            stage=stage,
+            data=data,
+            out=target,
+            teacher=teacher,
+            recipe=recipe,
+            overrides=settings,
+            device=device,
+            overwrite=overwrite or out is None,
+            progress=lambda number, done, total, speed, loss: run.report(
+                f"stage {'I' * number}", done, total, f"{speed:,.0f} tokens/s, loss {loss:.4f}"
+            ),
+        )
+        document = {**summary, "out": str(target)}
+        run.show(
+            document, pairs_table({name: value for name, value in document.items() if "layer" not in name})
+        )
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Directory to write; ./kvlatent-demo by default.")] = None,
+    tokens: o.Tokens = None,
+    overwrite: o.Overwrite = False,
+    as_json: o.Json = False,
+) -> None:
+    """Compress the model that ships with the package to half its cache, on the text of Python's standard library."""
+    with session(as_json) as run:
+        from kvlatent.demo import demo as work
+
+        report = work(out, tokens=tokens, overwrite=overwrite, progress=run.report, say=run.say)
+        run.show(report, *_demo_answer(report))
+
+
+def _plan_options(
+    kv: float | None,
+    d_qk: str | None,
+    d_vo: str | None,
+    preset: str | None,
+    recipe: Path | None,
+    overrides: list[str] | None,
+    tokens: int | None,
+    stages: str,
+    device: str,
+    dtype: str | None,
+    seed: int | None,
+) -> Any:
+    """The options of `kvlatent.budget.plan_run`."""
+    return {
+        "kv": kv,
+        "d_qk": o.widths("d-qk", d_qk),
+        "d_vo": o.widths("d-vo", d_vo),
+        "preset": preset,
+        "recipe": recipe,
+        "overrides": overrides or [],
+        "tokens": tokens,
+        "stages": stages,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+    }
+
+
+def _announce(run: Session, model: str, chosen: Any) -> None:
+    from kvlatent.budget import plan_run
+
+    for line in plan_lines(plan_run(model, **chosen).summary()):
+        run.say(line)
+
+
+def _show_record(run: Session, record: dict[str, Any], out: Path) -> None:
+    """A finished run's figures, or a plan."""
+    if "command" not in record:
+        run.show(record, *plan_lines(record["plan"]))
+        return
+    tables = [figures_table(record["figures"])] if record["figures"] else []
+    run.show({**record, "out": str(out)}, *tables, f"saved in {out}")
+
+
+def _demo_answer(report: dict[str, Any]) -> list[Any]:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for name in ("original", "latent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    sides = (report["original"], report["latent"])
+    table.add_row(
+        "cache bytes per token (measured)", *(f"{side['cache_bytes_per_token']:,.0f}" for side in sides)
+    )
+    table.add_row("perplexity on held-out modules", *(f"{side['perplexity']:.3f}" for side in sides))
+    for distance in report["original"]["copy_accuracy"]:
+        shares = (f"{side['copy_accuracy'][distance]:.1%}" for side in sides)
+        table.add_row(f"copies a random string, {distance} tokens back", *shares)
+    lines = [
+        f"\n{name} continues {report['prompt']!r}:\n{side['continuation']}"
+        for name, side in zip(("original", "latent"), sides, strict=True)
+    ]
+    return [table, *lines, f"\nsaved in {report['out']} ({report['minutes']:.1f} min)"]

@@ -1,0 +1,152 @@
+"""What every command has around it: silence from libraries, progress on stderr, errors as one sentence.
+
+Exit codes: 0 done, 2 a mistake of the user's (one sentence on stderr), 130 interrupted, 1 a defect (traceback).
+`KVLATENT_TRACEBACK=1` shows the traceback of a mistake too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Generator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_DISK = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file is larger than this system allows"}
+_DISK_SIGNS = ("No space left", "File too large", "PytorchStreamWriter failed", "I/O error")
+_SHOWN_AFTER_S = 2.0
+
+
+@contextlib.contextmanager
+def session(as_json: bool = False) -> Generator[Session]:
+    """Run a command's work: stdout is kept for its answer, mistakes become a sentence and exit code 2."""
+    stdout = sys.stdout
+    current = Session(as_json, Console(file=stdout, highlight=False, soft_wrap=True))
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), current.progress:
+            warnings.simplefilter("ignore")
+            _silence()
+            yield current
+            current.close()
+    except KeyboardInterrupt:
+        print("interrupted; repeat the command to continue where it can", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None or os.environ.get("KVLATENT_TRACEBACK"):
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    current.flush()
+
+
+class Session:
+    """One command at work: its progress, and its answer.
+
+    Args:
+        as_json: the answer is one JSON document instead of tables.
+        console: of stdout.
+    """
+
+    def __init__(self, as_json: bool, console: Console) -> None:
+        self.as_json, self.console = as_json, console
+        self.answer: list[Any] = []
+        self.progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._step, self._since, self._note, self._task = "", time.monotonic(), "", None
+
+    def report(self, step: str, done: int, total: int, note: str) -> None:
+        """Show how far a step is: a bar in a terminal, one line at the end of a long step elsewhere."""
+        if step != self._step:
+            self.close()
+            self._step, self._since = step, time.monotonic()
+            self._task = self.progress.add_task(step, total=total or None, note=note)
+        self._note = note
+        if self._task is not None:
+            self.progress.update(self._task, completed=done, total=total or None, note=note)
+
+    def say(self, text: str) -> None:
+        """A line for people, on stderr."""
+        self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def show(self, document: Any, *renderables: Any) -> None:
+        """Set the answer: the document under --json, what can be rendered otherwise."""
+        self.answer = [document] if self.as_json else list(renderables)
+
+    def flush(self) -> None:
+        """Print the answer on stdout."""
+        for part in self.answer:
+            if self.as_json:
+                self.console.file.write(json.dumps(part, indent=2) + "\n")
+            elif isinstance(part, str):
+                self.console.file.write(part + "\n")  # as it is: rich would read markup in a model's words
+            else:
+                self.console.print(part)
+
+    def close(self) -> None:
+        """End the current step."""
+        elapsed = time.monotonic() - self._since
+        if self._task is not None:
+            self.progress.remove_task(self._task)
+        if self._step and elapsed > _SHOWN_AFTER_S:
+            self.say(f"{self._step}: {elapsed:.0f} s" + (f", {self._note}" if self._note else ""))
+        self._step, self._task = "", None
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """One sentence for a mistake of the user's or a full disk; None for a defect of ours."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for one in chain:
+        if isinstance(one, OSError) and one.errno in _DISK:
+            where = f" while writing {one.filename}" if one.filename else ""
+            return (
+                f"{_DISK[one.errno]}{where}; nothing half-written is left, make room and repeat the command"
+            )
+        if type(one).__name__ in ("RuntimeError", "SafetensorError") and any(
+            s in str(one) for s in _DISK_SIGNS
+        ):
+            return f"writing failed ({_one_line(one)}); nothing half-written is left, make room and repeat the command"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    if isinstance(error, (ValueError, OSError)):
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _silence() -> None:
+    """Turn off the chatter and the bars of the libraries (called where torch may be imported)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()

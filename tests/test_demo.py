@@ -1,0 +1,65 @@
+"""The demo end to end, on a model and a library small enough for a test."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvlatent import demo as demo_module
+from kvlatent import embedded
+from kvlatent.hub import load_model
+from kvlatent_cli.make import _demo_answer
+from on_disk import SETTINGS, TOKENS, WORDS, write_checkpoint
+
+DISTANCES = (50, 200, 400, 700)
+
+
+@pytest.fixture
+def small(tmp_path, tiny_tokenizer, monkeypatch) -> Path:
+    """The embedded model and the standard library, replaced; the working directory is empty."""
+    model = write_checkpoint(tmp_path / "embedded", tiny_tokenizer, max_position_embeddings=1024)
+
+    def documents(split: str, include_tests: bool = False) -> list[str]:
+        start = 0 if split == "train" else 7
+        return [" ".join(WORDS[i % 29 :] + WORDS) for i in range(start, start + 40)]
+
+    for module in (demo_module, embedded):
+        monkeypatch.setattr(module, "stdlib_documents", documents)
+    monkeypatch.setattr(demo_module, "model_path", lambda: model)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_demo_reports_both_sides_and_can_be_repeated(small):
+    said = []
+    report = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=SETTINGS, say=said.append)
+    assert report["original"]["cache_bytes_per_token"] == 512
+    assert report["latent"]["cache_bytes_per_token"] == 256
+    for side in ("original", "latent"):
+        assert report[side]["perplexity"] > 1
+        assert list(report[side]["copy_accuracy"]) == [str(distance) for distance in DISTANCES]
+        assert isinstance(report[side]["continuation"], str)
+    assert list(report["run"]["training"]) == ["stage1", "stage2"]
+    assert report["run"]["plan"]["preset"] == "paper"
+    assert load_model(small / "kvlatent-demo").config.kv_latent["widths"] == {"d_qk": 8, "d_vo": 8}
+    assert "50%" in said[0]
+    json.dumps(report)
+    table, *lines = _demo_answer(report)
+    assert table.row_count == 2 + len(DISTANCES)
+    assert "saved in kvlatent-demo" in lines[-1]
+    again = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=SETTINGS)
+    assert again["latent"] == report["latent"]
+
+
+def test_demo_touches_no_stranger(small):
+    (small / "kvlatent-demo").mkdir()
+    (small / "kvlatent-demo" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        demo_module.demo(tokens=TOKENS, overrides=SETTINGS)
+
+
+def test_demo_needs_the_library(small, monkeypatch):
+    monkeypatch.setattr(demo_module, "stdlib_documents", lambda split: [])
+    with pytest.raises(ValueError, match="no standard library text"):
+        demo_module.demo()

@@ -1,0 +1,104 @@
+"""What users and scripts hold on to: public names, commands and flags, start-up time; and the caps on size."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+import kvlatent
+from kvlatent_cli.main import app
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(path for path in (ROOT / "src").rglob("*.py"))
+
+SHARED = ["--device", "--dtype", "--json"]
+PLAN = ["--kv", "--d-qk", "--d-vo", "--preset", "--recipe", "--set"]
+FLAGS = {
+    "compress": ["MODEL", "--data", "--out", *PLAN, "--tokens", "--stages", "--eval-data", "--seed", "--overwrite", "--dry-run", *SHARED],
+    "convert": ["MODEL", "--out", *PLAN, "--data", "--device", "--overwrite", "--dry-run", "--json"],
+    "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--seed", "--overwrite", *SHARED],
+    "eval": ["DIR", "--data", "--against", "--block-size", "--batch-size", "--max-tokens", "--separator", "--text-field", *SHARED],
+    "generate": ["DIR", "--prompt", "--max-new-tokens", "--temperature", "--seed", *SHARED],
+    "inspect": ["DIR", "--json"],
+    "demo": ["--out", "--tokens", "--overwrite", "--json"],
+}  # fmt: skip
+
+
+def test_public_names():
+    assert set(kvlatent.__all__) >= {"LatentConfig", "Recipe", "compress", "convert", "evaluate", "train"}
+    assert len(kvlatent.__all__) <= 12
+    for name in kvlatent.__all__:
+        assert getattr(kvlatent, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'shrink'"):
+        kvlatent.shrink  # noqa: B018
+
+
+def test_commands_and_flags_are_frozen():
+    commands = typer.main.get_command(app).commands
+    found = {}
+    for name, command in commands.items():
+        words = []
+        for parameter in command.params:
+            is_argument = parameter.param_type_name == "argument"
+            words.append(parameter.metavar if is_argument else parameter.opts[0])
+        found[name] = sorted(words)
+    assert found == {name: sorted(flags) for name, flags in FLAGS.items()}
+
+
+def test_every_command_and_option_is_explained():
+    for command in typer.main.get_command(app).commands.values():
+        assert command.help
+        assert all(parameter.help for parameter in command.params)
+
+
+def test_help_answers_in_a_second_and_without_torch():
+    best = min(_seconds_of_help() for _ in range(3))
+    assert best < 1.0
+    code = "import sys, kvlatent_cli.main; print([m for m in ('torch', 'transformers', 'kvlatent') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def _seconds_of_help() -> float:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "kvlatent_cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compress" in done.stdout
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_files_and_functions_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            explained = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno - 1
+            assert node.end_lineno - explained <= 50, node.name
+
+
+def test_only_the_console_package_prints():
+    for path in SOURCES:
+        if "kvlatent_cli" in path.parts:
+            continue
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), (
+            path.name
+        )
+
+
+def test_public_functions_are_not_shadowed_by_their_modules():
+    """`kvlatent.convert` is the function also after the module of that name was imported."""
+    code = """
+import importlib, kvlatent
+for name in ("pipeline", "train", "evaluate", "convert"):
+    importlib.import_module(f"kvlatent.{name}")
+print([name for name in ("compress", "convert", "evaluate", "train") for _ in range(2) if not callable(getattr(kvlatent, name))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
