@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.hub import load_model, save
 from kvlatent.record import environment
 from tiny import FAMILIES, HEAD_DIM, logits, padded, tiny_model, tokens

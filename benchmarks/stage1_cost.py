@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.data import evaluation_blocks
 from kvlatent.embedded import model_path
 from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.loop import collate
 from kvlatent.recipe import Recipe
 from kvlatent.record import environment
 from kvlatent.stage1 import capture, layer_losses
-from kvlatent.trainable import prepare_for_training
+from kvlatent.training.loop import collate
+from kvlatent.training.trainable import prepare_for_training
 from kvlatent.workspace import identity
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.data import evaluation_blocks, prepare
-from kvlatent.evaluate import measure
+from kvlatent.evaluation import measure
 from kvlatent.hub import load_model, load_tokenizer
 from kvlatent.recipe import Recipe
 from kvlatent.record import environment
-from kvlatent.train import train_stage
-from kvlatent.trainable import merged_copy, prepare_for_training
+from kvlatent.training.stages import train_stage
+from kvlatent.training.trainable import merged_copy, prepare_for_training
 
 
 def sha256(path: Path) -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 import peft  # imported before the forks, it takes seconds
 import torch
 
-from kvlatent.train import train_stage
-from kvlatent.trainable import prepare_for_training, trainable_names
+from kvlatent.training.stages import train_stage
+from kvlatent.training.trainable import prepare_for_training, trainable_names
 from training_setup import blocks, hashes, original, recipe, student_of
 
 CONFIG = ("lora.dropout=0.1", "data.isolate=true")  # dropout: the random state must come back too

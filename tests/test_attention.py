@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 
 from kvlatent.choose import choose, resolve_choices
 from kvlatent.config import LatentConfig
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.cost import live_cache_bytes
 from kvlatent.families import effective_table
 from kvlatent.modeling import latent_config_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvlatent.choose import choose, resolve_choices
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.families import effective_table
 from kvlatent.modeling import latent_config_of
 from kvlatent.rope import frequency_aware_exponents
@@ -181,7 +181,7 @@ def test_widths_per_layer():
 MEMORY = """
 import resource, sys, torch
 import kvlatent
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.data import evaluation_blocks
-from kvlatent.evaluate import cache_bytes_per_token, evaluate, measure, precision
+from kvlatent.evaluation import cache_bytes_per_token, evaluate, measure, precision
 from kvlatent.hub import load_model, load_tokenizer, save
 from on_disk import write_checkpoint, write_text
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from tiny import logits, padded, tiny_model, tokens
 
 # torch 2.13's compiler warns about its own and transformers' use of it.

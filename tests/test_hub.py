@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.hub import load_model, load_tokenizer, save
 from kvlatent.modeling import latent_classes, latent_config_of
 from kvlatent.output import atomic_directory
@@ -185,7 +185,7 @@ FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, {tests!r})
 from tiny import tiny_model
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.hub import save
 latent = convert(tiny_model("llama"), d_qk=16)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

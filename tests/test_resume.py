@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvlatent.checkpoints import (
+from kvlatent.output import write_atomically
+from kvlatent.training.checkpoints import (
     last_complete_checkpoint,
     load_trainable,
     missing_from,
     read_journal,
     trim_journal,
-    write_atomically,
 )
 
 WORKER = Path(__file__).with_name("resume_worker.py")

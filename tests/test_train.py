@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvlatent.loop import collate
 from kvlatent.stage1 import capture, layer_losses
 from kvlatent.stage2 import next_token_loss
-from kvlatent.train import train_stage
-from kvlatent.trainable import prepare_for_training
+from kvlatent.training.loop import collate
+from kvlatent.training.stages import train_stage
+from kvlatent.training.trainable import prepare_for_training
 from training_setup import blocks, hashes, original, recipe, run, student_of
 
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.hub import save
 from kvlatent.recipe import Recipe
-from kvlatent.train import train
+from kvlatent.training.stages import train
 from training_setup import hashes
 
 SENTENCE = "Once upon a time there was a small cat who lived near the river and liked the sun. "

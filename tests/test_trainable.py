@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvlatent.teacher import placed_teacher
-from kvlatent.trainable import merged_copy, prepare_for_training, trainable_names
+from kvlatent.training.teacher import placed_teacher
+from kvlatent.training.trainable import merged_copy, prepare_for_training, trainable_names
 from training_setup import digest, hashes, original, recipe, run, student_of
 
 IDS = torch.arange(1, 25).view(2, 12)

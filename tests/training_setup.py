@@ -14,9 +14,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from kvlatent.convert import convert
+from kvlatent.conversion import convert
 from kvlatent.recipe import Recipe
-from kvlatent.train import train_stage
+from kvlatent.training.stages import train_stage
 
 SIZES = {
     "vocab_size": 61,

@@ -3,30 +3,54 @@
 Importing the package registers the latent model classes with transformers' `Auto*` classes, so that
 `AutoModelForCausalLM.from_pretrained(DIR)` loads a converted checkpoint. Reading order of the modules:
 
-    table -> config -> rope -> select -> families -> attention -> modeling -> convert -> remote_code -> hub
-           -> data -> stage1 -> stage2 -> recipe -> train -> perplexity -> evaluate -> pipeline -> demo
+    what the artifact is    table -> config -> rope -> select -> families -> attention -> modeling
+    how it is made          choose -> conversion -> remote_code -> output -> hub
+    how it is trained       data -> stage1, stage2 -> recipe -> training
+    what it is worth        cost -> perplexity -> evaluation
+    the whole of it         budget -> workspace -> run -> pipeline -> demo
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import LatentConfig
 from .hub import register
 from .table import RotaryTable
 
+if TYPE_CHECKING:
+    from .conversion import convert
+    from .evaluation import evaluate
+    from .hub import load_model, save
+    from .pipeline import compress
+    from .recipe import Recipe
+    from .training import train
+
 __version__ = "0.1.0"
 
+__all__ = [
+    "LatentConfig",
+    "Recipe",
+    "RotaryTable",
+    "__version__",
+    "compress",
+    "convert",
+    "evaluate",
+    "load_model",
+    "save",
+    "train",
+]
+
+# Loaded at first use: training and evaluation import peft's and datasets' dependencies. No module bears the name of
+# one of these functions, since a submodule's import would put itself in the function's place.
 _LAZY = {
     "Recipe": "recipe",
     "compress": "pipeline",
-    "convert": "convert",
-    "evaluate": "evaluate",
+    "convert": "conversion",
+    "evaluate": "evaluation",
     "load_model": "hub",
     "save": "hub",
-    "train": "train",
+    "train": "training",
 }
-
-__all__ = ["LatentConfig", "RotaryTable", "__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

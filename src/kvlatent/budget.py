@@ -19,7 +19,7 @@ from .config import LatentConfig
 from .cost import equal_widths
 from .estimate import estimate_seconds, layer_size, stage_settings
 from .families import family_of
-from .hub import _load_config as load_config
+from .hub import load_config
 from .recipe import Recipe
 
 __all__ = ["STAGES", "Plan", "PlanOptions", "choose_device", "plan_run", "resolve_widths", "working_dtype"]

@@ -19,7 +19,7 @@ from .modeling import latent_classes
 from .output import atomic_directory
 from .remote_code import MODULE_NAME, remote_code
 
-__all__ = ["load_model", "load_tokenizer", "register", "save"]
+__all__ = ["load_config", "load_model", "load_tokenizer", "register", "save"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -51,7 +51,7 @@ def load_model(
     """
     register()
     path = str(path_or_id)
-    config = _load_config(path)
+    config = load_config(path)
     family_of(config)
     if Path(path).is_dir():
         _check_weights(Path(path))
@@ -77,7 +77,7 @@ def load_model(
     return model.to(device).eval()
 
 
-def _load_config(path: str) -> Any:
+def load_config(path: str) -> Any:
     """The transformers config of a local directory or hub id."""
     local = Path(path)
     if local.exists() and not local.is_dir():

@@ -10,7 +10,7 @@ import torch
 
 from .config import LatentConfig
 from .families import family_of
-from .hub import _load_config as load_config
+from .hub import load_config
 
 __all__ = ["describe"]
 

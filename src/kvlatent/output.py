@@ -1,4 +1,4 @@
-"""Output directories that exist whole or not at all.
+"""Output files and directories that exist whole or not at all.
 
 Everything is written into a temporary sibling, flushed to disk and renamed at the end.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_directory", "prepare_output"]
+__all__ = ["atomic_directory", "prepare_output", "write_atomically"]
 
 
 def prepare_output(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -62,3 +63,18 @@ def _flush(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary sibling, flush it to the disk, then rename it to `path`.
+
+    After a failure neither the sibling nor a half-written `path` is left.
+    """
+    sibling = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write(sibling)
+        with sibling.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(sibling, path)
+    finally:
+        sibling.unlink(missing_ok=True)

@@ -16,13 +16,13 @@ import torch
 
 from .budget import PlanOptions, plan_run, working_dtype
 from .card import model_card
-from .convert import convert
-from .evaluate import evaluate
+from .conversion import convert
+from .evaluation import evaluate
 from .hub import load_model, load_tokenizer, save
 from .output import prepare_output
 from .record import command_line, environment
 from .run import Progress, Run
-from .trainable import merged_copy
+from .training.trainable import merged_copy
 from .workspace import Workspace, fingerprint, identity
 
 __all__ = ["Progress", "compress", "convert_checkpoint"]

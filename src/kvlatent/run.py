@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .budget import Plan, working_dtype
 from .card import model_card
-from .convert import convert
+from .conversion import convert
 from .data import evaluation_blocks, prepare
-from .evaluate import compare, measure, precision
+from .evaluation import compare, measure, precision
 from .hub import load_model, load_tokenizer, save
 from .perplexity import Perplexity
 from .record import joined_metrics
-from .train import train_stage
-from .trainable import merged_copy, prepare_for_training
+from .training.stages import train_stage
+from .training.trainable import merged_copy, prepare_for_training
 from .workspace import Workspace
 
 __all__ = ["Progress", "Run"]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import write_atomically
+from .output import write_atomically
 
 __all__ = ["Workspace", "differences", "fingerprint", "identity", "write_text"]
 

@@ -31,7 +31,7 @@ def evaluate(
     """Measure perplexity and the live cache, beside the original's with --against."""
     with session(as_json) as run:
         from kvlatent.budget import choose_device
-        from kvlatent.evaluate import evaluate as work
+        from kvlatent.evaluation import evaluate as work
 
         report = work(
             directory,

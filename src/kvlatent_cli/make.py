@@ -101,7 +101,7 @@ def train(
 ) -> None:
     """Train one stage of a latent checkpoint, in place unless --out is given. Repeat the command to continue."""
     with session(as_json) as run:
-        from kvlatent.train import train as work
+        from kvlatent.training.stages import train as work
 
         values = {"dtype": dtype, "seed": seed} | (
             {f"stage{stage}.tokens": tokens} if stage in (1, 2) else {}

@@ -8,18 +8,18 @@ every file of it is whole, broken ones are moved aside, and every file of our ow
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..output import write_atomically
 
 __all__ = [
     "last_complete_checkpoint",
@@ -28,7 +28,6 @@ __all__ = [
     "read_final",
     "read_journal",
     "trim_journal",
-    "write_atomically",
     "write_final",
 ]
 
@@ -95,21 +94,6 @@ def _quarantine(checkpoint: Path, step: int) -> None:
     if aside.exists():
         shutil.rmtree(aside)
     checkpoint.rename(aside)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary sibling, flush it to the disk, then rename it to `path`.
-
-    After a failure neither the sibling nor a half-written `path` is left.
-    """
-    sibling = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        write(sibling)
-        with sibling.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
 
 
 def write_final(path: Path, tensors: dict[str, Tensor], summary: dict[str, Any]) -> None:

@@ -15,20 +15,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from . import hub
+from .. import hub
+from ..budget import choose_device
+from ..data import prepare
+from ..output import prepare_output
+from ..recipe import Recipe, Stage, Stage2
+from ..record import environment
+from ..workspace import Workspace, identity
 from .arguments import training_arguments
-from .budget import choose_device
 from .checkpoints import last_complete_checkpoint, read_final, read_journal, write_final
 from .claim import claim, stage_identity
-from .data import prepare
 from .loop import Progress, StageTrainer
-from .output import prepare_output
-from .recipe import Recipe, Stage, Stage2
-from .record import environment
 from .teacher import check_teacher, placed_teacher
 from .trainable import merged_copy, prepare_for_training, trainable_names, trainable_state
 from .trainers import EndToEndTrainer, LayerTrainer
-from .workspace import Workspace, identity
 
 __all__ = ["train", "train_stage"]
 

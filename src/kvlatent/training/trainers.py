@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..recipe import Stage2
+from ..stage1 import capture, layer_losses
+from ..stage2 import stage2_loss
 from .loop import StageTrainer
-from .recipe import Stage2
-from .stage1 import capture, layer_losses
-from .stage2 import stage2_loss
 
 __all__ = ["EndToEndTrainer", "LayerTrainer"]
 

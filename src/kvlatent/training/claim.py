@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoints import write_atomically
-from .recipe import Recipe, Stage
-from .workspace import differences
+from ..output import write_atomically
+from ..recipe import Recipe, Stage
+from ..workspace import differences
 
 __all__ = ["claim", "stage_identity"]
 
