@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,6 +270,26 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tiny_tokeniz
     assert len(load_tokenizer(tmp_path, tiny_model("llama", vocab_size=300).config)) == 300
     with pytest.raises(FileNotFoundError, match="has no tokenizer that loads"):
         load_tokenizer(tmp_path / "nowhere", tiny_model("llama").config)
+
+
+def test_pushing_to_the_hub_uploads_the_modelling_file(tmp_path, monkeypatch):
+    latent, uploaded = convert(tiny_model("llama"), d_qk=16), []
+
+    def upload(self, folder, *args, **kwargs):
+        uploaded.append(sorted(os.listdir(folder)))
+
+    module = "transformers.utils.hub"
+    api = SimpleNamespace(create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    card = SimpleNamespace(save=lambda _: None)
+    monkeypatch.setattr(f"{module}.hf_api", lambda: api)
+    monkeypatch.setattr(f"{module}.create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(f"{module}.PushToHubMixin._upload_modified_files", upload)
+    latent.push_to_hub("someone/latent")
+    latent.save_pretrained(tmp_path / "mine", push_to_hub=True)
+    for files in (*uploaded, sorted(os.listdir(tmp_path / "mine"))):
+        assert {"config.json", "model.safetensors", f"{MODULE_NAME}.py"} <= set(files)
+    assert len(uploaded) == 2
+    assert torch.equal(logits(load_model(tmp_path / "mine"), tokens()), logits(latent, tokens()))
 
 
 def test_generated_file_is_plain_python_without_kvlatent():

@@ -32,6 +32,7 @@ def register() -> None:
         AutoConfig.register(LATENT_PREFIX + model_type, config, exist_ok=True)
         AutoModel.register(config, decoder, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
+        decoder.add_code = causal.add_code = staticmethod(_add_code)
 
 
 def load_model(
@@ -166,15 +167,11 @@ def save(
         OSError: the disk is full or not writable; nothing is left behind.
     """
     out = Path(out)
-    model_type = str(model.config.model_type).removeprefix(LATENT_PREFIX)
     with atomic_directory(out, overwrite=overwrite) as folder:
         try:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
             raise OSError(f"cannot write the weights to {out}: {_first_line(error)}") from error
-        if str(model.config.model_type).startswith(LATENT_PREFIX):
-            _add_auto_map(folder / "config.json", model_type)
-            (folder / f"{MODULE_NAME}.py").write_text(remote_code(model_type))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for name, text in {**({} if card is None else {"README.md": card}), **(files or {})}.items():
@@ -182,16 +179,15 @@ def save(
     return out
 
 
-def _add_auto_map(path: Path, model_type: str) -> None:
-    """Name the checkpoint's own modelling file, for loading with `trust_remote_code` and without kvlatent."""
-    config, decoder, causal = latent_classes(model_type)
+def _add_code(folder: str | os.PathLike[str], config: Any) -> None:
+    """Put the modelling file into a saved directory and name it in `auto_map`, for loading without kvlatent."""
+    model_type = str(config.model_type).removeprefix(LATENT_PREFIX)
+    path = Path(folder) / "config.json"
     data = json.loads(path.read_text())
-    data["auto_map"] = {
-        "AutoConfig": f"{MODULE_NAME}.{config.__name__}",
-        "AutoModel": f"{MODULE_NAME}.{decoder.__name__}",
-        "AutoModelForCausalLM": f"{MODULE_NAME}.{causal.__name__}",
-    }
+    names = zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), latent_classes(model_type), strict=True)
+    data["auto_map"] = {auto: f"{MODULE_NAME}.{made.__name__}" for auto, made in names}
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    (Path(folder) / f"{MODULE_NAME}.py").write_text(remote_code(model_type))
 
 
 def _first_line(error: BaseException) -> str:

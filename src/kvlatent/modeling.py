@@ -6,6 +6,7 @@ family has a `model_type` of its own (`kv_latent_llama`, ...), so that no stock 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -74,14 +75,31 @@ def _install(decoder: Any, config: Any) -> None:
         layer.self_attn = LatentAttention(config, latent, index)
 
 
+class _CarriesItsCode:
+    """Saving a model adds the modelling file that loads it elsewhere, so `push_to_hub` uploads it too."""
+
+    add_code: Callable[[str, Any], None] | None = None
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As upstream's; the directory also gets the self-contained modelling file, named by `auto_map`."""
+        repo_id = kwargs.pop("repo_id", None) or str(save_directory).rstrip("/").rsplit("/", 1)[-1]
+        super().save_pretrained(save_directory, *args, **kwargs)  # ty: ignore[missing-attribute]
+        if self.add_code is not None:
+            self.add_code(save_directory, self.config)  # ty: ignore[missing-attribute]
+        if push_to_hub:
+            self.push_to_hub(repo_id)  # ty: ignore[missing-attribute]
+
+
 @cache
-def latent_classes(model_type: str) -> tuple[type, type, type]:
+def latent_classes(model_type: str) -> tuple[Any, Any, Any]:
     """Config, decoder and causal language model classes for a source `model_type` such as "llama"."""
     family = FAMILIES[model_type]
     config_type = _make_config(family.upstream("Config"), model_type, family.prefix)
     base_model, base_causal = family.upstream("Model"), family.upstream("ForCausalLM")
 
-    class Model(base_model):
+    class Model(_CarriesItsCode, base_model):
         config_class = config_type
         _can_record_outputs = base_model._can_record_outputs | {"attentions": LatentAttention}
 
@@ -91,7 +109,7 @@ def latent_classes(model_type: str) -> tuple[type, type, type]:
             _install(self, config)
             self.post_init()
 
-    class CausalLM(base_causal):
+    class CausalLM(_CarriesItsCode, base_causal):
         config_class = config_type
 
         def __init__(self, config: Any) -> None:
