@@ -18,6 +18,7 @@ from kvlatent.pipeline import compress, convert_checkpoint
 from kvlatent.recipe import Recipe
 from kvlatent.workspace import Workspace
 from on_disk import SETTINGS, TOKENS, snapshot, write_checkpoint, write_text
+from training_setup import hashes
 
 OPTIONS = {"overrides": SETTINGS, "tokens": TOKENS, "device": "cpu"}
 
@@ -64,6 +65,23 @@ def test_output_is_loadable_measured_and_complete(place, whole):
     assert record["plan"]["cache_bytes_per_token"] == {"original": 512, "latent": 256, "dtype": "float32"}
     assert figures["latent"]["perplexity"] != figures["converted"]["perplexity"]
     assert record["training"]["stage1"]["tokens"] == record["training"]["stage2"]["tokens"] == TOKENS / 2
+
+
+def test_the_original_in_memory_is_untouched_by_a_whole_run(place, tmp_path, monkeypatch):
+    """It shares most tensors with the latent model; adapters are merged into the exported copy only."""
+    loaded = []
+
+    def spy(*args, **kwargs):
+        model = load_model(*args, **kwargs)
+        loaded.append((model, hashes(model)))
+        return model
+
+    monkeypatch.setattr("kvlatent.run.load_model", spy)
+    compress(place / "model", place / "text.txt", tmp_path / "out", **OPTIONS)
+    ((model, before),) = loaded
+    assert hashes(model) == before
+    trained = hashes(load_model(tmp_path / "out"))
+    assert trained["model.layers.0.mlp.up_proj.weight"] != before["model.layers.0.mlp.up_proj.weight"]
 
 
 def test_settings_travel_with_the_weights_but_paths_do_not(place, whole):
