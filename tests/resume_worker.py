@@ -53,7 +53,7 @@ def kill_in_save(number: int) -> None:
 
 def kill_in_weights(number: int) -> None:
     """End the process with half of the nth checkpoint's weights written."""
-    from kvlatent import loop
+    from kvlatent.training import loop
 
     save, calls = loop.save_file, []
 
@@ -82,7 +82,7 @@ def kill_in_state(number: int) -> None:
 
 def kill_in_final(stage: int) -> None:
     """End the process with half of a stage's final weights in the temporary file."""
-    from kvlatent import checkpoints
+    from kvlatent.training import checkpoints
 
     save = checkpoints.save_file
 
