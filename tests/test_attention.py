@@ -9,7 +9,7 @@ from kvlatent.choose import choose, resolve_choices
 from kvlatent.config import LatentConfig
 from kvlatent.conversion import convert
 from kvlatent.cost import live_cache_bytes
-from kvlatent.families import effective_table
+from kvlatent.families import effective_table, family_of
 from kvlatent.modeling import latent_config_of
 from kvlatent.table import RotaryTable
 from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
@@ -120,7 +120,8 @@ def slow_attention(attention, hidden, latent, layer, scale):
         tables, channels = latent.tables_at(layer), latent.channels_at(layer)
         table, kept = tables[group % len(tables)], list(channels[group % len(channels)])
         for t in range(len(hidden)):
-            first = max(0, t - config.sliding_window + 1) if getattr(config, "sliding_window", None) else 0
+            window = family_of(config).sliding_window(config, layer)
+            first = 0 if window is None else max(0, t - window + 1)
             scores = [
                 scale * turn(q[t, head, kept], t, table) @ turn(k[s, group, kept], s, table)
                 for s in range(first, t + 1)
@@ -218,34 +219,43 @@ def test_a_future_token_never_changes_past_logits(narrow, name, implementation, 
     assert (a[:, -1] - b[:, -1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_left_padding_changes_nothing(narrow, name, implementation):
+def test_left_padding_changes_nothing(narrow, name, implementation, training):
     latent = narrow[name]
     x = tokens(length=24)
     expected = logits(latent, x)
-    latent.set_attn_implementation(implementation)
+    latent.train(training).set_attn_implementation(implementation)
     ids, mask = padded(x)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     actual = logits(latent, ids, attention_mask=mask, position_ids=position_ids)[:, 5:]
     torch.testing.assert_close(actual, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_cached_decoding_equals_the_full_forward(narrow, name):
+def test_cached_decoding_equals_the_full_forward(narrow, name, implementation, training, padding):
     latent = narrow[name]
-    x = tokens(length=28)
-    expected = logits(latent, x)
-    for cache in (DynamicCache(config=latent.config), StaticCache(config=latent.config, max_cache_len=28)):
-        pieces = [x[:, :9], x[:, 9:12], *x[:, 12:].split(1, 1)]
+    expected = logits(latent, tokens(length=24))
+    latent.train(training).set_attn_implementation(implementation)
+    x, mask = padded(tokens(length=24), padding)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    length = x.shape[1]
+    for cache in (
+        DynamicCache(config=latent.config),
+        StaticCache(config=latent.config, max_cache_len=length),
+    ):
         start, outputs = 0, []
-        for piece in pieces:
-            positions = torch.arange(start, start + piece.shape[1])[None]
-            outputs.append(
-                logits(latent, piece, past_key_values=cache, position_ids=positions, use_cache=True)
-            )
-            start += piece.shape[1]
-        torch.testing.assert_close(torch.cat(outputs, 1), expected, **CLOSE)
+        for size in (9, 3, *[1] * (length - 12)):  # prefill, a chunk, then token by token
+            now = slice(start, start := start + size)
+            inputs = {"position_ids": positions[:, now], "past_key_values": cache, "use_cache": True}
+            if padding:
+                inputs["attention_mask"] = mask[:, :start]
+            outputs.append(logits(latent, x[:, now], **inputs))
+        torch.testing.assert_close(torch.cat(outputs, 1)[:, padding:], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -256,12 +266,13 @@ def test_live_cache_bytes_are_the_formula(narrow, name):
     x = tokens(batch=2, length=40)
     cache = DynamicCache(config=config)
     latent(x, past_key_values=cache, use_cache=True)
-    window = getattr(config, "sliding_window", None) if name == "mistral" else None
-    cached = 40 if window is None else window - 1  # transformers keeps the last window - 1 tokens
-    assert live_cache_bytes(cache) == per_token * 2 * cached
+    windows = [layer.self_attn.sliding_window for layer in latent.model.layers]
+    # transformers keeps the last window - 1 tokens of a sliding layer, and a whole window in a static cache
+    cached = sum(40 if window is None else window - 1 for window in windows)
+    assert live_cache_bytes(cache) == per_token // 3 * 2 * cached
     static = StaticCache(config=config, max_cache_len=64)
     latent(x, past_key_values=static, use_cache=True)
-    assert live_cache_bytes(static) == per_token * 2 * min(64, window or 64)
+    assert live_cache_bytes(static) == per_token // 3 * 2 * sum(min(64, window or 64) for window in windows)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
@@ -275,7 +286,10 @@ def test_every_way_to_generate_agrees(narrow, name):
     ids, mask = padded(x, 3)
     assert torch.equal(latent.generate(ids, attention_mask=mask, **plan)[:, 3:], greedy)
     assert torch.equal(latent.generate(x[:1], prompt_lookup_num_tokens=3, **plan), greedy[:1])
-    assert torch.equal(latent.generate(x[:1], assistant_model=latent, **plan), greedy[:1])
+    smaller = convert(tiny_model(name), d_qk=8, d_vo=4)
+    assert torch.equal(latent.generate(x[:1], assistant_model=smaller, **plan), greedy[:1])
+    chunked = {"prefill_chunk_size": 4, "cache_implementation": "static"}
+    assert torch.equal(latent.generate(x, **chunked, **plan), greedy)
     beams = latent.generate(x, num_beams=3, **plan)
     assert torch.equal(beams, latent.generate(x, num_beams=3, use_cache=False, **plan))
 
@@ -309,8 +323,9 @@ def test_attention_weights_are_recorded(narrow):
     torch.testing.assert_close(weights[0].sum(-1), torch.ones(2, 4, 7))
 
 
-def test_a_table_built_in_inference_mode_still_trains():
-    latent = convert(tiny_model("llama"), **NARROW)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_what_is_built_in_inference_mode_still_trains(name):
+    latent = convert(tiny_model(name), **NARROW)
     with torch.inference_mode():
         latent(tokens())
     latent(tokens()).logits.sum().backward()

@@ -51,6 +51,9 @@ def test_cache_bytes_is_the_sum_over_layers():
         ({"d_vo": 0}, "d_vo must be a positive integer: got d_vo=0, head_dim=8; try 4"),
         ({"d_vo": -2}, "d_vo must be a positive integer: got d_vo=-2"),
         ({"d_qk": True}, "d_qk must be a positive integer"),
+        ({"d_qk": 1}, "d_qk=1, head_dim=8; try 2$"),
+        ({"scale": "nonsense"}, "scale is one of original, d_qk: got 'nonsense'"),
+        ({"qk_norm": "nonsense"}, "qk_norm is one of none, full, sliced: got 'nonsense'"),
         ({"version": 99}, "version 99 but this kvlatent reads up to 1; update"),
         ({"channels": ()}, "same layers: got 1 and 0"),
     ],
@@ -63,6 +66,8 @@ def test_bad_fields_are_refused(changes, message):
 def test_bad_tables_are_refused():
     with pytest.raises(ValueError, match="as many frequencies as the short one: got 1 and 2"):
         RotaryTable((1.0, 0.1), (1.0,), switch=4)
+    with pytest.raises(ValueError, match="finite frequencies: got NaN or infinity"):
+        RotaryTable((1.0, float("nan")))
     with pytest.raises(ValueError, match="come together: got long=True, switch=None"):
         RotaryTable((1.0,), (1.0,))
 
@@ -75,6 +80,15 @@ def test_bad_tables_are_refused():
         ({"tables": ((RotaryTable((1.0,)),) * 3,)}, "layer 0 needs 1 or 2 rotary tables.*got 3 and 1"),
         ({"tables": ((RotaryTable((1.0,) * 3),),)}, "d_qk=4 but a rotary table for 6 channels and 4 kept"),
         ({"channels": (((0, 1),),)}, "rotary table for 4 channels and 2 kept"),
+        ({"channels": (((0, 1, 4, 8),),)}, r"different channels in \[0, 8\): got 0 to 8, 4 different"),
+        ({"channels": (((0, 1, 4, 4),),)}, "got 0 to 4, 3 different"),
+        (
+            {
+                "tables": ((RotaryTable((1.0, 0.1)), RotaryTable((1.0, 0.1), attention_factor=2.0)),),
+                "channels": (((0, 1, 4, 5),) * 2,),
+            },
+            r"heads of layer 0 must share .* got \(2, 0, 1.0\) and \(2, 0, 2.0\)",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_the_model_is_refused(changes, message):
@@ -87,6 +101,10 @@ def test_damaged_json_is_refused():
     data = make().to_dict()
     del data["widths"]
     with pytest.raises(ValueError, match=r"damaged \(KeyError: 'widths'\); convert the model again"):
+        LatentConfig.from_dict(data)
+    data = make().to_dict()
+    data["widths"]["d_qk"] = "16"
+    with pytest.raises(ValueError, match="positive integer: got d_qk=16"):
         LatentConfig.from_dict(data)
 
 

@@ -1,10 +1,13 @@
+import copy
 import hashlib
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from kvlatent import modeling
 from kvlatent.choose import choose, resolve_choices
 from kvlatent.conversion import convert
 from kvlatent.families import effective_table
@@ -64,7 +67,7 @@ def test_kept_pairs_keep_their_own_frequency_and_the_original_scale(name, keys):
     assert channels[kept.rotary_dim // 2 : kept.rotary_dim] == tuple(p + table.rotary_dim // 2 for p in pairs)
     attention, original = latent.model.layers[0].self_attn, model.model.layers[0].self_attn
     fold = original.scaling / attention.scaling
-    if name == "qwen3":
+    if "qwen3" in name:
         torch.testing.assert_close(attention.q_gain, torch.full((4, 16), fold))
         assert attention.q_proj.weight.data_ptr() == original.q_proj.weight.data_ptr()
     else:
@@ -168,6 +171,29 @@ def test_partial_rotary_needs_a_proportional_width():
 def test_a_latent_model_is_not_converted_again():
     with pytest.raises(ValueError, match="latent already .*convert the original checkpoint instead"):
         convert(convert(tiny_model("llama"), d_qk=16), d_qk=8)
+
+
+def test_another_kind_of_model_or_config_is_refused():
+    llama, qwen3 = tiny_model("llama"), tiny_model("qwen3")
+    with pytest.raises(ValueError, match="needs a LlamaForCausalLM: got LlamaModel; load the checkpoint"):
+        convert(llama.model, d_qk=16)
+    with pytest.raises(
+        ValueError, match="made for llama with head_dim=32, qk_norm=none: got qwen3 with head_dim=32"
+    ):
+        convert(qwen3, choose(llama.config, 16, 16))
+    with pytest.raises(ValueError, match="made for llama with head_dim=32.*got llama with head_dim=16"):
+        convert(tiny_model("llama", head_dim=16), choose(llama.config, 16, 16))
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_models_and_configs_can_be_pickled_and_copied(name):
+    latent = convert(tiny_model(name), d_qk=16)
+    x = tokens()
+    for other in (pickle.loads(pickle.dumps(latent)), copy.deepcopy(latent)):
+        assert torch.equal(logits(other, x), logits(latent, x)) and type(other) is type(latent)
+    assert pickle.loads(pickle.dumps(latent.config)).kv_latent == latent.config.kv_latent
+    with pytest.raises(AttributeError, match="no attribute 'KVLatentNoneModel'"):
+        modeling.KVLatentNoneModel  # noqa: B018
 
 
 def test_widths_per_layer():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,16 @@ def test_auto_model_and_from_config(saved):
         hidden = decoder(x).last_hidden_state
         assert torch.equal(hidden, causal.model(x).last_hidden_state)
     assert causal.lm_head.weight is causal.model.embed_tokens.weight
+    contradiction = type(causal.config)
+    with pytest.raises(
+        ValueError, match="model_type='kv_latent_llama' but kv_latent was made from 'mistral'"
+    ):
+        contradiction(
+            **{
+                **causal.config.to_dict(),
+                "kv_latent": {**causal.config.kv_latent, "original_model_type": "mistral"},
+            }
+        )
     fresh = AutoModelForCausalLM.from_config(causal.config)
     assert logits(fresh, x).isfinite().all()
 
@@ -172,14 +183,53 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
 
-    def fail():
-        with atomic_directory(tmp_path / "out", overwrite=True) as folder:
-            (folder / "half").write_text("y")
-            raise RuntimeError("boom")
-
     with pytest.raises(RuntimeError, match="boom"):
-        fail()
+        _fail_in(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "old").exists()
+
+
+def test_what_a_killed_process_left_is_cleaned_or_put_back(tmp_path):
+    dead = 2**22 + 1  # above the kernel's largest process id
+    (tmp_path / f".out.tmp-{dead}").mkdir()
+    (tmp_path / f".out.old-{dead}").mkdir()
+    (tmp_path / f".out.old-{dead}" / "precious").write_text("x")
+    with pytest.raises(RuntimeError, match="boom"):
+        _fail_in(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "precious").exists()
+
+
+def test_an_interrupt_between_the_renames_puts_the_old_output_back(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    rename, calls = Path.rename, []
+
+    def interrupted(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out", overwrite=True):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "precious").exists()
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    latent = convert(tiny_model("llama"), d_qk=16)
+    for out in (".", "/"):
+        with pytest.raises(FileExistsError, match="cannot be replaced as a whole; give the name of a new"):
+            save(latent, out, overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file is not a directory that may be written to"):
+        save(latent, "file/out")
+
+
+def _fail_in(out):
+    with atomic_directory(out, overwrite=True) as folder:
+        (folder / "half").write_text("y")
+        raise RuntimeError("boom")
 
 
 FULL_DISK = """
@@ -217,6 +267,16 @@ def test_checkpoints_without_usable_weights_are_refused(folder):
     shards[1].write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{shards[1].name} is truncated or damaged"):
         load_model(folder)
+    index = folder / "model.safetensors.index.json"
+    listed = index.read_text()
+    for damaged in ("{", "{}", "[]", '{"weight_map": {}}'):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match="index.json is damaged"):
+            load_model(folder)
+    index.write_text('{"weight_map": {}, "metadata": {}}')
+    with pytest.raises(ValueError, match="index.json lists no weights"):
+        load_model(folder)
+    index.write_text(listed)
     shards[1].unlink()
     with pytest.raises(ValueError, match=f"lacks 1 of {len(shards)} weight shards, e.g. {shards[1].name}"):
         load_model(folder)
@@ -259,6 +319,13 @@ def test_paths_that_are_no_model_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot read .*config.json"):
         load_model(tmp_path)
+    for text in (
+        '{"model_type": "foo", "auto_map": {"AutoConfig": "x.C"}}',
+        '{"model_type": "llama", "hidden_size": "x"}',
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="its config.json is not that of a supported model"):
+            load_model(tmp_path)
     with pytest.raises(ValueError, match="is a file, not a model directory"):
         load_model(tmp_path / "config.json")
 
@@ -289,6 +356,14 @@ def test_pushing_to_the_hub_uploads_the_modelling_file(tmp_path, monkeypatch):
     for files in (*uploaded, sorted(os.listdir(tmp_path / "mine"))):
         assert {"config.json", "model.safetensors", f"{MODULE_NAME}.py"} <= set(files)
     assert len(uploaded) == 2
+    pushed = []
+    monkeypatch.setattr(
+        type(latent), "push_to_hub", lambda self, *args, **kwargs: pushed.append((args, kwargs))
+    )
+    options = {"private": True, "token": "hf_x", "revision": "dev"}
+    latent.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/secret", **options)
+    latent.save_pretrained(tmp_path / "rank1", push_to_hub=True, is_main_process=False)
+    assert pushed == [(("me/secret",), options)]
     assert torch.equal(logits(load_model(tmp_path / "mine"), tokens()), logits(latent, tokens()))
 
 

@@ -48,7 +48,11 @@ def test_matched_example_of_width_128():
 
 def test_impossible_widths_name_the_nearest():
     with pytest.raises(ValueError, match="divisible by d_qk: got d_qk=24, head_dim=64; try 16 or 32"):
-        stride_channels("d_qk", 24, 64)
+        stride_channels("d_qk", 24, 64, 2)
+    with pytest.raises(ValueError, match="d_qk=6, head_dim=80; try 4 or 8"):
+        stride_channels("d_qk", 6, 80, 2)
+    with pytest.raises(ValueError, match="d_qk=12, head_dim=80; try 8 or 16"):
+        stride_channels("d_qk", 12, 80, 4)
     with pytest.raises(ValueError, match="d_qk=48, head_dim=64 .48 of 64 rotated.; try 32"):
         matched_pairs(64, 48, 64, 48)
     with pytest.raises(ValueError, match="use keys=stride"):

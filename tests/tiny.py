@@ -66,6 +66,18 @@ FAMILIES = {
         {"hidden_size": 128, "rope_parameters": LONGROPE, "original_max_position_embeddings": SWITCH},
     ),
 }
+WINDOWED = {
+    "sliding_window": 16,
+    "use_sliding_window": True,
+    "layer_types": ["full_attention", *["sliding_attention"] * 2],
+}
+FAMILIES["qwen2-window"] = (Qwen2Config, Qwen2ForCausalLM, {"hidden_size": 128, **WINDOWED})
+FAMILIES["qwen3-window"] = (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    {"head_dim": 32, "attention_bias": True, **WINDOWED},
+)
+FAMILIES["phi3-window"] = (Phi3Config, Phi3ForCausalLM, {"hidden_size": 128, "sliding_window": 16})
 HEAD_DIM = 32
 
 

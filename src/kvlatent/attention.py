@@ -42,8 +42,8 @@ class KeptChannels(nn.Module):
             self._on_device[x.device] = torch.tensor(self.channels, device=x.device)
         index = self._on_device[x.device]
         if len(self.channels) == 1:
-            return x[..., index[0]]
-        index = index.repeat_interleave(x.shape[2] // len(self.channels), dim=0)
+            return x[..., index[0].clone()]  # saved for backward, which a tensor of inference mode cannot be
+        index = index.repeat_interleave(x.shape[2] // len(self.channels), dim=0)  # a new tensor, too
         return x.gather(-1, index.expand(*x.shape[:2], *index.shape))
 
 

@@ -5,7 +5,6 @@ Keys: which channels, turned by which table. Values: which basis. Softmax: whose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from .table import RotaryTable
 
 __all__ = ["PRESETS", "Choices", "choose", "resolve_choices"]
 
-Widths = int | Sequence[int]
+Widths = int | list[int] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _each(widths: int | tuple[int, ...]) -> tuple[int, ...]:
 
 def _normalise(name: str, widths: Widths, num_layers: int, head_dim: int) -> int | tuple[int, ...]:
     """One validated number when all layers agree, else a validated tuple."""
-    if not isinstance(widths, Sequence):
+    if not isinstance(widths, list | tuple):
         check_width(name, widths, head_dim)
         return widths
     check_length(name, widths, num_layers)
@@ -126,7 +125,7 @@ def _keep_keys(
         return tuple(range(head_dim)), table
     rotary_dim = table.rotary_dim
     if choices.keys == "stride":
-        stride_channels("d_qk", d_qk, head_dim)
+        stride_channels("d_qk", d_qk, head_dim, 4 if choices.frequencies == "frequency_aware" else 2)
     kept_rotary = latent_rotary_dim(head_dim, rotary_dim, d_qk)
     if choices.keys == "matched":
         pairs = matched_pairs(head_dim, d_qk, rotary_dim, kept_rotary)

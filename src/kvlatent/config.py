@@ -16,6 +16,7 @@ from .table import RotaryTable
 __all__ = ["FORMAT_VERSION", "LatentConfig", "check_length", "check_width"]
 
 FORMAT_VERSION = 1
+_ALLOWED = {"scale": ("original", "d_qk"), "qk_norm": ("none", "full", "sliced")}
 
 
 Tables = tuple[tuple[RotaryTable, ...], ...]
@@ -66,6 +67,11 @@ class LatentConfig:
                 f"the checkpoint has kv_latent version {self.version} but this kvlatent reads up to "
                 f"{FORMAT_VERSION}; update kvlatent"
             )
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is one of {', '.join(allowed)}: got {getattr(self, name)!r}; convert the model again"
+                )
         for name in ("d_qk", "d_vo"):
             for width in _each(getattr(self, name)):
                 check_width(name, width, self.original_head_dim)
@@ -129,11 +135,22 @@ class LatentConfig:
                     f"layer {layer} needs 1 or {num_key_value_heads} rotary tables and as many channel lists: got "
                     f"{len(tables)} and {len(channels)}; convert the model again"
                 )
+            kinds = sorted({(len(t.short), t.switch or 0, t.attention_factor) for t in tables})
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"the heads of layer {layer} must share table length, switch length and attention factor: got "
+                    f"{kinds[0]} and {kinds[1]}; convert the model again"
+                )
             for table, kept in zip(tables, channels, strict=True):
                 if table.rotary_dim > self.d_qk_at(layer) or len(kept) != self.d_qk_at(layer):
                     raise ValueError(
                         f"layer {layer} has d_qk={self.d_qk_at(layer)} but a rotary table for {table.rotary_dim} "
                         f"channels and {len(kept)} kept channels; convert the model again"
+                    )
+                if len(set(kept)) < len(kept) or not all(0 <= c < self.original_head_dim for c in kept):
+                    raise ValueError(
+                        f"layer {layer} must keep different channels in [0, {self.original_head_dim}): got "
+                        f"{min(kept)} to {max(kept)}, {len(set(kept))} different; convert the model again"
                     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,7 +209,7 @@ def check_width(name: str, width: Any, head_dim: int) -> None:
     if name == "d_qk" and width % 2:
         raise ValueError(
             f"d_qk must be even, since rotary channels come in pairs: got d_qk={width}, head_dim={head_dim}; "
-            f"try {width - 1 or 2} or {width + 1}"
+            f"try {f'{width - 1} or ' if width > 1 else ''}{width + 1}"
         )
 
 
@@ -206,7 +223,7 @@ def check_length(name: str, widths: Sequence[int], num_layers: int) -> None:
 
 
 def _each(widths: int | tuple[int, ...]) -> Iterator[int]:
-    yield from (widths,) if isinstance(widths, int) else widths
+    yield from widths if isinstance(widths, tuple) else (widths,)
 
 
 def _plain(widths: int | tuple[int, ...]) -> int | list[int]:
@@ -214,4 +231,4 @@ def _plain(widths: int | tuple[int, ...]) -> int | list[int]:
 
 
 def _frozen(widths: int | list[int]) -> int | tuple[int, ...]:
-    return widths if isinstance(widths, int) else tuple(widths)
+    return tuple(widths) if isinstance(widths, list | tuple) else widths

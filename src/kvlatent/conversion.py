@@ -46,12 +46,12 @@ def convert(
     Raises:
         ValueError: the architecture is not supported, or the widths do not fit.
     """
-    family = family_of(model.config)
+    family, head_dim = family_of(model.config), head_dim_of(model.config)
     if config is None:
-        full = head_dim_of(model.config)
         choices = resolve_choices(preset, keys, frequencies, values)
-        sides = (full if d_qk is None else d_qk, full if d_vo is None else d_vo)
+        sides = (head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo)
         config = choose(model.config, *sides, choices, qk_norm=qk_norm)
+    _check_source(model, config, family, head_dim)
     config.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
     config_type, _, causal_type = latent_classes(family.model_type)
     hf_config = config_type(**_config_fields(model.config, config))
@@ -66,6 +66,21 @@ def convert(
     latent_model.tie_weights()
     latent_model.generation_config = copy.deepcopy(model.generation_config)
     return latent_model.train(model.training)
+
+
+def _check_source(model: Any, config: LatentConfig, family: Family, head_dim: int) -> None:
+    """Raise `ValueError` unless the config was made for this model, and the model is a causal language model."""
+    if not isinstance(model, family.upstream("ForCausalLM")):
+        raise ValueError(  # noqa: TRY004 - the command line shows ValueError as one sentence
+            f"convert needs a {family.prefix}ForCausalLM: got {type(model).__name__}; load the checkpoint with "
+            "AutoModelForCausalLM"
+        )
+    made_for = (config.original_model_type, config.original_head_dim)
+    if made_for != (family.model_type, head_dim) or (config.qk_norm == "none") == family.qk_norm:
+        raise ValueError(
+            f"the latent config was made for {made_for[0]} with head_dim={made_for[1]}, qk_norm={config.qk_norm}: got "
+            f"{family.model_type} with head_dim={head_dim}; make one with choose(model.config, ...)"
+        )
 
 
 def _config_fields(config: Any, latent: LatentConfig) -> dict[str, Any]:

@@ -61,10 +61,11 @@ def load_model(
             path,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
         model, info = loaded
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
         raise ValueError(
             f"cannot load the weights of {path}: {_first_line(error)}; download the checkpoint again"
         ) from error
@@ -90,12 +91,19 @@ def load_config(path: str) -> Any:
             f"{path} holds no config.json, so it is no model directory; give a checkpoint's directory"
         )
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, json.JSONDecodeError) as error:
         if local.is_dir():
             raise ValueError(f"cannot read {path}/config.json: {_first_line(error)}") from error
         raise FileNotFoundError(
             f"{path} is neither a local directory nor a model that the hub gives us: {_first_line(error)}"
+        ) from error
+    except Exception as error:  # transformers' own validation raises classes of its own
+        if type(error) is ValueError and "kv_latent" in str(error):
+            raise
+        raise ValueError(
+            f"cannot use {path}: its config.json is not that of a supported model ({_first_line(error)}); supported "
+            f"are {', '.join(FAMILIES)}"
         ) from error
 
 
@@ -103,8 +111,7 @@ def _check_weights(path: Path) -> None:
     """Raise `ValueError` unless every shard of a local checkpoint is there and its header and size agree."""
     shards = [path / _SINGLE]
     if (path / _INDEX).is_file():
-        names = set(json.loads((path / _INDEX).read_text())["weight_map"].values())
-        shards = [path / name for name in sorted(names)]
+        shards = [path / name for name in _shard_names(path / _INDEX)]
     elif not shards[0].is_file():
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
         if pickled:
@@ -128,6 +135,21 @@ def _check_weights(path: Path) -> None:
             ) from error
 
 
+def _shard_names(index: Path) -> list[str]:
+    """Files that a weight index lists, sorted."""
+    try:
+        data = json.loads(index.read_text())
+        names = sorted(set(data["weight_map"].values()))
+        data["metadata"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is damaged ({type(error).__name__}: {_first_line(error)}); download it again"
+        ) from error
+    if not names:
+        raise ValueError(f"{index} lists no weights; download it again")
+    return names
+
+
 def load_tokenizer(path_or_id: str | os.PathLike[str], config: Any) -> Any:
     """Load a tokenizer and check it against the embedding.
 
@@ -136,7 +158,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], config: Any) -> Any:
         ValueError: it can produce ids that the embedding lacks.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path_or_id))
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise FileNotFoundError(f"{path_or_id} has no tokenizer that loads: {_first_line(error)}") from error
     if len(tokenizer) > config.vocab_size:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .attention import LatentAttention
@@ -30,6 +31,11 @@ def latent_config_of(config: Any) -> LatentConfig:
             "make one with `kvlatent convert`"
         )
     latent = LatentConfig.from_dict(config.kv_latent)
+    if config.model_type != LATENT_PREFIX + latent.original_model_type:
+        raise ValueError(
+            f"config.json contradicts itself: model_type={config.model_type!r} but kv_latent was made from "
+            f"{latent.original_model_type!r}; restore the file or convert the model again"
+        )
     latent.check_model(config.num_hidden_layers, config.num_key_value_heads)
     return latent
 
@@ -75,6 +81,9 @@ def _install(decoder: Any, config: Any) -> None:
         layer.self_attn = LatentAttention(config, latent, index)
 
 
+_HUB_OPTIONS = ("commit_description", "commit_message", "create_pr", "private", "revision", "tags")
+
+
 class _CarriesItsCode:
     """Saving a model adds the modelling file that loads it elsewhere, so `push_to_hub` uploads it too."""
 
@@ -84,12 +93,16 @@ class _CarriesItsCode:
         self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """As upstream's; the directory also gets the self-contained modelling file, named by `auto_map`."""
-        repo_id = kwargs.pop("repo_id", None) or str(save_directory).rstrip("/").rsplit("/", 1)[-1]
+        repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+        hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        if "token" in kwargs:
+            hub_options["token"] = kwargs["token"]
         super().save_pretrained(save_directory, *args, **kwargs)  # ty: ignore[missing-attribute]
-        if self.add_code is not None:
+        # No config: a rank that does not write, or an adapter saved alone.
+        if self.add_code is not None and (Path(save_directory) / "config.json").is_file():
             self.add_code(save_directory, self.config)  # ty: ignore[missing-attribute]
-        if push_to_hub:
-            self.push_to_hub(repo_id)  # ty: ignore[missing-attribute]
+        if push_to_hub and kwargs.get("is_main_process", True):
+            self.push_to_hub(repo_id, **hub_options)  # ty: ignore[missing-attribute]
 
 
 @cache
@@ -121,3 +134,12 @@ def latent_classes(model_type: str) -> tuple[Any, Any, Any]:
     for made, suffix in ((Model, "Model"), (CausalLM, "ForCausalLM")):
         made.__name__ = made.__qualname__ = f"KVLatent{family.prefix}{suffix}"
     return config_type, Model, CausalLM
+
+
+def __getattr__(name: str) -> Any:
+    """The classes by name, so that models and configs can be pickled."""
+    for family in FAMILIES.values():
+        for index, suffix in enumerate(("Config", "Model", "ForCausalLM")):
+            if name == f"KVLatent{family.prefix}{suffix}":
+                return latent_classes(family.model_type)[index]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

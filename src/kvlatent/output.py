@@ -16,12 +16,18 @@ __all__ = ["atomic_directory", "prepare_output", "write_atomically"]
 
 
 def prepare_output(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Check that `out` may be written before any work is done.
+    """Check that `out` may be written, before any work is done; returns it as an absolute path.
 
     Raises:
-        FileExistsError: it is a file, or holds something and `overwrite` is false.
+        FileExistsError: it is a file, the root or the working directory, or holds something and `overwrite` is false.
+        ValueError: its parent may not be written to.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))
+    if not out.name or out.resolve() == Path.cwd():
+        raise FileExistsError(f"{out} cannot be replaced as a whole; give the name of a new directory")
+    parent = next(folder for folder in out.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"cannot create {out}: {parent} is not a directory that may be written to")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; give a directory that does not exist yet")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -36,24 +42,38 @@ def atomic_directory(out: str | os.PathLike[str], *, overwrite: bool = False) ->
     Raises:
         FileExistsError: see `prepare_output`.
     """
-    out = prepare_output(out, overwrite)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = out.absolute().with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
+    out = prepare_output(out, overwrite).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(out)
+    folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
     folder.mkdir()
     try:
         yield folder
         for path in folder.rglob("*"):
             _flush(path)
-        old = out.absolute().with_name(f".{out.name}.old-{os.getpid()}")
         if out.exists():
             out.rename(old)
         folder.rename(out)
-        _flush(out.absolute().parent)
+        _flush(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what a killed process left beside `out`; put back the old output if it was caught between renames."""
+    for sibling in out.parent.glob(f".{out.name}.*-*"):
+        kind, _, process = sibling.name.removeprefix(f".{out.name}.").partition("-")
+        if kind not in ("tmp", "old") or not process.isdigit() or Path(f"/proc/{process}").exists():
+            continue
+        if kind == "old" and not out.exists():
+            sibling.rename(out)
+        else:
+            shutil.rmtree(sibling, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

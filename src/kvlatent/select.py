@@ -46,14 +46,16 @@ def nearest(width: int, allowed: list[int]) -> str:
     )
 
 
-def stride_channels(name: str, width: int, size: int) -> tuple[int, ...]:
-    """Every (size / width)-th of `size` channels (paper, equation 5); `name` appears in the error.
+def stride_channels(name: str, width: int, size: int, multiple: int = 1) -> tuple[int, ...]:
+    """Every (size / width)-th of `size` channels (paper, equation 5).
+
+    `name` appears in the error, which names the nearest widths that are a `multiple` of what else is needed.
 
     Raises:
         ValueError: `size` is not divisible by `width`.
     """
     if size % width:
-        divisors = [d for d in range(2 if name == "d_qk" else 1, size + 1) if size % d == 0]
+        divisors = [d for d in range(multiple, size + 1, multiple) if size % d == 0]
         raise ValueError(
             f"uniform stride needs head_dim divisible by {name}: got {name}={width}, head_dim={size}; "
             f"{nearest(width, divisors)}"
@@ -80,7 +82,8 @@ def matched_pairs(head_dim: int, d_qk: int, rotary_dim: int, kept_rotary_dim: in
         return width % 4 == 0 and size % (2 * width) == 0 and size % 8 == 0
 
     if not fits(kept):
-        allowed = [d for d in range(2, head_dim + 1, 2) if fits(d * rotary_dim // head_dim)]
+        proportional = [d for d in range(2, head_dim + 1, 2) if d * rotary_dim % head_dim == 0]
+        allowed = [d for d in proportional if fits(d * rotary_dim // head_dim)]
         hint = nearest(d_qk, allowed) if allowed else "use keys=stride"
         raise ValueError(
             f"matched pairs need head_dim / d_qk even and whole pair indices: got d_qk={d_qk}, head_dim={head_dim} "

@@ -5,6 +5,7 @@ No torch here: a table is a tuple of Python floats, exact images of the fp32 val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,10 @@ class RotaryTable:
             raise ValueError(
                 f"the long rotary table must have as many frequencies as the short one: got {len(self.long)} "
                 f"and {len(self.short)}; select both by the same pairs"
+            )
+        if not all(math.isfinite(f) for f in (*self.short, *(self.long or ()), self.attention_factor)):
+            raise ValueError(
+                "a rotary table holds finite frequencies: got NaN or infinity; convert the model again"
             )
         if (self.long is None) != (self.switch is None):
             raise ValueError(
