@@ -309,6 +309,12 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
         load_model(tmp_path / "m")
 
 
+def test_an_unknown_dtype_is_refused(folder):
+    assert load_model(folder, dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="unknown dtype 'abc'; choose one of float32"):
+        load_model(folder, dtype="abc")
+
+
 def test_paths_that_are_no_model_are_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="neither a local directory nor a model that the hub gives us"

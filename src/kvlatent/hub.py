@@ -23,6 +23,7 @@ __all__ = ["load_config", "load_model", "load_tokenizer", "register", "save"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def register() -> None:
@@ -52,6 +53,8 @@ def load_model(
     """
     register()
     path = str(path_or_id)
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
     config = load_config(path)
     family_of(config)
     if Path(path).is_dir():
