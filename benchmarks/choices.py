@@ -36,7 +36,9 @@ ROWS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=MODEL_PATH)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000)
@@ -50,7 +52,9 @@ def main() -> None:
         data = args.data
         if data is None:
             data = Path(folder) / "held_out.jsonl"
-            data.write_text("".join(json.dumps({"text": t}) + "\n" for t in stdlib_documents("held_out", False)))
+            data.write_text(
+                "".join(json.dumps({"text": t}) + "\n" for t in stdlib_documents("held_out", False))
+            )
         blocks = evaluation_blocks(data, tokenizer, 512, cache_dir=folder)
         blocks = blocks.select(range(min(len(blocks), args.tokens // 512)))
         original = perplexity(model, blocks)

@@ -69,10 +69,10 @@ tags:
 
 # stdlib-llama
 
-A Llama of {parameters} parameters (4 layers, hidden size 256, 4 query heads on 2 key-value heads of size 64,
-context 1,024, vocabulary 2,048, tied embeddings; {megabytes} MB of fp16 safetensors), pretrained on the source
-text of the Python standard library. It ships with `kvlatent` so that compressing a cache can be tried and tested on a
-trained model without a download. It is of no use as a programming assistant.
+A Llama of {parameters} parameters (4 layers, hidden size 256, 4 query heads on 2 key-value heads of size
+64, context 1,024, vocabulary 2,048, tied embeddings; {megabytes} MB of fp16 safetensors), pretrained on
+the source text of the Python standard library. It ships with `kvlatent` so that compressing a cache can
+be tried and tested on a trained model without a download. It is of no use as a programming assistant.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,10 +85,10 @@ tokenizer = AutoTokenizer.from_pretrained(model_path())
 ## Figures
 
 Measured in fp32 on the exported fp16 weights. Perplexity is per token, over whole held-out modules in
-windows of 1,024 tokens. Copy accuracy is the share of teacher-forced argmax hits at positions 3 to 16 of the
-second occurrence of a random 16-token string in held-out code, tokens uniform over all ordinary ids, 500
-trials a distance, seed 0. The last column hides all keys more than {window} tokens back, in every layer: the model
-needs its distant cache, so losing that cache shows.
+windows of 1,024 tokens. Copy accuracy is the share of teacher-forced argmax hits at positions 3 to 16 of
+the second occurrence of a random 16-token string in held-out code, tokens uniform over all ordinary ids,
+500 trials a distance, seed 0. The last column hides all keys more than {window} tokens back, in every
+layer: the model needs its distant cache, so losing that cache shows.
 
 | | whole context | {window} tokens back |
 | --- | --- | --- |
@@ -100,16 +100,19 @@ needs its distant cache, so losing that cache shows.
 
 ## Training
 
-{tokens} M tokens in {steps} steps of 8 x 1,024 took {minutes} minutes on a shared machine of {cores} cores
-({processor}): fp32 weights under bf16 autocast, AdamW, constant rate 3e-3 after 200 warm-up steps,
-linear decay over the last 22 %. About two thirds of the items are windows of a stream of {stream} M tokens: the
-`.py` files of the standard library that ran the script, tests included, without `encodings`, `lib2to3` and
-`pydoc_data`. One third (half of the first 8,000 items) is copy text made on the fly: repeated random strings, random
-strings planted twice in code, key-value look-ups. The exact command, from the repository root:
+{tokens} M tokens in {steps} steps of 8 x 1,024 took {minutes} minutes on a shared machine of {cores}
+cores ({processor}): fp32 weights under bf16 autocast, AdamW, constant rate 3e-3 after 200 warm-up steps,
+linear decay over the last 22 %. About two thirds of the items are windows of a stream of {stream} M
+tokens: the `.py` files of the standard library that ran the script, tests included, without `encodings`,
+`lib2to3` and `pydoc_data`. One third (half of the first 8,000 items) is copy text made on the fly:
+repeated random strings, random strings planted twice in code, key-value look-ups. The exact command,
+from the repository root:
 
 ```
 {command}
 ```
+
+{note}
 
 Versions: {versions}.
 
@@ -117,9 +120,9 @@ Held out by name, with their tests: {modules}.
 
 ## Licence
 
-The weights and this card are under Apache-2.0 like `kvlatent`. The training text is the Python standard library,
-copyright Python Software Foundation and contributors, under the PSF License Version 2; none of it is included
-here except as the vocabulary's fragments, but the model may reproduce short pieces of it.
+The weights and this card are under Apache-2.0 like `kvlatent`. The training text is the Python standard
+library, copyright Python Software Foundation and contributors, under the PSF License Version 2; none of
+it is included here except as the vocabulary's fragments, but the model may reproduce short pieces of it.
 """
 
 
@@ -366,7 +369,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def export(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the newest checkpoint as fp16 safetensors, with tokenizer and training record, to ``args.out``."""
+    """Write the newest checkpoint to ``args.out`` as fp16 safetensors, with the tokenizer."""
     checkpoint = newest_checkpoint(args.work / "checkpoints")
     if checkpoint is None:
         raise SystemExit(f"no complete checkpoint in {args.work / 'checkpoints'}")
@@ -397,6 +400,7 @@ def export(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None
         "tokens": state["global_step"] * BATCH * CONTEXT,
         "stream_tokens": (args.work / "train.u16").stat().st_size // 2,
         "minutes": round(state["log_history"][-1].get("minutes", 0.0), 1),
+        "note": args.note,
     }
     (args.work / "training.json").write_text(json.dumps(record))
 
@@ -477,6 +481,7 @@ def write_card(folder: Path, results: dict[str, Any]) -> None:
             cores=machine["cores"],
             processor=machine["processor"],
             command=training["command"],
+            note=training.get("note", ""),
             modules=", ".join(f"`{name}`" for name in model["held_out_modules"]),
             versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         )
@@ -494,6 +499,7 @@ def main() -> None:
     parser.add_argument(
         "--save-steps", type=int, default=250, help="steps between checkpoints (two are kept)"
     )
+    parser.add_argument("--note", default="", help="a sentence on this run for the model card")
     parser.add_argument("--evaluate", action="store_true", help="only measure the model in --out")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

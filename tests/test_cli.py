@@ -1,6 +1,7 @@
 """The command line: answers on stdout, one sentence and exit code 2 for every mistake, nothing half-written."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ from transformers import BertConfig, GPT2Config
 from typer.testing import CliRunner
 
 from kvlatent_cli.main import app
-from kvlatent_cli.session import sentence_of
+from kvlatent_cli.session import sentence_of, session
 from on_disk import SETTINGS, TOKENS, snapshot, write_checkpoint, write_text
 
 SET = [word for setting in SETTINGS for word in ("--set", setting)]
@@ -43,15 +44,17 @@ def answer(*words) -> dict:
     return json.loads(done.stdout)
 
 
-def mistake(*words) -> str:
-    """The sentence of a call that must fail: exit 2, nothing on stdout, one line without a traceback."""
+def mistake(*words, at_work: bool = False) -> str:
+    """The sentence of a call that must fail: exit 2, nothing on stdout, and on stderr one line.
+
+    What goes wrong `at_work` comes after the plan's lines.
+    """
     done = call(*words, "--json")
     assert done.exit_code == 2, (done.exit_code, done.stderr, done.exception)
     assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+    *before, line = done.stderr.splitlines()
+    assert line.startswith("error: ") and bool(before) == at_work
+    return line
 
 
 def compress_words(place, out, *words):
@@ -185,6 +188,10 @@ def test_generate_and_inspect(place):
         (["--seed", -1], "recipe key seed"),
         (["--set", "data.block_size=512"], "max_position_embeddings=128"),
         (["--eval-data", "/nowhere/v.txt"], "/nowhere/v.txt"),
+        (["--data", "/"], "is a directory; give a file"),
+        (["--out", ""], "cannot be replaced"),
+        (["--out", "/"], "cannot be replaced"),
+        (["--out", "."], "cannot be replaced"),
     ],
 )
 def test_mistakes_in_options(place, tmp_path, words, sentence):
@@ -315,6 +322,8 @@ def test_mistakes_in_the_model(place, tmp_path, damage, sentence):
         ("fieldless.jsonl", b'{"body": "a cat"}\n', "text"),
         ("broken.jsonl", b'{"text": \n', "broken.jsonl"),
         ("broken.parquet", b"PAR", "broken.parquet"),
+        ("half.jsonl", b'{"text": "\\ud800 hello"}\n', "record 1 of"),
+        ("nested.jsonl", b"[" * 100_000, "nested.jsonl is not valid JSON at line 1"),
     ],
 )
 def test_mistakes_in_the_text(place, tmp_path, name, content, sentence):
@@ -367,7 +376,7 @@ def test_mistakes_in_training(place, tmp_path, tiny_tokenizer):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(place, tmp_path):
     words = ("--tokens", 4096, "--set", "stage1.learning_rate=1e30", "--set", "stage1.max_grad_norm=0")
-    sentence = mistake(*compress_words(place, tmp_path / "out", *words))
+    sentence = mistake(*compress_words(place, tmp_path / "out", *words), at_work=True)
     assert "stopped at step" in sentence
     assert not (tmp_path / "out").exists()
 
@@ -378,10 +387,46 @@ def test_mistakes_in_generation(place):
     assert "must fit the context of 128" in mistake(*words, "A cat", "--max-new-tokens", 500)
     assert "max_new_tokens=0" in mistake(*words, "A cat", "--max-new-tokens", 0)
     assert "temperature" in mistake(*words, "A cat", "--temperature", -1)
+    assert "float16: got 'abc'" in mistake(*words, "A cat", "--dtype", "abc")
+    assert "got 'abc'" in mistake("eval", place / "latent", "--data", place / "text.txt", "--dtype", "abc")
+    done = call(*words, "A cat", "--seed", 99999999999999999999)
+    assert done.exit_code == 2 and "4294967295" in done.stderr
     assert (
         "already" in mistake("convert", place / "latent", "--out", place / "twice")
         and not (place / "twice").exists()
     )
+
+
+@pytest.mark.parametrize("content", ["[1]", "{bad", "[" * 100_000], ids=["list", "bad", "nested"])
+def test_inspect_names_a_damaged_record(place, tmp_path, content):
+    shutil.copytree(place / "latent", tmp_path / "latent")
+    (tmp_path / "latent" / "run.json").write_text(content)
+    assert str(tmp_path / "latent" / "run.json") in mistake("inspect", tmp_path / "latent")
+
+
+def test_libraries_are_silent_about_retries(place):
+    """Each retry of an unreachable hub would be a warning on stderr."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    assert logger.isEnabledFor(logging.WARNING)
+    answer("inspect", place / "model")
+    assert not logger.isEnabledFor(logging.WARNING)
+    assert not logging.getLogger("httpx").isEnabledFor(logging.WARNING)
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("kvlatent_cli.session.time.monotonic", lambda: clock[0])
+    with session() as run:
+        for step in range(41):
+            run.report("stage I", 10 + step, 50, "900 tokens/s")
+            clock[0] += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "stage I: 25/50, 900 tokens/s, about 25 s left",
+        "stage I: 40/50, 900 tokens/s, about 10 s left",
+        "stage I: 41 s, 900 tokens/s",
+    ]
 
 
 def run(*words, **kwargs):
@@ -420,6 +465,8 @@ def test_sentences_for_the_disk_and_silence_about_defects():
     )
     wrapped = RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0")
     assert "writing failed" in str(sentence_of(wrapped))
+    closing = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 20096 vs 19990")
+    assert "writing failed" in str(sentence_of(closing))
     assert sentence_of(PermissionError(13, "Permission denied", "out")) == "Permission denied: out"
     assert sentence_of(RuntimeError("shape mismatch")) is None
     assert sentence_of(KeyError("x")) is None

@@ -37,7 +37,10 @@ def test_a_dataset_name_is_loaded_by_datasets(make_corpus, corpus_file, tmp_path
     (tmp_path / "stories" / "train.jsonl").write_text("\n".join(rows[:60]))
     (tmp_path / "stories" / "test.jsonl").write_text("\n".join(rows[60:]))
     monkeypatch.chdir(tmp_path)
-    first, second = make_corpus("stories", held_out=0), make_corpus("stories:default:test", held_out=0)
+    first, second = (
+        make_corpus("stories:default", held_out=0),
+        make_corpus("stories:default:test", held_out=0),
+    )
     assert flat(first.train) == flat(make_corpus(corpus_file, held_out=0).train)[: first.train_tokens]
     assert flat(second.train) != flat(first.train)[: second.train_tokens]
     with pytest.raises(ValueError, match="check the split nosuch"):
@@ -114,6 +117,13 @@ def test_a_full_disk_leaves_nothing(corpus_file, tiny_tokenizer, tmp_path):
         ("short.txt", b"a few words", r"short.txt has \d+ tokens, block_size=32"),
         ("data.csv", b"text\nhello\n", "must end in .txt, .jsonl, .json, .parquet: got"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "not valid JSON at line 2"),
+        ("nested.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "not valid JSON at line 2: nested too deeply"),
+        ("nested.json", b"[" * 100_000, "not valid JSON at line 1: nested too deeply"),
+        (
+            "half.jsonl",
+            b'{"text": "a"}\n{"text": "a \\ud800 b"}\n',
+            "record 2 of .* is not valid Unicode .*character 3",
+        ),
         ("broken.json", b'[{"text": "a"},\n', "not valid JSON at line"),
         ("fields.jsonl", b'{"body": "a", "id": 1}\n', "'text': record 1 of .* has body, id; set text_field"),
         ("array.jsonl", b"[1, 2]\n", "'text': record 1 of .* has list"),
@@ -132,6 +142,14 @@ def test_parquet_without_the_field_is_refused(make_corpus, tmp_path):
     pa.parquet.write_table(pa.table({"body": ["a"]}), tmp_path / "d.parquet")
     with pytest.raises(ValueError, match="has body; set text_field"):
         make_corpus(tmp_path / "d.parquet")
+
+
+def test_a_directory_is_no_text(make_corpus, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", tmp_path / "folder"):
+        with pytest.raises(ValueError, match="folder is a directory; give a file"):
+            make_corpus(name)
 
 
 @pytest.mark.parametrize(

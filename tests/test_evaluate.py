@@ -100,6 +100,25 @@ def test_max_tokens_scores_less(place):
     assert "ratio" not in part
 
 
+def test_progress_tells_the_speed(place):
+    seen = []
+    evaluate(place / "latent", place / "text.txt", block_size=32, progress=lambda *event: seen.append(event))
+    step, done, total, note = seen[-1]
+    assert (step, done) == ("measure", total)
+    assert note.endswith(" tokens/s") and int(note.removesuffix(" tokens/s").replace(",", "")) > 0
+
+
+def test_an_unknown_dtype_is_refused(place):
+    with pytest.raises(ValueError, match="float32, bfloat16, float16: got 'abc'"):
+        evaluate(place / "latent", place / "text.txt", dtype="abc")
+    assert (
+        evaluate(place / "latent", place / "text.txt", block_size=32, dtype="bfloat16", max_tokens=64)[
+            "latent"
+        ]["cache_dtype"]
+        == "bfloat16"
+    )
+
+
 def test_other_vocabularies_do_not_compare(place, tmp_path, tiny_tokenizer):
     other = write_checkpoint(tmp_path / "other", tiny_tokenizer, vocab_size=320)
     with pytest.raises(ValueError, match="300 and 320 entries"):

@@ -1,7 +1,9 @@
 """compress: complete, resumable from anywhere, and nothing half-written."""
 
+import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvlatent
+from kvlatent.estimate import estimate_seconds, layer_size
 from kvlatent.hub import load_model
 from kvlatent.pipeline import compress, convert_checkpoint
 from kvlatent.recipe import Recipe
+from kvlatent.record import command_line
 from kvlatent.workspace import Workspace
 from on_disk import SETTINGS, TOKENS, snapshot, write_checkpoint, write_text
 from training_setup import hashes
@@ -99,7 +103,16 @@ def test_settings_travel_with_the_weights_but_paths_do_not(place, whole):
         "kvlatent compress model --data text.txt --out whole --set data.block_size=32"
     )
     assert record["sha256"]["data"] and record["versions"]["torch"] == torch.__version__
-    assert f"{record['figures']['latent']['perplexity']:.3f}" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"{record['figures']['latent']['perplexity']:.3f}" in card
+    assert "tokens from the held-out part of the data" in card
+    assert record["sha256"]["eval_data"] is None
+
+
+def test_the_command_is_quoted_for_the_shell():
+    words = ["kvlatent", "compress", "my model", "--data", "a;b.txt", "--set", "data.separator=$x y"]
+    options = {"data": "a;b.txt", "set": ["data.separator=$x y"]}
+    assert shlex.split(command_line("compress", "/place/my model", options)) == words
 
 
 STEPS = [
@@ -211,6 +224,108 @@ def test_unfinished_work_of_other_arguments_is_refused_by_name(place, tmp_path):
     assert json.loads((out / "run.json").read_text())["training"] == {}
 
 
+def test_a_strangers_directory_where_unfinished_work_goes_is_refused(place, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out\.partial .*precious\.txt.*--overwrite"):
+        compress(place / "model", place / "text.txt", out, **OPTIONS)
+    assert snapshot(tmp_path) == {"out.partial/precious.txt": b"mine"}
+    plan = {"a": 1}
+    Workspace(out, plan).open(overwrite=True)
+    assert snapshot(tmp_path).keys() == {"out.partial/plan.json"}
+    partial.joinpath("plan.json").rename(partial / ".plan.json.tmp-1")  # killed while the plan was written
+    assert not Workspace(out, plan).open()
+    Workspace(out, plan).remove()
+    partial.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out\.partial is a file"):
+        compress(place / "model", place / "text.txt", out, overwrite=True, **OPTIONS)
+    assert partial.read_text() == "mine"
+
+
+def test_a_strangers_directory_survives_beside_a_finished_run(place, tmp_path):
+    out, options = tmp_path / "out", {"stages": "none", "overrides": SETTINGS, "device": "cpu"}
+    compress(place / "model", place / "text.txt", out, **options)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="already holds something"):
+        compress(place / "model", place / "text.txt", out, **options)
+    assert (tmp_path / "out.partial" / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["{bad", "[1]", "\udcff"])
+def test_a_damaged_plan_is_named(tmp_path, damage):
+    workspace = Workspace(tmp_path / "out", {"a": 1})
+    workspace.open()
+    workspace.plan_file.write_bytes(damage.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"plan\.json is damaged.*--overwrite"):
+        workspace.open()
+    assert not workspace.open(overwrite=True)
+    workspace.finish("original", {})
+    assert workspace.open()
+
+
+def test_a_damaged_record_is_no_finished_run(place, tmp_path):
+    out = tmp_path / "whole"
+    decides = _plan_of(place, out)
+    Workspace(out, decides).open()
+    out.mkdir()
+    (out / "run.json").write_text("[1]")
+    with pytest.raises(FileExistsError, match="already holds something"):
+        compress(place / "model", place / "text.txt", out, stages="none", overrides=SETTINGS, device="cpu")
+
+
+@pytest.mark.parametrize("out", [".", "/", ""])
+def test_places_that_no_output_can_have(place, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        lambda: compress(place / "model", place / "text.txt", out, overwrite=True, **OPTIONS),
+        lambda: convert_checkpoint(place / "model", out, overwrite=True, device="cpu"),
+    ):
+        with pytest.raises(FileExistsError, match="cannot be replaced as a whole"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_training_text_is_no_evaluation_text(place, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes((place / "text.txt").read_bytes())
+    with pytest.raises(ValueError, match="--eval-data is the training text"):
+        compress(place / "model", place / "text.txt", tmp_path / "out", eval_data=copy, **OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["copy.txt"]
+
+
+def test_a_latent_model_is_refused_before_its_widths_are(place, tmp_path):
+    convert_checkpoint(place / "model", tmp_path / "latent", kv=0.25, device="cpu")
+    with pytest.raises(ValueError, match="the model is latent already"):
+        compress(tmp_path / "latent", place / "text.txt", tmp_path / "out", kv=0.1, dry_run=True)
+
+
+def test_sizes_that_build_no_model_are_refused(place):
+    config = load_model(place / "model").config
+    config.num_key_value_heads = 0
+    with pytest.raises(ValueError, match="no llama can be built"):
+        layer_size(config)
+
+
+def test_the_plan_is_announced_once_all_checks_passed(place, tmp_path):
+    events = []
+    compress(
+        place / "model", place / "text.txt", tmp_path / "out", stages="none", overrides=SETTINGS, device="cpu",
+        announce=lambda plan: events.append(plan["share"]), progress=lambda step, *rest: events.append(step),
+    )  # fmt: skip
+    assert events[:4] == ["load", "tokenise", 0.5, "measure original"] and events.count(0.5) == 1
+    short = tmp_path / "short.txt"
+    short.write_text("A cat.")
+    for call in (
+        lambda: compress(place / "model", short, tmp_path / "two", announce=events.append, **OPTIONS),
+        lambda: convert_checkpoint(place / "model", tmp_path / "two", data=short, announce=events.append),
+    ):
+        with pytest.raises(ValueError, match="block"):
+            call()
+    assert not any(isinstance(event, dict) for event in events)
+
+
 def test_full_output_is_refused_until_overwritten_at_the_end(place, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -261,6 +376,9 @@ def test_own_evaluation_text_leaves_all_of_the_data_for_training(place, tmp_path
         overrides=SETTINGS, device="cpu",
     )  # fmt: skip
     assert 0 < record["figures"]["original"]["tokens"] <= 64
+    digest = hashlib.sha256(other.read_bytes()).hexdigest()
+    assert record["sha256"]["eval_data"] == digest
+    assert f"from a separate text (sha256 {digest})" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_failure_before_any_work_leaves_nothing(place, tmp_path):
@@ -301,7 +419,8 @@ def test_convert_alone_keeps_the_dtype_and_measures_on_request(place, tmp_path, 
     assert load_model(tmp_path / "measured").dtype == torch.bfloat16
     assert measured["figures"]["latent"]["ratio"] > 0
     assert measured["figures"]["latent"]["cache_bytes_per_token"] == 256
-    assert "±" in (tmp_path / "measured" / "README.md").read_text()
+    card = (tmp_path / "measured" / "README.md").read_text()
+    assert "±" in card and "tokens of the given text" in card and "held-out" not in card
     with pytest.raises(FileExistsError):
         convert_checkpoint(place / "model", tmp_path / "plain", device="cpu")
 
@@ -320,3 +439,14 @@ def test_full_width_costs_nothing(place, tmp_path):
     assert figures["latent"]["ratio"] == 1.0
     assert figures["latent"]["perplexity"] == figures["original"]["perplexity"]
     assert kvlatent.LatentConfig.from_dict(load_model(tmp_path / "out").config.kv_latent).d_qk == 16
+
+
+def test_the_estimate_counts_what_tiny_layers_cost_beside_their_parameters(monkeypatch):
+    monkeypatch.setattr("kvlatent.estimate._matmul_speed", lambda device, dtype: 1e11)
+    recipe = Recipe.load(None, ["stage1.tokens=65536"])
+    # Measured on one thread of 1e11 operations per second: two layers of width 32 take about 2.6 s.
+    assert 1 < estimate_seconds(recipe, (1,), 21_664, 9_600, 2, "cpu") < 6
+    assert estimate_seconds(recipe, (1,), 21_664, 9_600, 2, "cuda") < 0.5
+    large = estimate_seconds(recipe, (1,), 10**9, 10**8, 20, "cpu")
+    assert large == pytest.approx(8 * 10**9 * 65536 / 4e10, rel=0.01)
+    assert estimate_seconds(recipe, (), 10**9, 10**8, 20, "cpu") == 0

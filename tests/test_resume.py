@@ -94,7 +94,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_checkpoint(runs):
     assert attempt["code"] == 1
     sentence = (runs / "full-disk" / "error.txt").read_text()
     assert sentence.startswith("cannot write ")
-    assert "checkpoint-3" in sentence
+    assert "checkpoint-3: the disk is full; " in sentence
     assert "free some disk space" in sentence
     assert "\n" not in sentence
     assert {Path(file).name for file in attempt["files"]} == {

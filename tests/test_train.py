@@ -8,13 +8,15 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, MistralConfig
 
 from kvlatent.stage1 import capture, layer_losses
 from kvlatent.stage2 import next_token_loss
 from kvlatent.training.loop import collate
 from kvlatent.training.stages import train_stage
+from kvlatent.training.teacher import check_teacher
 from kvlatent.training.trainable import prepare_for_training
-from training_setup import blocks, hashes, original, recipe, run, student_of
+from training_setup import SIZES, blocks, hashes, original, recipe, run, student_of
 
 
 def oracle_step(student, teacher, stage, rows):
@@ -116,10 +118,11 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(stage, tmp_
     assert run(student, teacher, stage, tmp_path, config)["steps"] == 8
 
 
-def test_gradient_that_is_not_finite_stops_before_the_optimiser(tmp_path):
+@pytest.mark.parametrize("clip", [1, 0])
+def test_gradient_that_is_not_finite_stops_before_the_optimiser(clip, tmp_path):
     teacher = original()
     student = student_of(teacher)
-    config = recipe()
+    config = recipe(f"stage1.max_grad_norm={clip}")
     prepare_for_training(student, config)
     before = hashes(student)
     weight = student.get_decoder().layers[0].self_attn.o_proj.weight
@@ -129,6 +132,59 @@ def test_gradient_that_is_not_finite_stops_before_the_optimiser(tmp_path):
     ):
         run(student, teacher, 1, tmp_path, config)
     assert hashes(student) == before
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_checkpoint_of_tensors_that_are_not_finite_is_not_written(stage, tmp_path):
+    """The last update before a checkpoint may break what the loss before it could not show."""
+    teacher = original()
+    student = student_of(teacher)
+    config = recipe(f"stage{stage}.max_grad_norm=0")
+    prepare_for_training(student, config)
+
+    def poison(_, step, *rest):
+        if step == 6:  # where the second checkpoint is due
+            student.get_decoder().layers[1].self_attn.o_proj.weight.data[0, 0] = float("nan")
+
+    sentence = (
+        rf"stage {stage} stopped at step 6 of 8 because layers.1.self_attn.o_proj.weight .*checkpoint-3;"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        run(student, teacher, stage, tmp_path, config, progress=poison)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    kept = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "own"),
+    [
+        ("num_attention_heads", 8, 4),
+        ("num_key_value_heads", 4, 2),
+        ("intermediate_size", 96, 48),
+        ("vocab_size", 62, 61),
+        ("num_hidden_layers", 2, 3),
+        ("head_dim", 32, 16),
+        ("model_type", "mistral", "llama"),
+    ],
+)
+def test_teacher_that_cannot_be_the_original_is_refused(name, value, own):
+    teacher = original()
+    student = student_of(teacher)
+    check_teacher(student.config, teacher.config)
+    kind = MistralConfig if name == "model_type" else LlamaConfig
+    other = kind(**SIZES | ({"head_dim": 16} | ({} if name == "model_type" else {name: value})))
+    with pytest.raises(ValueError, match=f"student's {name}: got {value} in the teacher and {own} in the"):
+        check_teacher(student.config, other)
+
+
+def test_latent_teacher_is_refused(tmp_path):
+    student = student_of(original())
+    prepare_for_training(student, recipe())
+    with pytest.raises(
+        ValueError, match="must be the original model: got a latent one of type kv_latent_llama"
+    ):
+        run(student, student_of(original()), 1, tmp_path, recipe())
 
 
 def test_teacher_of_another_shape_is_refused(tmp_path):

@@ -18,14 +18,24 @@ from .choose import choose, resolve_choices
 from .config import LatentConfig
 from .cost import equal_widths
 from .estimate import estimate_seconds, layer_size, stage_settings
-from .families import family_of
+from .families import LATENT_PREFIX, family_of
 from .hub import load_config
 from .recipe import Recipe
 
-__all__ = ["STAGES", "Plan", "PlanOptions", "choose_device", "plan_run", "resolve_widths", "working_dtype"]
+__all__ = [
+    "STAGES",
+    "Plan",
+    "PlanOptions",
+    "check_dtype",
+    "choose_device",
+    "plan_run",
+    "resolve_widths",
+    "working_dtype",
+]
 
 STAGES: dict[str, tuple[int, ...]] = {"none": (), "1": (1,), "2": (2,), "both": (1, 2)}
-Width = int | Sequence[int]
+Width = int | list[int] | tuple[int, ...]
+_DTYPES = ("float32", "bfloat16", "float16")
 
 # A default run spends this many floating-point operations, about ten minutes on two laptop cores or on one
 # data-centre GPU; within these bounds in tokens.
@@ -113,6 +123,17 @@ def choose_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def check_dtype(dtype: str | None) -> str | None:
+    """The dtype to load weights in, as it is; None keeps the checkpoint's.
+
+    Raises:
+        ValueError: none of the dtypes that weights come in.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"--dtype is one of {', '.join(_DTYPES)}: got {dtype!r}")
+    return dtype
+
+
 def resolve_widths(
     config: PretrainedConfig, kv: float | None = None, d_qk: Width | None = None, d_vo: Width | None = None
 ) -> tuple[Width, Width]:
@@ -147,6 +168,10 @@ def plan_run(model: str | Path, **options: Unpack[PlanOptions]) -> Plan:
     device = choose_device(options.get("device", "auto"))
     config = load_config(str(model))
     family_of(config)
+    if str(config.model_type).startswith(LATENT_PREFIX):
+        raise ValueError(
+            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
+        )
     size, head = layer_size(config)
     recipe = resolve_recipe(options, size=size, device=device, stages=stages)
     wanted = recipe.conversion
@@ -161,7 +186,7 @@ def plan_run(model: str | Path, **options: Unpack[PlanOptions]) -> Plan:
         stages=stages,
         device=device,
         stored_dtype=config.dtype or torch.float32,
-        seconds=estimate_seconds(recipe, stages, size, head, device),
+        seconds=estimate_seconds(recipe, stages, size, head, config.num_hidden_layers, device),
     )
 
 

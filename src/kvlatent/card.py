@@ -42,7 +42,7 @@ and after training `metrics.jsonl` (the losses), all beside the weights.
 """
 _MEASURED = """{table}
 
-Perplexity on {tokens:,} tokens that were not trained on, with standard errors (of the ratio: from paired blocks).
+Perplexity on {tokens:,} tokens {text}, with standard errors (of the ratio: from paired blocks).
 Bytes are those of one token of one sequence in the live cache, in {cache_dtype}."""
 
 
@@ -51,13 +51,25 @@ def model_card(record: Mapping[str, Any]) -> str:
     plan, figures = record["plan"], record["figures"]
     measured = "Its quality has not been measured."
     if figures:
-        measured = _MEASURED.format(table=figures_table(figures), **figures["latent"])
+        measured = _MEASURED.format(
+            table=figures_table(figures), text=scored_text(record["sha256"]), **figures["latent"]
+        )
     return _TEMPLATE.format(
         **{name: plan[name] for name in ("d_qk", "d_vo", "head_dim", "share", "preset")},
         stages=", ".join("I" * int(stage[-1]) for stage in plan["tokens"]) or "none",
         measured=measured,
         command=record["command"],
     )
+
+
+def scored_text(hashes: Mapping[str, str | None]) -> str:
+    """Which text the figures are of: `eval_data` is there after a run that could train, None for its held-out part."""
+    if "eval_data" not in hashes:
+        return "of the given text"
+    other = hashes["eval_data"]
+    if other is None:
+        return "from the held-out part of the data"
+    return f"from a separate text ({other if other.startswith('hub:') else f'sha256 {other}'})"
 
 
 def figures_table(figures: Mapping[str, Mapping[str, Any]]) -> str:

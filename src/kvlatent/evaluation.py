@@ -8,6 +8,7 @@ small difference is not drowned by the spread that both models share.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,12 +18,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .budget import check_dtype
 from .cost import live_cache_bytes
 from .data import evaluation_blocks
 from .hub import load_model, load_tokenizer
 from .perplexity import Perplexity, perplexity, perplexity_ratio
 
-__all__ = ["cache_bytes_per_token", "compare", "evaluate", "measure", "precision"]
+__all__ = ["cache_bytes_per_token", "compare", "evaluate", "measure", "precision", "speedometer"]
 
 _CACHE_POSITIONS = 64
 
@@ -118,7 +120,7 @@ def evaluate(
         tokenizer: of the text; None takes the model's own (then `model` is a directory or hub id).
         block_size: tokens a window; a document's first token is context only.
         max_tokens: score about that many tokens, from the start of the text; None scores all.
-        dtype: "float32", "bfloat16" or None, what the checkpoint has; on models that are loaded already it is ignored.
+        dtype: "float32", "bfloat16", "float16" or None, what the checkpoint has; on models that are loaded already it is ignored.
         separator, text_field: how `data` splits into documents.
         progress: called with a step's name, blocks done, their number, and a note.
 
@@ -127,8 +129,9 @@ def evaluate(
         `against`, "original" with the same keys, "ratio", "ratio_standard_error" and "cache_ratio".
 
     Raises:
-        ValueError: the two models have different vocabularies, or the text is too short.
+        ValueError: the two models have different vocabularies, the text is too short, or an unknown dtype.
     """
+    check_dtype(dtype)
     loaded = _loaded(model, dtype, device)
     other = None if against is None else _loaded(against, dtype, device)
     if other is not None and other.config.vocab_size != loaded.config.vocab_size:
@@ -154,11 +157,16 @@ def evaluate(
                 text_field=text_field,
                 max_tokens=max_tokens,
             )
-        figures, result = measure(loaded, blocks, batch_size=batch_size, progress=_named(progress, "measure"))
+        figures, result = measure(
+            loaded, blocks, batch_size=batch_size, progress=speedometer(progress, "measure", blocks)
+        )
         report: dict[str, Any] = {"latent": figures}
         if other is not None:
             report["original"], original = measure(
-                other, blocks, batch_size=batch_size, progress=_named(progress, "measure the original")
+                other,
+                blocks,
+                batch_size=batch_size,
+                progress=speedometer(progress, "measure the original", blocks),
             )
             report |= compare(result, original)
             report["cache_ratio"] = (
@@ -171,7 +179,16 @@ def _loaded(model: str | Path | PreTrainedModel, dtype: str | None, device: str)
     return model if isinstance(model, PreTrainedModel) else load_model(model, dtype=dtype, device=device)
 
 
-def _named(
-    progress: Callable[[str, int, int, str], None] | None, step: str
+def speedometer(
+    progress: Callable[[str, int, int, str], None] | None, step: str, blocks: Dataset
 ) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(step, done, total, "")
+    """What `measure` calls with blocks done and their number, handed on as `step` with the tokens per second."""
+    if progress is None:
+        return None
+    report, start, block_tokens = progress, time.monotonic(), len(blocks[0]["input_ids"])
+
+    def call(done: int, total: int) -> None:
+        speed = done * block_tokens / max(time.monotonic() - start, 1e-9)
+        report(step, done, total, f"{speed:,.0f} tokens/s")
+
+    return call

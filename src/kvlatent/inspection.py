@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from .config import LatentConfig
 from .families import family_of
 from .hub import load_config
+from .record import read_record
 
 __all__ = ["describe"]
 
@@ -26,7 +26,7 @@ def describe(model: str | Path) -> dict[str, Any]:
         directory holds `run.json`.
 
     Raises:
-        FileNotFoundError, ValueError: no such model, or not a supported one.
+        FileNotFoundError, ValueError: no such model, or not a supported one; a damaged `run.json`.
     """
     config = load_config(str(model))
     family = family_of(config)
@@ -63,8 +63,6 @@ def describe(model: str | Path) -> dict[str, Any]:
         },
         "cache_bytes_per_token": {"original": original, "latent": reduced, "share": reduced / original},
     }
-    record = Path(model) / "run.json"
-    if record.is_file():
-        made = json.loads(record.read_text(encoding="utf-8"))
+    if (made := read_record(Path(model) / "run.json")) is not None:
         document |= {name: made[name] for name in ("command", "figures", "training") if made.get(name)}
     return document

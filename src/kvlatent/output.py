@@ -28,6 +28,7 @@ def prepare_output(out: str | os.PathLike[str], overwrite: bool = False) -> Path
     parent = next(folder for folder in out.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"cannot create {out}: {parent} is not a directory that may be written to")
+    _remove_stale(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; give a directory that does not exist yet")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -44,7 +45,6 @@ def atomic_directory(out: str | os.PathLike[str], *, overwrite: bool = False) ->
     """
     out = prepare_output(out, overwrite).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(out)
     folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
     folder.mkdir()

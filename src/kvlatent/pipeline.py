@@ -8,19 +8,22 @@ and called again. The output directory appears in one rename at the very end.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 
-from .budget import PlanOptions, plan_run, working_dtype
+from .budget import Plan, PlanOptions, plan_run, working_dtype
 from .card import model_card
 from .conversion import convert
+from .data import evaluation_blocks
+from .data.text import resolve
 from .evaluation import evaluate
 from .hub import load_model, load_tokenizer, save
 from .output import prepare_output
-from .record import command_line, environment
+from .record import command_line, environment, read_record
 from .run import Progress, Run
 from .training.trainable import merged_copy
 from .workspace import Workspace, fingerprint, identity
@@ -28,6 +31,9 @@ from .workspace import Workspace, fingerprint, identity
 __all__ = ["Progress", "compress", "convert_checkpoint"]
 
 _EVALUATION_TOKENS = 65_536
+
+Announce = Callable[[dict[str, Any]], None]
+"""Called with the plan once every argument, the model and the text have passed their checks, before the work."""
 
 
 def compress(
@@ -40,6 +46,7 @@ def compress(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    announce: Announce | None = None,
     **options: Unpack[PlanOptions],
 ) -> dict[str, Any]:
     """Compress `model` with text from `data` and save the result in `out`.
@@ -54,7 +61,7 @@ def compress(
         eval_tokens: measure on at most that many tokens.
         overwrite: replace what `out` holds (at the end, in one rename) and unfinished work of other arguments.
         dry_run: return the plan and write nothing.
-        progress: see `Progress`.
+        progress, announce: see `Progress` and `Announce`.
         options: `kv`, `d_qk`, `d_vo`, `preset`, `recipe`, `overrides`, `tokens`, `stages`, `device`, `dtype`, `seed`:
             see `plan_run`.
 
@@ -68,6 +75,46 @@ def compress(
     if dry_run:
         prepare_output(out, overwrite)
         return {"plan": plan.summary()}
+    # The place first, as it may hold the finished run; then what it holds.
+    place = prepare_output(out, overwrite=True)
+    decides = _decides(plan, model, data, eval_data, eval_tokens)
+    workspace = Workspace(place, decides)
+    if (finished := _finished(place, workspace)) is not None:
+        return finished
+    prepare_output(out, overwrite)
+    for source in (data, eval_data):
+        if source is not None:
+            resolve(source)
+    workspace.open(overwrite=overwrite)
+    record = {
+        "command": command_line("compress", model, _spoken(data, place, eval_data, options)),
+        "fingerprint": fingerprint(workspace.plan),
+        "plan": plan.summary(),
+        "sha256": {name: decides[name] for name in ("model", "data", "eval_data")},
+        **environment(plan.device),
+    }
+    run = Run(plan, workspace, progress or _silent)
+    try:
+        run.prepare(model, data, eval_data, eval_tokens)
+        if announce is not None:
+            announce(record["plan"])
+        result = run.all_steps(record, place, overwrite)
+    except BaseException:
+        if not workspace.has_work():
+            workspace.remove()
+        raise
+    workspace.remove()
+    return result
+
+
+def _decides(
+    plan: Plan, model: str | Path, data: str | Path, eval_data: str | Path | None, eval_tokens: int
+) -> dict[str, Any]:
+    """Everything that decides the result of a run.
+
+    Raises:
+        ValueError: the figures would be of the text that was trained on.
+    """
     decides = {
         "model": identity(model),
         "data": identity(data),
@@ -78,28 +125,11 @@ def compress(
         "conversion": plan.latent.to_dict()["widths"],
         "recipe": plan.recipe.model_dump(mode="json"),
     }
-    workspace = Workspace(out, decides)
-    if (finished := _finished(Path(out), workspace)) is not None:
-        return finished
-    prepare_output(out, overwrite)
-    workspace.open(overwrite=overwrite)
-    record = {
-        "command": command_line("compress", model, _spoken(data, out, eval_data, options)),
-        "fingerprint": fingerprint(workspace.plan),
-        "plan": plan.summary(),
-        "sha256": {"model": decides["model"], "data": decides["data"]},
-        **environment(plan.device),
-    }
-    run = Run(plan, workspace, progress or _silent)
-    try:
-        run.prepare(model, data, eval_data, eval_tokens)
-        result = run.all_steps(record, out, overwrite)
-    except BaseException:
-        if not workspace.has_work():
-            workspace.remove()
-        raise
-    workspace.remove()
-    return result
+    if decides["data"] == decides["eval_data"]:
+        raise ValueError(
+            "--eval-data is the training text; leave it out to measure on a held-out part, or give another file"
+        )
+    return decides
 
 
 def _silent(step: str, done: int, total: int, note: str) -> None:
@@ -121,11 +151,11 @@ def _spoken(data: Any, out: Any, eval_data: Any, options: Mapping[str, Any]) -> 
 
 def _finished(out: Path, workspace: Workspace) -> dict[str, Any] | None:
     """The record of a run that was killed after its output appeared and before its workspace went."""
-    record = out / "run.json"
-    if not (workspace.path.is_dir() and record.is_file()):
+    try:
+        found = read_record(out / "run.json") if workspace.is_ours() else None
+    except ValueError:  # damaged, so `out` is not that run's
         return None
-    found = json.loads(record.read_text(encoding="utf-8"))
-    if found.get("fingerprint") != fingerprint(workspace.plan):
+    if found is None or found.get("fingerprint") != fingerprint(workspace.plan):
         return None
     workspace.remove()
     return found
@@ -140,12 +170,13 @@ def convert_checkpoint(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    announce: Announce | None = None,
     **options: Unpack[PlanOptions],
 ) -> dict[str, Any]:
     """Convert `model` and save it untrained, in the original's dtype.
 
     Args:
-        model, out, overwrite, dry_run, progress: as for `compress`.
+        model, out, overwrite, dry_run, progress, announce: as for `compress`.
         data: text to measure the original and the converted model on; None measures nothing.
         eval_tokens: measure on at most that many tokens.
         options: as for `plan_run`; the stages are "none" here.
@@ -158,35 +189,46 @@ def convert_checkpoint(
     """
     options["stages"] = "none"
     plan = plan_run(model, **options)
-    prepare_output(out, overwrite)
+    place = prepare_output(out, overwrite)
     if dry_run:
         return {"plan": plan.summary()}
+    if data is not None:
+        resolve(data)
     original = load_model(model, device=plan.device)
     tokenizer = load_tokenizer(model, original.config)
-    latent = convert(original, plan.latent)
     record: dict[str, Any] = {
-        "command": command_line("convert", model, _spoken(data, out, None, {**options, "stages": None})),
+        "command": command_line("convert", model, _spoken(data, place, None, {**options, "stages": None})),
         "plan": plan.summary(),
         "sha256": {"model": identity(model), "data": None if data is None else identity(data)},
         **environment(plan.device),
         "figures": {},
     }
-    if data is not None:
-        section = plan.recipe.data
-        dtype = getattr(torch, working_dtype(plan.recipe.dtype, plan.device))
-        report = evaluate(
-            merged_copy(latent, dtype),
-            data,
-            against=merged_copy(original, dtype),
-            tokenizer=tokenizer,
-            block_size=section.block_size,
-            separator=section.separator,
-            text_field=section.text_field,
-            max_tokens=max(eval_tokens, section.block_size),
-            progress=progress,
-        )
-        latent_figures = report["latent"] | {name: report[name] for name in ("ratio", "ratio_standard_error")}
-        record["figures"] = {"original": report["original"], "latent": latent_figures}
+    with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
+        blocks = None if data is None else _blocks(plan, original, tokenizer, data, eval_tokens, cache)
+        if announce is not None:
+            announce(record["plan"])
+        latent = convert(original, plan.latent)
+        if blocks is not None:
+            dtype = getattr(torch, working_dtype(plan.recipe.dtype, plan.device))
+            pair = merged_copy(latent, dtype), merged_copy(original, dtype)
+            report = evaluate(pair[0], blocks, against=pair[1], progress=progress)
+            ratio = {name: report[name] for name in ("ratio", "ratio_standard_error")}
+            record["figures"] = {"original": report["original"], "latent": report["latent"] | ratio}
     files = {"recipe.yaml": plan.recipe.dump_yaml(), "run.json": json.dumps(record, indent=2) + "\n"}
-    save(latent, out, tokenizer=tokenizer, card=model_card(record), overwrite=overwrite, files=files)
+    save(latent, place, tokenizer=tokenizer, card=model_card(record), overwrite=overwrite, files=files)
     return record
+
+
+def _blocks(plan: Plan, model: Any, tokenizer: Any, data: str | Path, eval_tokens: int, cache: str) -> Any:
+    """The start of a text as blocks that fit the model's context."""
+    section = plan.recipe.data
+    limit = getattr(model.config, "max_position_embeddings", None) or section.block_size
+    return evaluation_blocks(
+        data,
+        tokenizer,
+        min(section.block_size, limit),
+        cache_dir=cache,
+        separator=section.separator,
+        text_field=section.text_field,
+        max_tokens=max(eval_tokens, section.block_size),
+    )

@@ -9,13 +9,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["command_line", "environment", "joined_metrics"]
+__all__ = ["command_line", "environment", "joined_metrics", "read_record"]
 
 _PACKAGES = ("kvlatent", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -52,7 +53,7 @@ def _processor() -> str:
 
 
 def command_line(name: str, positional: str | Path, options: dict[str, Any]) -> str:
-    """A command that repeats the run, with every path cut to its last name.
+    """A command that repeats the run, quoted for the shell, with every path cut to its last name.
 
     Options that are None, false or empty are left out; a list repeats its flag.
     """
@@ -69,7 +70,26 @@ def command_line(name: str, positional: str | Path, options: dict[str, Any]) -> 
             words += [flag, ",".join(map(str, value))]
         elif value is not None and value is not False:
             words += [flag, str(value)]
-    return " ".join(words)
+    return shlex.join(words)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What a run wrote as run.json, or None where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, not JSON ({error}); remove it or restore it") from error
+    if not isinstance(record, dict):
+        raise ValueError(  # noqa: TRY004 - the command line shows ValueError as one sentence
+            f"{path} is not the record of a run: it holds a {type(record).__name__}; remove it or restore it"
+        )
+    return record
 
 
 def joined_metrics(files: Iterable[tuple[str, Path]]) -> str:

@@ -19,7 +19,7 @@ from .budget import Plan, working_dtype
 from .card import model_card
 from .conversion import convert
 from .data import evaluation_blocks, prepare
-from .evaluation import compare, measure, precision
+from .evaluation import compare, measure, precision, speedometer
 from .hub import load_model, load_tokenizer, save
 from .perplexity import Perplexity
 from .record import joined_metrics
@@ -112,11 +112,9 @@ class Run:
         """Figures of one model, from the workspace where they are known already."""
         if (known := self.workspace.done(name)) is not None:
             return known
-        step = f"measure {name}"
+        progress = speedometer(self.progress, f"measure {name}", self.held_out)
         with precision(self.plan.device, str(self.original.dtype).removeprefix("torch.")):
-            figures, result = measure(
-                model, self.held_out, progress=lambda done, total: self.progress(step, done, total, "")
-            )
+            figures, result = measure(model, self.held_out, progress=progress)
         if name != "original":
             original = self.workspace.done("original")
             assert original is not None

@@ -25,7 +25,7 @@ def evaluate(
         str, typer.Option(help="Field of a .jsonl or .parquet that holds the text.")
     ] = "text",
     device: o.Device = "auto",
-    dtype: o.Dtype = None,
+    dtype: o.LoadDtype = None,
     as_json: o.Json = False,
 ) -> None:
     """Measure perplexity and the live cache, beside the original's with --against."""
@@ -58,18 +58,20 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue.", metavar="TEXT")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", metavar="N")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.", metavar="N")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="For a temperature above 0.", metavar="N", min=0, max=2**32 - 1)
+    ] = 0,
     device: o.Device = "auto",
-    dtype: o.Dtype = None,
+    dtype: o.LoadDtype = None,
     as_json: o.Json = False,
 ) -> None:
     """Continue a text."""
     with session(as_json) as run:
-        from kvlatent.budget import choose_device
+        from kvlatent.budget import check_dtype, choose_device
         from kvlatent.generation import continuation
         from kvlatent.hub import load_model, load_tokenizer
 
-        model = load_model(directory, dtype=dtype, device=choose_device(device))
+        model = load_model(directory, dtype=check_dtype(dtype), device=choose_device(device))
         tokenizer = load_tokenizer(directory, model.config)
         added = continuation(model, tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed)
         run.show({"prompt": prompt, "continuation": added}, f"{prompt}{added}")

@@ -9,7 +9,7 @@ import typer
 
 from . import options as o
 from .session import Session, session
-from .tables import figures_table, pairs_table, plan_lines
+from .tables import duration, figures_table, pairs_table, plan_lines
 
 
 def compress(
@@ -37,8 +37,6 @@ def compress(
         from kvlatent.pipeline import compress as work
 
         chosen = _plan_options(kv, d_qk, d_vo, preset, recipe, overrides, tokens, stages, device, dtype, seed)
-        if not dry_run:
-            _announce(run, model, chosen)
         record = work(
             model,
             data,
@@ -47,6 +45,7 @@ def compress(
             overwrite=overwrite,
             dry_run=dry_run,
             progress=run.report,
+            announce=lambda plan: _say_plan(run, plan),
             **chosen,
         )
         _show_record(run, record, out)
@@ -72,10 +71,15 @@ def convert(
         from kvlatent.pipeline import convert_checkpoint as work
 
         chosen = _plan_options(kv, d_qk, d_vo, preset, recipe, overrides, None, "none", device, None, None)
-        if not dry_run:
-            _announce(run, model, chosen)
         record = work(
-            model, out, data=data, overwrite=overwrite, dry_run=dry_run, progress=run.report, **chosen
+            model,
+            out,
+            data=data,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=run.report,
+            announce=lambda plan: _say_plan(run, plan),
+            **chosen,
         )
         _show_record(run, record, out)
 
@@ -101,7 +105,7 @@ def train(
 ) -> None:
     """Train one stage of a latent checkpoint, in place unless --out is given. Repeat the command to continue."""
     with session(as_json) as run:
-        from kvlatent.training.stages import train as work
+        from kvlatent.training import train as work
 
         values = {"dtype": dtype, "seed": seed} | (
             {f"stage{stage}.tokens": tokens} if stage in (1, 2) else {}
@@ -120,10 +124,11 @@ def train(
             recipe=recipe,
             overrides=settings,
             device=device,
-            overwrite=overwrite or out is None,
+            overwrite=overwrite,
             progress=lambda number, done, total, speed, loss: run.report(
                 f"stage {'I' * number}", done, total, f"{speed:,.0f} tokens/s, loss {loss:.4f}"
             ),
+            announce=lambda plan: _say_stage(run, plan),
         )
         document = {**summary, "out": str(target)}
         run.show(
@@ -174,10 +179,18 @@ def _plan_options(
     }
 
 
-def _announce(run: Session, model: str, chosen: Any) -> None:
-    from kvlatent.budget import plan_run
+def _say_stage(run: Session, plan: dict[str, Any]) -> None:
+    run.close()
+    ((name, tokens),) = plan["tokens"].items()
+    run.say(
+        f"stage {'I' * int(name[-1])}: {tokens:,} tokens on {plan['device']} in {plan['dtype']}, about "
+        f"{duration(plan['estimated_seconds'])} (an estimate from the model's size and this machine's speed)"
+    )
 
-    for line in plan_lines(plan_run(model, **chosen).summary()):
+
+def _say_plan(run: Session, plan: dict[str, Any]) -> None:
+    run.close()
+    for line in plan_lines(plan):
         run.say(line)
 
 

@@ -31,6 +31,12 @@ Tokens = Annotated[int | None, typer.Option(help="Training tokens, of all stages
 Stages = Annotated[str, typer.Option(help="Stages to train.", metavar="none|1|2|both")]
 Device = Annotated[str, typer.Option(help="Where to run.", metavar="auto|cpu|cuda")]
 Dtype = Annotated[str | None, typer.Option(help="Precision to run in.", metavar="float32|bfloat16")]
+LoadDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision to load in; the checkpoint's by default.", metavar="float32|bfloat16|float16"
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Of everything random.", metavar="N")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]

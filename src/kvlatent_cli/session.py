@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import sys
 import time
@@ -20,9 +21,20 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .tables import duration
+
 _DISK = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file is larger than this system allows"}
-_DISK_SIGNS = ("No space left", "File too large", "PytorchStreamWriter failed", "I/O error")
+_DISK_SIGNS = (
+    "No space left",
+    "File too large",
+    "PytorchStreamWriter failed",
+    "unexpected pos",  # torch.save, closing an archive that the disk cut short
+    "inline_container",
+    "I/O error",
+)
+_CHATTY = ("huggingface_hub", "httpx", "httpx2", "httpcore", "urllib3", "fsspec")
 _SHOWN_AFTER_S = 2.0
+_LINE_EVERY_S = 15.0
 
 
 @contextlib.contextmanager
@@ -71,16 +83,30 @@ class Session:
             disable=not sys.stderr.isatty(),
         )
         self._step, self._since, self._note, self._task = "", time.monotonic(), "", None
+        self._first, self._said = 0, self._since
 
     def report(self, step: str, done: int, total: int, note: str) -> None:
-        """Show how far a step is: a bar in a terminal, one line at the end of a long step elsewhere."""
+        """Show how far a step is: a bar in a terminal, elsewhere a line now and then and at its end."""
         if step != self._step:
             self.close()
-            self._step, self._since = step, time.monotonic()
+            self._step, self._since, self._first = step, time.monotonic(), done
+            self._said = self._since
             self._task = self.progress.add_task(step, total=total or None, note=note)
         self._note = note
         if self._task is not None:
             self.progress.update(self._task, completed=done, total=total or None, note=note)
+        if self.progress.disable and time.monotonic() - self._said >= _LINE_EVERY_S:
+            self._said = time.monotonic()
+            self.say(self._line(done, total))
+
+    def _line(self, done: int, total: int) -> str:
+        """How far the step is: done of total, note, and the time left at the pace since its first report."""
+        parts = [f"{done:,}/{total:,}"] if total else []
+        parts += [self._note] if self._note else []
+        if total and done > self._first:
+            left = (time.monotonic() - self._since) * (total - done) / (done - self._first)
+            parts.append(f"about {duration(left)} left")
+        return f"{self._step}: {', '.join(parts) or 'at work'}"
 
     def say(self, text: str) -> None:
         """A line for people, on stderr."""
@@ -150,3 +176,6 @@ def _silence() -> None:
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    for name in _CHATTY:  # each retry of an unreachable hub is a warning
+        logging.getLogger(name).setLevel(logging.ERROR)

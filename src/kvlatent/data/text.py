@@ -52,9 +52,11 @@ def resolve(source: str | Path) -> Source:
 
     Raises:
         FileNotFoundError: there is neither such a file nor such a dataset.
-        ValueError: the file's extension is none of .txt, .jsonl, .json, .parquet.
+        ValueError: it is a directory, or the file's extension is none of .txt, .jsonl, .json, .parquet.
     """
     path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give a file that ends in {', '.join(_SUFFIXES)}")
     if path.is_file():
         if path.suffix not in _SUFFIXES:
             raise ValueError(
@@ -182,7 +184,19 @@ def _fields(records: Iterator[tuple[int, Any]], name: str, text_field: str) -> I
                 f"{type(text).__name__}; set text_field"
             )
         if text:
+            _check_unicode(text, number, name)
             yield text
+
+
+def _check_unicode(text: str, number: int, name: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"record {number} of {name} is not valid Unicode (half a surrogate pair, character {error.start + 1}); "
+            "repair or remove it"
+        ) from error
 
 
 def _json_records(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
@@ -203,6 +217,8 @@ def _json_records(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
             raise ValueError(
                 f"{path} is not valid JSON at line {number or error.lineno}: {error.msg}"
             ) from error
+        except RecursionError as error:
+            raise ValueError(f"{path} is not valid JSON at line {number or 1}: nested too deeply") from error
 
 
 def _parquet_records(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:

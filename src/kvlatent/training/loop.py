@@ -30,6 +30,13 @@ __all__ = ["Progress", "StageTrainer", "collate"]
 Progress = Callable[[int, int, int, float, float], None]
 """Called after every step with stage, step, total steps, tokens per second and the loss."""
 
+_DISK_SIGNS = (
+    "No space left",
+    "File too large",
+    "inline_container",
+    "unexpected pos",
+)  # torch names no cause
+
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Blocks of equal length to a batch of int64 tensors [B, T]."""
@@ -137,14 +144,16 @@ class StageTrainer(Trainer):
         return norm
 
     def _stop_unless_finite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
+        if not math.isfinite(value):
+            self._stop(self.state.global_step + 1, f"the {what} is {value}")
+
+    def _stop(self, step: int, reason: str) -> None:
+        """End the run at a step, naming the checkpoint to go on from."""
         kept = last_complete_checkpoint(self.journal.parent, self.args.world_size)
         rate = f"stage{self.stage}.learning_rate={self.args.learning_rate:g}"
         raise ValueError(
-            f"stage {self.stage} stopped at step {self.state.global_step + 1} of {self.state.max_steps} because "
-            f"the {what} is {value}; the last good checkpoint is {kept or 'the start (none was written yet)'}; "
-            f"try a lower rate than {rate}"
+            f"stage {self.stage} stopped at step {step} of {self.state.max_steps} because {reason}; the last good "
+            f"checkpoint is {kept or 'the start (none was written yet)'}; try a lower rate than {rate}"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -193,13 +202,17 @@ class StageTrainer(Trainer):
             load_trainable(Path(resume_from_checkpoint) / WEIGHTS, self.decoder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Upstream's checkpoint; a failed write leaves nothing behind and says what to do."""
+        """Upstream's checkpoint; none of tensors that are not finite, and a failed write leaves nothing behind."""
+        for name, parameter in self.decoder.named_parameters():
+            if parameter.requires_grad and not parameter.detach().isfinite().all():
+                self._stop(self.state.global_step, f"{name} is no longer finite")
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             path = self.journal.parent / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(path, ignore_errors=True)
-            reason = str(error).splitlines()[0]
+            full = any(sign in str(error) for sign in _DISK_SIGNS)
+            reason = "the disk is full" if full else str(error).splitlines()[0]
             raise OSError(
                 f"cannot write {path}: {reason}; free some disk space and run the same again"
             ) from error

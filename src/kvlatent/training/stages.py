@@ -1,36 +1,27 @@
-"""Training a latent model: one stage on prepared blocks, or one stage from checkpoint directory to directory.
+"""Training a latent model: one stage on prepared blocks.
 
-`train_stage` is what `compress` calls twice; everything it needs to go on after a kill lies in its work
-directory: checkpoints, `metrics.jsonl`, `stage.json` (what the run is) and, once finished,
-`final.safetensors` (the trained tensors in fp32 with the summary in the header). `train` is the same for
-`kvlatent train`.
+`train_stage` is what `compress` calls twice and `kvlatent train` once; everything it needs to go on after a kill lies
+in its work directory: checkpoints, `metrics.jsonl`, `stage.json` (what the run is) and, once finished,
+`final.safetensors` (the trained tensors in fp32 with the summary in the header).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .. import hub
-from ..budget import choose_device
-from ..data import prepare
-from ..output import prepare_output
 from ..recipe import Recipe, Stage, Stage2
-from ..record import environment
-from ..workspace import Workspace, identity
 from .arguments import training_arguments
 from .checkpoints import last_complete_checkpoint, read_final, read_journal, write_final
 from .claim import claim, stage_identity
 from .loop import Progress, StageTrainer
 from .teacher import check_teacher, placed_teacher
-from .trainable import merged_copy, prepare_for_training, trainable_names, trainable_state
+from .trainable import trainable_names, trainable_state
 from .trainers import EndToEndTrainer, LayerTrainer
 
-__all__ = ["train", "train_stage"]
+__all__ = ["JOURNAL", "needs_teacher", "settings_of", "train_stage"]
 
 FINAL = "final.safetensors"
 JOURNAL = "metrics.jsonl"
@@ -75,11 +66,11 @@ def train_stage(
             another run, or a loss is not finite.
         OSError: a checkpoint cannot be written.
     """
-    settings = _settings(recipe, stage)
-    needs_teacher = _needs_teacher(settings)
+    settings = settings_of(recipe, stage)
+    compares = needs_teacher(settings)
     _check(model, train_blocks)
-    if needs_teacher:
-        check_teacher(model, teacher)
+    if compares:
+        check_teacher(model.config, None if teacher is None else teacher.config)
     work_dir = Path(work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     claim(work_dir, stage_identity(model, stage, settings, recipe, train_blocks))
@@ -89,7 +80,7 @@ def train_stage(
     args = training_arguments(settings, recipe, stage, len(train_blocks[0]["input_ids"]), work_dir, device)
     view = (
         placed_teacher(model, teacher, recipe.dtype, args.device)
-        if needs_teacher and teacher is not None
+        if compares and teacher is not None
         else None
     )
     common = (decoder, args, train_blocks, view, work_dir / JOURNAL, progress)
@@ -109,88 +100,19 @@ def train_stage(
     return summary
 
 
-def train(
-    model: str | Path,
-    *,
-    stage: int,
-    data: str | Path,
-    out: str | Path,
-    teacher: str | Path | None = None,
-    recipe: str | Path | Recipe | None = None,
-    overrides: Iterable[str] = (),
-    device: str = "auto",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Train one stage of a latent checkpoint and write a new one; a second call goes on where the first was
-    killed.
+def settings_of(recipe: Recipe, stage: int) -> Stage:
+    """The recipe's section of a stage.
 
-    The unfinished run lives in `out.partial`. The output has LoRA merged, the source's type, the resolved
-    `recipe.yaml`, `run.json` and `metrics.jsonl`.
-
-    Args:
-        model: directory or hub id of a latent checkpoint.
-        stage: 1 or 2.
-        data: text, as for `data.prepare`.
-        out: directory to write; not empty only with `overwrite`.
-        teacher: directory or hub id of the original; stage II on next tokens does without.
-        recipe: a `Recipe`, a YAML file, or None for the defaults.
-        overrides: `section.key=value`, for a recipe that is not a `Recipe`.
-        device: "auto", "cpu" or "cuda".
-        overwrite: replace `out` and an unfinished run of other arguments.
-        progress: as for `train_stage`.
-
-    Returns:
-        What `train_stage` returns.
+    Raises:
+        ValueError: there is no such stage.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
-    device = choose_device(device)
-    settings = _settings(recipe, stage)
-    prepare_output(out, overwrite)
-    student = hub.load_model(model)
-    tokenizer = hub.load_tokenizer(model, student.config)
-    original = None if teacher is None else hub.load_model(teacher)
-    if _needs_teacher(settings):
-        check_teacher(student, original)
-    plan = {
-        "model": identity(model),
-        "teacher": teacher and identity(teacher),
-        "data": identity(data),
-        "stage": stage,
-    }
-    space = Workspace(out, {**plan, "recipe": recipe.model_dump(mode="json")})
-    space.open(overwrite=overwrite)
-    work_dir = space.path / f"stage{stage}"
-    try:
-        corpus = prepare(
-            data, tokenizer, cache_dir=space.path / "data", seed=recipe.seed, **recipe.data.model_dump()
-        )
-        prepare_for_training(student, recipe)
-        summary = train_stage(
-            student, original, stage, corpus.train, recipe, work_dir, device=device, progress=progress
-        )
-    except Exception:
-        if not space.has_work():
-            space.remove()
-        raise
-    run = {"training": {f"stage{stage}": summary}, "seed": recipe.seed, **environment(device)}
-    files = {
-        "recipe.yaml": recipe.dump_yaml(),
-        "run.json": json.dumps(run, indent=2) + "\n",
-        JOURNAL: (work_dir / JOURNAL).read_text(encoding="utf-8"),
-    }
-    hub.save(merged_copy(student), out, tokenizer=tokenizer, files=files, overwrite=overwrite)
-    space.remove()
-    return summary
-
-
-def _settings(recipe: Recipe, stage: int) -> Stage:
     if stage not in (1, 2):
         raise ValueError(f"there are two stages: got stage={stage!r}; choose 1 or 2")
     return recipe.stage1 if stage == 1 else recipe.stage2
 
 
-def _needs_teacher(settings: Stage) -> bool:
+def needs_teacher(settings: Stage) -> bool:
+    """Whether the stage's loss looks at the original."""
     return not (isinstance(settings, Stage2) and settings.objective == "next_token")
 
 

@@ -8,25 +8,46 @@ projections there.
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..families import head_dim_of
 from .trainable import merged_copy, shared_copy
 
 __all__ = ["check_teacher", "placed_teacher"]
 
-_SAME = ("hidden_size", "num_hidden_layers", "vocab_size")
+_SAME = (
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
 
 
-def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    """Raise unless the teacher has the student's width, layers and vocabulary.
+def check_teacher(student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    """Raise unless the teacher can be the original of the student, as far as their configs tell.
+
+    Args:
+        student: config of the model that is trained.
+        teacher: config of the original, or None where there is none.
 
     Raises:
-        ValueError: there is no teacher, or one of the three differs; both numbers are named.
+        ValueError: there is no teacher, it is latent itself, or its architecture, a size or the head width differs
+            from what the student was converted from; both values are named.
     """
     if teacher is None:
         raise ValueError("this stage compares with the original model and got none; pass it as the teacher")
-    for name in _SAME:
-        own, other = getattr(student.config, name), getattr(teacher.config, name, None)
+    if getattr(teacher, "kv_latent", None):
+        raise ValueError(
+            f"the teacher must be the original model: got a latent one of type {teacher.model_type}; "
+            "pass the checkpoint that the student was converted from"
+        )
+    pairs = [(name, getattr(student, name), getattr(teacher, name, None)) for name in _SAME]
+    if latent := getattr(student, "kv_latent", None):
+        pairs.append(("model_type", latent["original_model_type"], teacher.model_type))
+        pairs.append(("head_dim", latent["original_head_dim"], head_dim_of(teacher)))
+    for name, own, other in pairs:
         if own != other:
             raise ValueError(
                 f"the teacher must have the student's {name}: got {other} in the teacher and {own} in the student; "

@@ -1,0 +1,208 @@
+"""One stage from checkpoint directory to directory: what `kvlatent train` does.
+
+The unfinished run lives in `OUT.partial`. The output carries what its source carried about its making, with this
+stage added: `run.json`, `metrics.jsonl` and the model card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .. import hub
+from ..budget import Plan, choose_device
+from ..card import model_card
+from ..data import prepare
+from ..data.text import resolve
+from ..estimate import estimate_seconds, layer_size
+from ..modeling import latent_config_of
+from ..output import prepare_output
+from ..recipe import Recipe
+from ..record import command_line, environment, read_record
+from ..workspace import Workspace, fingerprint, identity
+from .history import history, in_place, joined_journal, options_of
+from .loop import Progress
+from .stages import JOURNAL, needs_teacher, settings_of, train_stage
+from .teacher import check_teacher
+from .trainable import merged_copy, prepare_for_training
+
+__all__ = ["plan_training", "train"]
+
+
+def plan_training(
+    model: str | Path,
+    out: str | Path,
+    *,
+    stage: int,
+    recipe: str | Path | Recipe | None = None,
+    overrides: Iterable[str] = (),
+    device: str = "auto",
+) -> Plan:
+    """What `train` would do with these arguments; reads the model's config, not its weights.
+
+    Raises:
+        ValueError: an argument or recipe key that cannot be, a model that is not latent or not here to be replaced,
+            blocks longer than its context.
+        FileNotFoundError: no such model.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
+    device = choose_device(device)
+    settings_of(recipe, stage)
+    if in_place(model, out) and not Path(model).is_dir():
+        raise ValueError(
+            f"{model} is no local directory, so it cannot be trained in place; check its name, or give --out DIR"
+        )
+    config = hub.load_config(str(model))
+    if not getattr(config, "kv_latent", None):
+        raise ValueError(f"{model} is not a latent checkpoint; make one with kvlatent convert first")
+    block_size = recipe.data.block_size
+    limit = getattr(config, "max_position_embeddings", None) or block_size
+    if block_size > limit:
+        raise ValueError(
+            f"a block cannot be longer than the model's context: got data.block_size={block_size}, "
+            f"max_position_embeddings={limit}; pass --set data.block_size={limit}"
+        )
+    return Plan(
+        latent=latent_config_of(config),
+        num_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        recipe=recipe,
+        stages=(stage,),
+        device=device,
+        stored_dtype=config.dtype or torch.float32,
+        seconds=estimate_seconds(recipe, (stage,), *layer_size(config), config.num_hidden_layers, device),
+    )
+
+
+def train(
+    model: str | Path,
+    *,
+    stage: int,
+    data: str | Path,
+    out: str | Path,
+    teacher: str | Path | None = None,
+    recipe: str | Path | Recipe | None = None,
+    overrides: Iterable[str] = (),
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    announce: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Train one stage of a latent checkpoint and write a new one; a second call goes on where the first was killed.
+
+    The output has LoRA merged, the source's type, a model card, the resolved `recipe.yaml`, and the source's
+    `run.json` and `metrics.jsonl` with this stage added.
+
+    Args:
+        model: directory or hub id of a latent checkpoint.
+        stage: 1 or 2.
+        data: text, as for `data.prepare`.
+        out: directory to write; not empty only with `overwrite`, or when it is `model` itself (in place).
+        teacher: directory or hub id of the original; stage II on next tokens does without.
+        recipe: a `Recipe`, a YAML file, or None for the defaults.
+        overrides: `section.key=value`, for a recipe that is not a `Recipe`.
+        device: "auto", "cpu" or "cuda".
+        overwrite: replace `out` and an unfinished run of other arguments.
+        progress: as for `train_stage`.
+        announce: called with the plan once the arguments have passed their checks, before the work.
+
+    Returns:
+        What `train_stage` returns.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
+    """
+    overrides = list(overrides)
+    plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=overrides, device=device)
+    if needs_teacher(settings_of(plan.recipe, stage)):
+        check_teacher(hub.load_config(str(model)), None if teacher is None else hub.load_config(str(teacher)))
+    resolve(data)
+    place = prepare_output(out, overwrite=True)
+    sources = {
+        "model": identity(model),
+        "teacher": None if teacher is None else identity(teacher),
+        "data": identity(data),
+    }
+    space = Workspace(place, {**sources, "stage": stage, "recipe": plan.recipe.model_dump(mode="json")})
+    if (summary := _finished(space, place, in_place(model, place))) is not None:
+        return summary
+    replace = overwrite or in_place(model, place)
+    prepare_output(place, replace)
+    spoken = options_of(model, stage, data, place, teacher, recipe, overrides, device)
+    record = {
+        "command": command_line("train", model, spoken),
+        "fingerprint": fingerprint(space.plan),
+        "sha256": sources,
+        "seed": plan.recipe.seed,
+        **environment(plan.device),
+    }
+    previous = read_record(Path(model) / "run.json") or {}
+    space.open(overwrite=overwrite)
+    try:
+        if announce is not None:
+            announce(plan.summary())
+        student, tokenizer, summary = _run(space, plan, model, data, teacher, progress)
+        record |= history(previous, plan, summary)
+        files = {
+            "recipe.yaml": plan.recipe.dump_yaml(),
+            "run.json": json.dumps(record, indent=2) + "\n",
+            JOURNAL: joined_journal(model, stage, space.path / f"stage{stage}" / JOURNAL),
+        }
+        card = model_card(record)
+        hub.save(merged_copy(student), place, tokenizer=tokenizer, card=card, files=files, overwrite=replace)
+    except BaseException:
+        if not space.has_work():
+            space.remove()
+        raise
+    space.remove()
+    return summary
+
+
+def _run(
+    space: Workspace,
+    plan: Plan,
+    model: str | Path,
+    data: str | Path,
+    teacher: str | Path | None,
+    progress: Progress | None,
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """Load everything and train; returns the trained model, its tokenizer and the stage's summary."""
+    recipe, (stage,) = plan.recipe, plan.stages
+    student = hub.load_model(model)
+    tokenizer = hub.load_tokenizer(model, student.config)
+    original = None if teacher is None else hub.load_model(teacher)
+    corpus = prepare(
+        data, tokenizer, cache_dir=space.path / "data", seed=recipe.seed, **recipe.data.model_dump()
+    )
+    prepare_for_training(student, recipe)
+    work_dir = space.path / f"stage{stage}"
+    summary = train_stage(
+        student, original, stage, corpus.train, recipe, work_dir, device=plan.device, progress=progress
+    )
+    return student, tokenizer, summary
+
+
+def _finished(space: Workspace, out: Path, replaced: bool) -> dict[str, Any] | None:
+    """The summary of a run that was killed after its output appeared and before its workspace went.
+
+    In place (`replaced`) the source's hash has changed with the output, so only the rest of the plan is compared. A
+    workspace whose result is there is removed in any case: what it was for is done.
+    """
+    if not space.is_ours():
+        return None
+    try:
+        stored = json.loads(space.plan_file.read_text(encoding="utf-8"))
+        record = read_record(out / "run.json") or {}
+    except (ValueError, RecursionError):  # damaged: `Workspace.open` says so, or `out` is not that run's
+        return None
+    if record.get("fingerprint") != fingerprint(stored):
+        return None
+    space.remove()
+    ignored = {"model": None} if replaced else {}
+    same = {**stored, **ignored} == {**space.plan, **ignored}
+    return record["training"][f"stage{stored['stage']}"] if same else None

@@ -1,0 +1,66 @@
+"""What a checkpoint carries about its making, when one more stage is trained on it.
+
+`run.json`, `metrics.jsonl` and the model card of the source are continued, not replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..budget import Plan
+from ..choose import PRESETS, Choices
+from ..config import LatentConfig
+from ..recipe import Recipe
+from ..record import joined_metrics
+
+__all__ = ["history", "in_place", "joined_journal", "options_of"]
+
+
+def in_place(model: str | Path, out: str | Path) -> bool:
+    """Whether the output replaces its own source."""
+    return Path(out).resolve() == Path(model).resolve()
+
+
+def history(previous: Mapping[str, Any], plan: Plan, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Plan, training and figures (none: they were the source's) of the record, and what was done before."""
+    training = {**previous.get("training", {}), f"stage{summary['stage']}": dict(summary)}
+    described = plan.summary()
+    described["preset"] = previous.get("plan", {}).get("preset") or _preset(plan.latent)
+    described["tokens"] = {name: training[name]["tokens"] for name in sorted(training)}
+    kept = ("command", "sha256", "training", "figures")
+    earlier = [{name: previous[name] for name in kept if name in previous}] if previous else []
+    return {
+        "plan": described,
+        "training": training,
+        "figures": {},
+        "earlier": [*previous.get("earlier", []), *earlier],
+    }
+
+
+def _preset(latent: LatentConfig) -> str:
+    made = Choices(latent.keys, latent.frequencies, latent.values, latent.scale)
+    return next((name for name, choices in PRESETS.items() if choices == made), "custom")
+
+
+def joined_journal(model: str | Path, stage: int, journal: Path) -> str:
+    """The source's metrics, and after them this stage's."""
+    old = Path(model) / journal.name
+    before = old.read_text(encoding="utf-8") if old.is_file() else ""
+    return before + joined_metrics([(f"stage{stage}", journal)])
+
+
+def options_of(
+    model: Any, stage: int, data: Any, out: Any, teacher: Any, recipe: Any, overrides: list[str], device: str
+) -> dict[str, Any]:
+    """The options of a call as the command line spells them."""
+    return {
+        "stage": stage,
+        "data": Path(data).name,
+        "teacher": None if teacher is None else Path(teacher).name,
+        "out": None if in_place(model, out) else Path(out).name,
+        "recipe": None if recipe is None or isinstance(recipe, Recipe) else Path(recipe),
+        "set": overrides,
+        "device": device,
+    }
