@@ -41,7 +41,7 @@ def test_demo_reports_both_sides_and_can_be_repeated(small):
         assert list(report[side]["copy_accuracy"]) == [str(distance) for distance in DISTANCES]
         assert isinstance(report[side]["continuation"], str)
     assert list(report["run"]["training"]) == ["stage1", "stage2"]
-    assert report["run"]["plan"]["preset"] == "paper"
+    assert report["run"]["plan"]["preset"] == "own-frequency"
     assert load_model(small / "kvlatent-demo").config.kv_latent["widths"] == {"d_qk": 8, "d_vo": 8}
     assert "50%" in said[0]
     json.dumps(report)
