@@ -50,6 +50,8 @@ def test_demo_reports_both_sides_and_can_be_repeated(small):
     assert "saved in kvlatent-demo" in lines[-1]
     again = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=SETTINGS)
     assert again["latent"] == report["latent"]
+    paper = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=SETTINGS, preset="paper")
+    assert paper["run"]["plan"]["preset"] == "paper" and paper["latent"] != report["latent"]
 
 
 def test_demo_touches_no_stranger(small):

@@ -24,7 +24,7 @@ FLAGS = {
     "eval": ["DIR", "--data", "--against", "--block-size", "--batch-size", "--max-tokens", "--separator", "--text-field", *SHARED],
     "generate": ["DIR", "--prompt", "--max-new-tokens", "--temperature", "--seed", *SHARED],
     "inspect": ["DIR", "--json"],
-    "demo": ["--out", "--tokens", "--overwrite", "--json"],
+    "demo": ["--out", "--preset", "--tokens", "--overwrite", "--json"],
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ DEFAULT_OUT = Path("kvlatent-demo")
 # About four minutes on two cores; stages and learning rates are those of the recipe.
 _TOKENS = 800_000
 # The paper's preset loses all copying within this budget (docs/log.md), so the demo shows the better one.
-_PRESET = "own-frequency"
+DEFAULT_PRESET = "own-frequency"
 _EVALUATION_TOKENS = 32_768
 _CHARACTERS_PER_TOKEN = 6  # at the most: a training text that long is read about once
 _COPY_TRIALS = 50
@@ -38,6 +38,7 @@ def demo(
     out: str | Path | None = None,
     *,
     kv: float = 0.5,
+    preset: str = DEFAULT_PRESET,
     tokens: int | None = None,
     overwrite: bool = False,
     copy_trials: int = _COPY_TRIALS,
@@ -50,6 +51,7 @@ def demo(
     Args:
         out: directory to write; None is `./kvlatent-demo`, which an earlier demo's output may be replaced in.
         kv: share of the cache to keep.
+        preset: of the conversion.
         tokens: of both stages together.
         overwrite: replace what `out` holds.
         copy_trials: random strings a distance.
@@ -73,7 +75,7 @@ def demo(
         held_out = _write(Path(folder) / "held_out.jsonl", "held_out")
         if say is not None:
             say(
-                f"compressing the embedded model to {kv:.0%} of its cache, preset {_PRESET}, on the standard library "
+                f"compressing the embedded model to {kv:.0%} of its cache, preset {preset}, on the standard library "
                 "of this Python"
             )
         record = compress(
@@ -85,7 +87,7 @@ def demo(
             eval_data=held_out,
             eval_tokens=_EVALUATION_TOKENS,
             overrides=["data.block_size=512", *overrides],
-            preset=_PRESET,
+            preset=preset,
             overwrite=overwrite,
             progress=progress,
         )

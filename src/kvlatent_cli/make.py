@@ -138,6 +138,7 @@ def train(
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Directory to write; ./kvlatent-demo by default.")] = None,
+    preset: Annotated[str, typer.Option(help="How channels are chosen.", metavar="NAME")] = "own-frequency",
     tokens: o.Tokens = None,
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
@@ -146,7 +147,9 @@ def demo(
     with session(as_json) as run:
         from kvlatent.demo import demo as work
 
-        report = work(out, tokens=tokens, overwrite=overwrite, progress=run.report, say=run.say)
+        report = work(
+            out, preset=preset, tokens=tokens, overwrite=overwrite, progress=run.report, say=run.say
+        )
         run.show(report, *_demo_answer(report))
 
 
