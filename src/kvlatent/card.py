@@ -21,7 +21,7 @@ tags: [kvlatent, kv-cache]
 # Latent-attention checkpoint
 
 Keys are cached at width {d_qk} and values at {d_vo} a head, where the original has {head_dim} for both: {share:.1%} of
-its cache. Made by [kvlatent](https://pypi.org/project/kvlatent/) with preset `{preset}`; stages trained: {stages}.
+its cache. Made by kvlatent with preset `{preset}`; stages trained: {stages}.
 
 {measured}
 
