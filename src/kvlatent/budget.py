@@ -26,7 +26,6 @@ __all__ = [
     "STAGES",
     "Plan",
     "PlanOptions",
-    "check_dtype",
     "choose_device",
     "plan_run",
     "resolve_widths",
@@ -35,7 +34,6 @@ __all__ = [
 
 STAGES: dict[str, tuple[int, ...]] = {"none": (), "1": (1,), "2": (2,), "both": (1, 2)}
 Width = int | list[int] | tuple[int, ...]
-_DTYPES = ("float32", "bfloat16", "float16")
 
 # A default run spends this many floating-point operations, about ten minutes on two laptop cores or on one
 # data-centre GPU; within these bounds in tokens.
@@ -121,17 +119,6 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for but torch sees no GPU here; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def check_dtype(dtype: str | None) -> str | None:
-    """The dtype to load weights in, as it is; None keeps the checkpoint's.
-
-    Raises:
-        ValueError: none of the dtypes that weights come in.
-    """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"--dtype is one of {', '.join(_DTYPES)}: got {dtype!r}")
-    return dtype
 
 
 def resolve_widths(

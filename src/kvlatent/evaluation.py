@@ -18,10 +18,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .budget import check_dtype
 from .cost import live_cache_bytes
 from .data import evaluation_blocks
-from .hub import load_model, load_tokenizer
+from .hub import check_block_size, load_model, load_tokenizer
 from .perplexity import Perplexity, perplexity, perplexity_ratio
 
 __all__ = ["cache_bytes_per_token", "compare", "evaluate", "measure", "precision", "speedometer"]
@@ -73,11 +72,7 @@ def measure(
         ValueError: a block is longer than the model's context, or a loss is not finite.
     """
     ids = torch.as_tensor(blocks[0]["input_ids"])[None]
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] > limit:
-        raise ValueError(
-            f"a block of {ids.shape[1]} tokens exceeds the model's context of {limit}; set data.block_size to {limit} or less"
-        )
+    check_block_size(model.config, ids.shape[1])
     result = perplexity(model, blocks, batch_size=batch_size, progress=progress)
     figures = {
         "perplexity": result.perplexity,
@@ -131,7 +126,6 @@ def evaluate(
     Raises:
         ValueError: the two models have different vocabularies, the text is too short, or an unknown dtype.
     """
-    check_dtype(dtype)
     loaded = _loaded(model, dtype, device)
     other = None if against is None else _loaded(against, dtype, device)
     if other is not None and other.config.vocab_size != loaded.config.vocab_size:

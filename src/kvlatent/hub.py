@@ -19,7 +19,7 @@ from .modeling import latent_classes
 from .output import atomic_directory
 from .remote_code import MODULE_NAME, remote_code
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "register", "save"]
+__all__ = ["check_block_size", "load_config", "load_model", "load_tokenizer", "register", "save"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -170,6 +170,16 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], config: Any) -> Any:
             "use the tokenizer that belongs to the model"
         )
     return tokenizer
+
+
+def check_block_size(config: Any, block_size: int) -> None:
+    """Raise `ValueError` if blocks of that many tokens exceed the model's context."""
+    limit = getattr(config, "max_position_embeddings", None) or block_size
+    if block_size > limit:
+        raise ValueError(
+            f"a block cannot be longer than the model's context: got data.block_size={block_size}, "
+            f"max_position_embeddings={limit}; pass --set data.block_size={limit}"
+        )
 
 
 def save(

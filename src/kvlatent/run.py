@@ -20,7 +20,7 @@ from .card import model_card
 from .conversion import convert
 from .data import evaluation_blocks, prepare
 from .evaluation import compare, measure, precision, speedometer
-from .hub import load_model, load_tokenizer, save
+from .hub import check_block_size, load_model, load_tokenizer, save
 from .perplexity import Perplexity
 from .record import joined_metrics
 from .training.stages import train_stage
@@ -55,12 +55,7 @@ class Run:
         )
         self.original.requires_grad_(False).eval()
         self.tokenizer = load_tokenizer(model, self.original.config)
-        limit = getattr(self.original.config, "max_position_embeddings", None) or section.block_size
-        if section.block_size > limit:
-            raise ValueError(
-                f"a block cannot be longer than the model's context: got data.block_size={section.block_size}, "
-                f"max_position_embeddings={limit}; pass --set data.block_size={limit}"
-            )
+        check_block_size(self.original.config, section.block_size)
         shared: dict[str, Any] = {
             "cache_dir": self.workspace.path / "data",
             "block_size": section.block_size,

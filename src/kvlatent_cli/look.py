@@ -67,11 +67,11 @@ def generate(
 ) -> None:
     """Continue a text."""
     with session(as_json) as run:
-        from kvlatent.budget import check_dtype, choose_device
+        from kvlatent.budget import choose_device
         from kvlatent.generation import continuation
         from kvlatent.hub import load_model, load_tokenizer
 
-        model = load_model(directory, dtype=check_dtype(dtype), device=choose_device(device))
+        model = load_model(directory, dtype=dtype, device=choose_device(device))
         tokenizer = load_tokenizer(directory, model.config)
         added = continuation(model, tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed)
         run.show({"prompt": prompt, "continuation": added}, f"{prompt}{added}")

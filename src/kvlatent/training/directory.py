@@ -60,13 +60,7 @@ def plan_training(
     config = hub.load_config(str(model))
     if not getattr(config, "kv_latent", None):
         raise ValueError(f"{model} is not a latent checkpoint; make one with kvlatent convert first")
-    block_size = recipe.data.block_size
-    limit = getattr(config, "max_position_embeddings", None) or block_size
-    if block_size > limit:
-        raise ValueError(
-            f"a block cannot be longer than the model's context: got data.block_size={block_size}, "
-            f"max_position_embeddings={limit}; pass --set data.block_size={limit}"
-        )
+    hub.check_block_size(config, recipe.data.block_size)
     return Plan(
         latent=latent_config_of(config),
         num_layers=config.num_hidden_layers,
