@@ -388,7 +388,9 @@ def test_mistakes_in_generation(place):
     assert "max_new_tokens=0" in mistake(*words, "A cat", "--max-new-tokens", 0)
     assert "temperature" in mistake(*words, "A cat", "--temperature", -1)
     assert "unknown dtype 'abc'" in mistake(*words, "A cat", "--dtype", "abc")
-    assert "unknown dtype 'abc'" in mistake("eval", place / "latent", "--data", place / "text.txt", "--dtype", "abc")
+    assert "unknown dtype 'abc'" in mistake(
+        "eval", place / "latent", "--data", place / "text.txt", "--dtype", "abc"
+    )
     done = call(*words, "A cat", "--seed", 99999999999999999999)
     assert done.exit_code == 2 and "4294967295" in done.stderr
     assert (
