@@ -93,7 +93,7 @@ def main() -> None:
             print(name, stage, f"{time.time() - started:.0f} s", json.dumps(row), flush=True)
     result = {
         "command": f"python benchmarks/two_stage.py --d-qk {args.d_qk} --d-vo {args.d_vo} --tokens {args.tokens} "
-        f"--share {args.share} --objective {args.objective} --eval-tokens {args.eval_tokens}"
+        f"--share {args.share} --objective {args.objective} --eval-tokens {args.eval_tokens} --threads {args.threads}"
         + "".join(f" --set {override}" for override in args.set)
         + " --model MODEL --data TRAIN --eval-data VALID --work WORK --out FILE",
         "sha256": {
