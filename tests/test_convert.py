@@ -1,8 +1,10 @@
 import copy
 import hashlib
+import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,29 +206,8 @@ def test_widths_per_layer():
     assert latent(tokens()).logits.isfinite().all()
 
 
-MEMORY = """
-import resource, sys, torch
-import kvlatent
-from kvlatent.conversion import convert
-from transformers import LlamaConfig, LlamaForCausalLM
-torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-baseline = peak()
-config = LlamaConfig(vocab_size=8000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=22,
-                     num_attention_heads=16, num_key_value_heads=4, head_dim=64)
-with torch.device("meta"):
-    model = LlamaForCausalLM(config)
-model = model.to_empty(device="cpu")
-with torch.no_grad():
-    for parameter in model.parameters():
-        parameter.fill_(0.01)
-size = sum(p.numel() * p.element_size() for p in model.parameters())
-convert(model, d_qk=32, d_vo=32)
-print(size / 2**20, (peak() - baseline) * 1024 / size)
-"""
-
-
 def test_converting_copies_only_what_it_changes():
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    size, ratio = map(float, result.stdout.split())
-    assert size * 2**20 >= 1e9 and ratio < 1.3
+    script = Path(__file__).parent.parent / "benchmarks" / "conversion_memory.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["model_bytes"] >= 1e9 and result["ratio"] < 1.3
