@@ -51,7 +51,8 @@ class LatentAttention(nn.Module):
     """Self-attention of one layer with key width d_qk and value width d_vo.
 
     The softmax scale is always d_qk^-1/2; where a preset keeps the original scale, the factor is folded into W_Q
-    (or into `q_gain`, [N, d_qk], after a QK-norm).
+    (or, after a QK-norm, into `q_map`, [N, d_qk, head_dim], which takes the normalised queries to the kept channels;
+    queries are not cached, so it is free of any constraint).
 
     Args:
         config: the latent transformers config.
@@ -95,14 +96,14 @@ class LatentAttention(nn.Module):
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         self.kept: KeptChannels | None = None
-        self.q_gain: nn.Parameter | None = None
+        self.q_map: nn.Parameter | None = None
         if family.qk_norm:
             norm = family.upstream("RMSNorm")
             self.q_norm = norm(projected, eps=config.rms_norm_eps)
             self.k_norm = norm(projected, eps=config.rms_norm_eps)
         if gathers:
             self.kept = KeptChannels(latent.channels_at(layer_idx))
-            self.q_gain = nn.Parameter(torch.ones(self.num_heads, self.d_qk))
+            self.q_map = nn.Parameter(torch.empty(self.num_heads, self.d_qk, projected))
         self.rotary = None if latent.one_table else LatentRotary(latent.tables_at(layer_idx))
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,8 +121,9 @@ class LatentAttention(nn.Module):
         key = key.view(*heads, self.widths[1] // self.num_key_value_heads)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        if self.kept is not None and self.q_gain is not None:
-            query, key = self.kept(query) * self.q_gain.to(query.dtype), self.kept(key)
+        if self.kept is not None and self.q_map is not None:
+            query = torch.einsum("btnh,nqh->btnq", query, self.q_map.to(query.dtype))
+            key = self.kept(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.view(*heads, self.d_vo).transpose(1, 2)
 
     def forward(

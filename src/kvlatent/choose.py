@@ -1,64 +1,30 @@
-"""What a conversion keeps: from widths and a preset to a `LatentConfig`; no weights are needed.
-
-Keys: which channels, turned by which table. Values: which basis. Softmax: whose scale.
-"""
+"""What a conversion keeps: from widths and choices to a `LatentConfig`; no weights are needed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
-from .config import LatentConfig, check_length, check_width
+from .choices import BY_PAIRS, PAPER, Choices
+from .config import Channels, LatentConfig, check_length, check_width
 from .families import LATENT_PREFIX, effective_table, family_of, head_dim_of
 from .rope import frequency_aware_table
 from .select import latent_rotary_dim, matched_pairs, pairs_to_channels, stride_channels, stride_pairs
 from .table import RotaryTable
 
-__all__ = ["PRESETS", "Choices", "choose", "resolve_choices"]
+__all__ = ["check_widths", "choose"]
 
 Widths = int | list[int] | tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What conversion keeps: `keys` "stride" or "matched", `frequencies` "own" or "frequency_aware", `values`
-    "slice" or "svd", and the softmax `scale` "original" (folded into W_Q) or "d_qk" (the paper's 1/sqrt(d_qk))."""
-
-    keys: str = "stride"
-    frequencies: str = "own"
-    values: str = "svd"
-    scale: str = "original"
-
-
-PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk")
-PRESETS = {"paper": PAPER, "own-frequency": Choices()}
-_ALLOWED = {
-    "keys": ("stride", "matched"),
-    "frequencies": ("own", "frequency_aware"),
-    "values": ("slice", "svd"),
-}
-
-
-def resolve_choices(
-    preset: str = "paper", keys: str | None = None, frequencies: str | None = None, values: str | None = None
-) -> Choices:
-    """A preset with single choices replaced; whatever is no longer the paper's keeps the original softmax scale.
-
-    Raises:
-        ValueError: unknown preset or choice.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    given = {"keys": keys, "frequencies": frequencies, "values": values}
-    for name, value in given.items():
-        if value is not None and value not in _ALLOWED[name]:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(_ALLOWED[name])}")
-    choices = replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})
-    return choices if choices == PAPER else replace(choices, scale="original")
+Pairs = Channels  # by layer, then by key-value head, as for channels
 
 
 def choose(
-    config: Any, d_qk: Widths, d_vo: Widths, choices: Choices = PAPER, *, qk_norm: str = "full"
+    config: Any,
+    d_qk: Widths,
+    d_vo: Widths,
+    choices: Choices = PAPER,
+    *,
+    qk_norm: str = "full",
+    pairs: Pairs | None = None,
 ) -> LatentConfig:
     """The latent config for a source model's transformers config.
 
@@ -68,6 +34,7 @@ def choose(
         choices: of channels, table, values and scale.
         qk_norm: for models with a QK-norm, "full" (normalise at full width, then keep d_qk channels: exact on what
             is kept) or "sliced" (normalise the kept channels, corrected by a constant: for stock engines).
+        pairs: the kept channel pairs by layer and key-value head, where `choices.keys` looks at statistics or weights.
 
     Raises:
         ValueError: a width is impossible for this model or these choices.
@@ -80,18 +47,16 @@ def choose(
     if qk_norm not in ("full", "sliced"):
         raise ValueError(f"unknown qk_norm {qk_norm!r}; choose one of full, sliced")
     head_dim = head_dim_of(config)
-    key_width = _normalise("d_qk", d_qk, config.num_hidden_layers, head_dim)
-    value_width = _normalise("d_vo", d_vo, config.num_hidden_layers, head_dim)
-    table, theta = effective_table(config), float(config.rope_parameters["rope_theta"])
-    kept = [_keep_keys(head_dim, width, table, theta, choices) for width in _each(key_width)]
+    key_width, value_width = check_widths(config, d_qk, d_vo)
+    tables, channels = _keys(config, key_width, choices, pairs)
     if choices.values == "slice":
         for width in _each(value_width):
             stride_channels("d_vo", width, head_dim)
     return LatentConfig(
         d_qk=key_width,
         d_vo=value_width,
-        tables=tuple((new_table,) for _, new_table in kept),
-        channels=tuple((channels,) for channels, _ in kept),
+        tables=tables,
+        channels=channels,
         original_head_dim=head_dim,
         original_model_type=family.model_type,
         keys="full" if key_width == head_dim else choices.keys,
@@ -100,6 +65,52 @@ def choose(
         scale=choices.scale,
         qk_norm=qk_norm if family.qk_norm else "none",
     )
+
+
+def check_widths(config: Any, d_qk: Widths, d_vo: Widths) -> tuple[int | tuple[int, ...], ...]:
+    """(d_qk, d_vo), each one number where all layers agree, else one per layer.
+
+    Raises:
+        ValueError: a width is not a positive integer or exceeds the head, d_qk is odd, or a list has another length
+            than the model has layers.
+    """
+    head_dim = head_dim_of(config)
+    return tuple(
+        _normalise(name, widths, config.num_hidden_layers, head_dim)
+        for name, widths in (("d_qk", d_qk), ("d_vo", d_vo))
+    )
+
+
+def _keys(
+    config: Any, key_width: int | tuple[int, ...], choices: Choices, pairs: Pairs | None
+) -> tuple[tuple[tuple[RotaryTable, ...], ...], Channels]:
+    """Tables and kept channels, by layer and key-value head."""
+    head_dim, table = head_dim_of(config), effective_table(config)
+    if choices.keys not in BY_PAIRS or key_width == head_dim:
+        theta = float(config.rope_parameters["rope_theta"])
+        kept = [_keep_keys(head_dim, width, table, theta, choices) for width in _each(key_width)]
+        return tuple((new,) for _, new in kept), tuple((channels,) for channels, _ in kept)
+    if pairs is None:
+        raise ValueError(
+            f"keys={choices.keys!r} needs the pairs that statistics or weights name; use convert(model, ...), or "
+            "keys=stride"
+        )
+    whole = tuple(range(head_dim // 2))
+    widths = _each(key_width) * (len(pairs) if isinstance(key_width, int) else 1)
+    kept_pairs = [
+        (whole,) if width == head_dim else layer for width, layer in zip(widths, pairs, strict=True)
+    ]
+    return (
+        tuple(tuple(table.subset(p) if p != whole else table for p in layer) for layer in kept_pairs),
+        tuple(tuple(_channels(p, table.rotary_dim, head_dim) for p in layer) for layer in kept_pairs),
+    )
+
+
+def _channels(pairs: tuple[int, ...], rotary_dim: int, head_dim: int) -> tuple[int, ...]:
+    """Kept channels of `pairs`; all of them keep their original order."""
+    if len(pairs) == head_dim // 2:
+        return tuple(range(head_dim))
+    return pairs_to_channels(pairs, rotary_dim, head_dim)
 
 
 def _each(widths: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -34,8 +34,8 @@ class LatentConfig:
             every head of its layer: so one table for the model, per layer, or per key-value head.
         channels: the original key channels that were kept, in order, with the same nesting as `tables`. A record
             for most families; with a QK-norm at full width the forward pass gathers them.
-        keys: how key channels were chosen ("full", "stride", "matched").
-        values: which basis of values was kept ("full", "slice", "svd").
+        keys: how key channels were chosen ("full", or one of `choose.Choices.keys`).
+        values: which basis of values was kept ("full", or one of `choose.Choices.values`).
         frequencies: how the tables were made ("own", "frequency_aware").
         scale: softmax scale: "original" (folded into W_Q) or "d_qk" (the paper's).
         qk_norm: "none", "full" (normalise at full width, then select) or "sliced".

@@ -95,9 +95,17 @@ def matched_pairs(head_dim: int, d_qk: int, rotary_dim: int, kept_rotary_dim: in
     return tuple(coarse + fine)
 
 
-def pairs_to_channels(pairs: tuple[int, ...], rotary_dim: int) -> tuple[int, ...]:
-    """Channels of half-split pairs: first halves, then second halves."""
-    return (*pairs, *(pair + rotary_dim // 2 for pair in pairs))
+def pairs_to_channels(
+    pairs: tuple[int, ...], rotary_dim: int, head_dim: int | None = None
+) -> tuple[int, ...]:
+    """Channels of half-split pairs: first halves, then second halves.
+
+    Pairs from rotary_dim / 2 on are those of the channels of `head_dim` that no rotation touches, paired the same way.
+    """
+    half, passed = rotary_dim // 2, ((head_dim or rotary_dim) - rotary_dim) // 2
+    first = tuple(pair if pair < half else rotary_dim + pair - half for pair in pairs)
+    second = tuple(f + (half if pair < half else passed) for f, pair in zip(first, pairs, strict=True))
+    return first + second
 
 
 def product_svd(

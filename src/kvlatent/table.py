@@ -54,9 +54,16 @@ class RotaryTable:
         return 2 * len(self.short)
 
     def subset(self, pairs: Sequence[int]) -> RotaryTable:
-        """The table that keeps `pairs` (indices of channel pairs), each at its own frequency."""
-        long = None if self.long is None else tuple(self.long[i] for i in pairs)
-        return RotaryTable(tuple(self.short[i] for i in pairs), long, self.switch, self.attention_factor)
+        """The table that keeps `pairs` (indices of channel pairs), each at its own frequency.
+
+        Indices beyond the table are pairs of channels that no rotation touches: their frequency is 0.
+        """
+
+        def taken(table: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(table[i] if i < len(table) else 0.0 for i in pairs)
+
+        long = None if self.long is None else taken(self.long)
+        return RotaryTable(taken(self.short), long, self.switch, self.attention_factor)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; floats keep all digits, so the fp32 table survives a round trip exactly."""
