@@ -34,7 +34,7 @@ def row(name: str) -> dict[str, float]:
         model.set_attn_implementation(implementation)
         same = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM)
         figures[f"full width, {implementation}"] = difference(logits(same, x), logits(model, x))
-    latent = convert(model, d_qk=16, d_vo=8)
+    latent = convert(model, d_qk=16, d_vo=8, preset="paper")
     expected = logits(latent, x)
     with tempfile.TemporaryDirectory() as folder:
         save(latent, Path(folder) / "m")

@@ -38,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     teacher = load_model(options.model, dtype="float32")
     width = options.width or teacher.get_decoder().layers[0].self_attn.head_dim // 2
-    student = convert(teacher, d_qk=width, d_vo=width)
+    student = convert(teacher, d_qk=width, d_vo=width, preset="paper")
     prepare_for_training(student, Recipe.load(None, [f"lora.rank={options.rank}"]))
     batch = tokens(options, teacher.config)
     steps = steps_of(teacher.get_decoder(), student.get_decoder(), batch)
