@@ -35,6 +35,7 @@ Pairs = tuple[tuple[tuple[int, ...], ...], ...]
 _RIDGE = 1e-3  # of the mean diagonal, towards gains of 1
 _JITTER = 1e-9
 _LARGEST_GAIN = 4.0
+_SMALLEST_GAIN = 1e-9  # of the total error; an exchange that gains less is not made
 
 
 def pair_gains(grams: Tensor, kept: tuple[int, ...]) -> Tensor:
@@ -75,13 +76,23 @@ def search(grams: Tensor, number: int, *, exchange: bool = True) -> tuple[list[i
         kept.append(int(scores.argmax()))
         errors.append(errors[-1] - float(scores.max()))
     while exchange and 0 < number < grams.shape[-1]:
-        improved = _best_exchange(grams, projected, kept)
-        if improved is None or improved[0] <= 1e-7 * float(total):
+        found = _best_exchange(grams, projected, kept)
+        if found is None:
             break
-        gain, out, new = improved
-        kept = [pair for pair in kept if pair != out] + [new]
-        errors[-1] -= gain
+        swapped = [pair for pair in kept if pair != found[1]] + [found[2]]
+        error = float(total - _explained(grams, projected, swapped))
+        # The error itself must fall: its estimated change can be noise, and noise would exchange for ever.
+        if not error < errors[-1] - _SMALLEST_GAIN * float(total):
+            break
+        kept, errors[-1] = swapped, error
     return sorted(kept), [max(error, 0.0) for error in errors]
+
+
+def _explained(grams: Tensor, projected: Tensor, kept: list[int]) -> Tensor:
+    """b_S^T (G_SS)^-1 b_S summed over the matrices: what the kept pairs explain of the total."""
+    index = torch.tensor(kept)
+    chosen = projected[:, index, None]
+    return (chosen * torch.linalg.solve(grams[:, index][:, :, index], chosen)).sum()
 
 
 def _gains_of_adding(grams: Tensor, projected: Tensor, kept: list[int]) -> Tensor:
