@@ -60,7 +60,9 @@ def main() -> None:
         original = perplexity(model, blocks)
         rows = {"original": {"perplexity": original.perplexity, "tokens": original.tokens}}
         for name, choices in ROWS.items():
-            measured = perplexity(convert(model, **{"d_qk": width, "d_vo": width, "preset": "paper", **choices}), blocks)
+            measured = perplexity(
+                convert(model, **{"d_qk": width, "d_vo": width, "preset": "paper", **choices}), blocks
+            )
             ratio, error = perplexity_ratio(measured, original)
             rows[name] = {"perplexity": measured.perplexity, "ratio": ratio, "ratio_standard_error": error}
             print(f"| {name} | x{ratio:.3f} ± {error:.3f} |", flush=True)

@@ -10,6 +10,7 @@ from conftest import SENTENCES
 
 WORDS = " ".join(SENTENCES).replace(",", "").replace(".", "").split()
 SETTINGS = (
+    "conversion.preset=paper",
     "data.block_size=32",
     "lora.rank=2",
     "stage1.tokens=512",

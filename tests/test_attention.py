@@ -5,7 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
-from kvlatent.choose import choose, resolve_choices
+from kvlatent.choices import resolve_choices
+from kvlatent.choose import choose
 from kvlatent.config import LatentConfig
 from kvlatent.conversion import convert
 from kvlatent.cost import live_cache_bytes
@@ -21,7 +22,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 @pytest.fixture(scope="module")
 def converted():
-    return {name: convert(tiny_model(name), **NARROW) for name in FAMILIES}
+    return {name: convert(tiny_model(name), **NARROW, preset="paper") for name in FAMILIES}
 
 
 @pytest.fixture
@@ -71,12 +72,12 @@ def per_head(model) -> LatentConfig:
 def test_full_width_is_the_identity(name, implementation):
     model = tiny_model(name)
     model.set_attn_implementation(implementation)
-    latent = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM)
+    latent = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM, preset="paper")
     assert type(latent).__name__.startswith("KVLatent")
     for length in (SWITCH - 4, SWITCH + 8):  # both sides of the longrope switch
         x = tokens(length=length)
         torch.testing.assert_close(logits(latent, x), logits(model, x), **EXACT)
-    narrow = convert(model, **NARROW)
+    narrow = convert(model, **NARROW, preset="paper")
     assert (logits(narrow, x) - logits(model, x)).abs().max() > 0.1
 
 
@@ -84,8 +85,8 @@ def test_full_width_is_the_identity(name, implementation):
 def test_each_side_is_the_identity_on_its_own(name):
     model = tiny_model(name)
     attention = model.model.layers[1].self_attn
-    keys_kept = convert(model, d_vo=8)
-    values_kept = convert(model, d_qk=16)
+    keys_kept = convert(model, d_vo=8, preset="paper")
+    values_kept = convert(model, d_qk=16, preset="paper")
     assert keys_kept.model.layers[1].self_attn.scaling == attention.scaling
     assert latent_config_of(keys_kept.config).tables == ((effective_table(model.config),),)
     if FAMILIES[name][2].get("hidden_size") == 128 and "phi3" in name:
@@ -286,7 +287,7 @@ def test_every_way_to_generate_agrees(narrow, name):
     ids, mask = padded(x, 3)
     assert torch.equal(latent.generate(ids, attention_mask=mask, **plan)[:, 3:], greedy)
     assert torch.equal(latent.generate(x[:1], prompt_lookup_num_tokens=3, **plan), greedy[:1])
-    smaller = convert(tiny_model(name), d_qk=8, d_vo=4)
+    smaller = convert(tiny_model(name), d_qk=8, d_vo=4, preset="paper")
     assert torch.equal(latent.generate(x[:1], assistant_model=smaller, **plan), greedy[:1])
     chunked = {"prefill_chunk_size": 4, "cache_implementation": "static"}
     assert torch.equal(latent.generate(x, **chunked, **plan), greedy)
@@ -308,7 +309,7 @@ def test_prefill_on_a_cpu_uses_the_fused_kernel_and_decoding_stays_unpadded(narr
 
 
 def test_values_wider_than_keys_run_as_well():
-    latent = convert(tiny_model("llama"), d_qk=8, d_vo=16)
+    latent = convert(tiny_model("llama"), d_qk=8, d_vo=16, preset="paper")
     x = tokens()
     expected = logits(latent, x)
     latent.set_attn_implementation("eager")
@@ -325,7 +326,7 @@ def test_attention_weights_are_recorded(narrow):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_what_is_built_in_inference_mode_still_trains(name):
-    latent = convert(tiny_model(name), **NARROW)
+    latent = convert(tiny_model(name), **NARROW, preset="paper")
     with torch.inference_mode():
         latent(tokens())
     latent(tokens()).logits.sum().backward()
@@ -345,7 +346,7 @@ def test_generation_across_the_longrope_switch():
     model = tiny_model("phi3-longrope")
     plan = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     x = tokens(batch=1, length=SWITCH - 5)
-    same = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM)
+    same = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM, preset="paper")
     assert torch.equal(same.generate(x, **plan), model.generate(x, **plan))
-    narrow = convert(model, **NARROW)
+    narrow = convert(model, **NARROW, preset="paper")
     assert torch.equal(narrow.generate(x, **plan), narrow.generate(x, use_cache=False, **plan))

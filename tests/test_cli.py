@@ -28,7 +28,7 @@ def place(tmp_path_factory, tiny_tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     write_checkpoint(folder / "model", tiny_tokenizer)
     write_text(folder / "text.txt")
-    done = call("convert", folder / "model", "--out", folder / "latent")
+    done = call("convert", folder / "model", "--out", folder / "latent", "--preset", "paper")
     assert done.exit_code == 0, done.stderr
     return folder
 

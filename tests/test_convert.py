@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kvlatent import modeling
-from kvlatent.choose import choose, resolve_choices
+from kvlatent.choices import resolve_choices
+from kvlatent.choose import choose
 from kvlatent.conversion import convert
 from kvlatent.families import effective_table
 from kvlatent.modeling import latent_config_of
@@ -43,7 +44,7 @@ def test_the_original_is_untouched_and_the_rest_is_shared(name):
 
 def test_preset_paper_is_the_papers_equation_5_and_its_table():
     model = tiny_model("llama")
-    latent = convert(model, d_qk=16, d_vo=8)
+    latent = convert(model, d_qk=16, d_vo=8, preset="paper")
     config = latent_config_of(latent.config)
     assert config.tables[0][0].short == tuple(1e4**-e for e in frequency_aware_exponents(16))
     old, new = model.model.layers[1].self_attn, latent.model.layers[1].self_attn
@@ -61,7 +62,7 @@ def test_preset_paper_is_the_papers_equation_5_and_its_table():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kept_pairs_keep_their_own_frequency_and_the_original_scale(name, keys):
     model = tiny_model(name)
-    latent = convert(model, d_qk=16, d_vo=16, keys=keys, frequencies="own")
+    latent = convert(model, d_qk=16, d_vo=16, keys=keys, frequencies="own", preset="paper")
     config, table = latent_config_of(latent.config), effective_table(model.config)
     (channels,), (kept,) = config.channels[0], config.tables[0]
     pairs = channels[: kept.rotary_dim // 2]
@@ -70,7 +71,8 @@ def test_kept_pairs_keep_their_own_frequency_and_the_original_scale(name, keys):
     attention, original = latent.model.layers[0].self_attn, model.model.layers[0].self_attn
     fold = original.scaling / attention.scaling
     if "qwen3" in name:
-        torch.testing.assert_close(attention.q_gain, torch.full((4, 16), fold))
+        rows = torch.eye(HEAD_DIM)[list(channels)] * fold
+        torch.testing.assert_close(attention.q_map.detach(), rows.expand(4, 16, HEAD_DIM))
         assert attention.q_proj.weight.data_ptr() == original.q_proj.weight.data_ptr()
     else:
         source = original.qkv_proj if hasattr(original, "qkv_proj") else original.q_proj
@@ -109,22 +111,22 @@ def test_factored_values_of_a_low_rank_model_are_exact(name):
     expected = logits(model, x)
     factored = convert(model, d_vo=8, preset="own-frequency")
     torch.testing.assert_close(logits(factored, x), expected, rtol=1e-4, atol=1e-4)
-    assert (logits(convert(model, d_vo=8), x) - expected).abs().max() > 0.1  # a slice is not
+    assert (logits(convert(model, d_vo=8, preset="paper"), x) - expected).abs().max() > 0.1  # a slice is not
 
 
 def test_a_sliced_qk_norm_is_an_option():
     model = tiny_model("qwen3")
-    latent = convert(model, d_qk=16, d_vo=16, frequencies="own", qk_norm="sliced")
+    latent = convert(model, d_qk=16, d_vo=16, frequencies="own", qk_norm="sliced", preset="paper")
     attention, original = latent.model.layers[0].self_attn, model.model.layers[0].self_attn
-    assert attention.q_norm.weight.shape == (16,) and attention.kept is None and attention.q_gain is None
+    assert attention.q_norm.weight.shape == (16,) and attention.kept is None and attention.q_map is None
     channels = list(latent_config_of(latent.config).channels[0][0])
     k = original.k_proj.weight.view(2, HEAD_DIM, -1)[:, channels]
     assert torch.equal(attention.k_proj.weight, k.flatten(0, 1))
     ratio = (k.square().mean() / original.k_proj.weight.square().mean()).sqrt()
     torch.testing.assert_close(attention.k_norm.weight, original.k_norm.weight[channels] * ratio)
-    full = convert(model, d_qk=16, d_vo=16, frequencies="own")
+    full = convert(model, d_qk=16, d_vo=16, frequencies="own", preset="paper")
     assert not torch.equal(logits(full, tokens()), logits(latent, tokens()))
-    identity = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM, qk_norm="sliced")
+    identity = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM, qk_norm="sliced", preset="paper")
     assert torch.equal(logits(identity, tokens()), logits(model, tokens()))
     one_head = latent_config_of(latent.config)
     per_head = type(one_head)(
@@ -151,7 +153,7 @@ BAD = [
     ({"d_qk": [16, 16], "d_vo": 8}, "one width per layer: got 2 for 3 layers"),
     ({"d_qk": 16, "d_vo": [8] * 4}, "one width per layer: got 4 for 3 layers"),
     ({"d_qk": 24, "keys": "matched"}, "matched pairs need.*d_qk=24, head_dim=32.*try 16"),
-    ({"d_qk": 16, "preset": "magic"}, "unknown preset 'magic'; choose one of paper"),
+    ({"d_qk": 16, "preset": "magic"}, "unknown preset 'magic'; choose one of calibrated, paper"),
     ({"d_qk": 16, "keys": "magic"}, "unknown keys 'magic'; choose one of stride, matched"),
     ({"d_qk": 16, "qk_norm": "magic"}, "unknown qk_norm 'magic'; choose one of full, sliced"),
 ]
@@ -160,36 +162,36 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_impossible_widths_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        convert(tiny_model("llama"), **arguments)
+        convert(tiny_model("llama"), **{"preset": "paper", **arguments})
 
 
 def test_partial_rotary_needs_a_proportional_width():
     config = tiny_model("phi3-longrope").config
     with pytest.raises(ValueError, match="d_qk=2 of head_dim=32 with 16 rotated gives 1; try 4"):
         choose(config, 2, 8, resolve_choices("own-frequency"))
-    assert choose(config, 8, 8).tables[0][0].rotary_dim == 4
+    assert choose(config, 8, 8, resolve_choices("paper")).tables[0][0].rotary_dim == 4
 
 
 def test_a_latent_model_is_not_converted_again():
     with pytest.raises(ValueError, match="latent already .*convert the original checkpoint instead"):
-        convert(convert(tiny_model("llama"), d_qk=16), d_qk=8)
+        convert(convert(tiny_model("llama"), d_qk=16, preset="paper"), d_qk=8, preset="paper")
 
 
 def test_another_kind_of_model_or_config_is_refused():
     llama, qwen3 = tiny_model("llama"), tiny_model("qwen3")
     with pytest.raises(ValueError, match="needs a LlamaForCausalLM: got LlamaModel; load the checkpoint"):
-        convert(llama.model, d_qk=16)
+        convert(llama.model, d_qk=16, preset="paper")
     with pytest.raises(
         ValueError, match="made for llama with head_dim=32, qk_norm=none: got qwen3 with head_dim=32"
     ):
-        convert(qwen3, choose(llama.config, 16, 16))
+        convert(qwen3, choose(llama.config, 16, 16, resolve_choices("paper")))
     with pytest.raises(ValueError, match="made for llama with head_dim=32.*got llama with head_dim=16"):
-        convert(tiny_model("llama", head_dim=16), choose(llama.config, 16, 16))
+        convert(tiny_model("llama", head_dim=16), choose(llama.config, 16, 16, resolve_choices("paper")))
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_models_and_configs_can_be_pickled_and_copied(name):
-    latent = convert(tiny_model(name), d_qk=16)
+    latent = convert(tiny_model(name), d_qk=16, preset="paper")
     x = tokens()
     for other in (pickle.loads(pickle.dumps(latent)), copy.deepcopy(latent)):
         assert torch.equal(logits(other, x), logits(latent, x)) and type(other) is type(latent)
@@ -199,7 +201,7 @@ def test_models_and_configs_can_be_pickled_and_copied(name):
 
 
 def test_widths_per_layer():
-    latent = convert(tiny_model("llama"), d_qk=[16, 32, 8], d_vo=[8, 8, 32])
+    latent = convert(tiny_model("llama"), d_qk=[16, 32, 8], d_vo=[8, 8, 32], preset="paper")
     config = latent_config_of(latent.config)
     assert (latent.config.qk_head_dim, latent.config.v_head_dim, latent.config.head_dim) == (32, 32, 32)
     assert len(config.tables) == 3 and config.tables[1][0] == effective_table(tiny_model("llama").config)

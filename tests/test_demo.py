@@ -8,9 +8,10 @@ import pytest
 from kvlatent import demo as demo_module
 from kvlatent import embedded
 from kvlatent.hub import load_model
-from kvlatent_cli.make import _demo_answer
+from kvlatent_cli.teach import _demo_answer
 from on_disk import SETTINGS, TOKENS, WORDS, write_checkpoint
 
+QUICK = (*SETTINGS, "conversion.align=2", "calibration.blocks=4")
 DISTANCES = (50, 200, 400, 700)
 
 
@@ -33,7 +34,7 @@ def small(tmp_path, tiny_tokenizer, monkeypatch) -> Path:
 
 def test_demo_reports_both_sides_and_can_be_repeated(small):
     said = []
-    report = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=SETTINGS, say=said.append)
+    report = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=QUICK, say=said.append)
     assert report["original"]["cache_bytes_per_token"] == 512
     assert report["latent"]["cache_bytes_per_token"] == 256
     for side in ("original", "latent"):
@@ -41,14 +42,16 @@ def test_demo_reports_both_sides_and_can_be_repeated(small):
         assert list(report[side]["copy_accuracy"]) == [str(distance) for distance in DISTANCES]
         assert isinstance(report[side]["continuation"], str)
     assert list(report["run"]["training"]) == ["stage1", "stage2"]
-    assert report["run"]["plan"]["preset"] == "own-frequency"
-    assert load_model(small / "kvlatent-demo").config.kv_latent["widths"] == {"d_qk": 8, "d_vo": 8}
+    assert report["run"]["plan"]["preset"] == "calibrated"
+    assert report["run"]["calibration"]["blocks"] == 4
+    widths = load_model(small / "kvlatent-demo").config.kv_latent["widths"]
+    assert widths["d_qk"] + widths["d_vo"] == 16
     assert "50%" in said[0]
     json.dumps(report)
     table, *lines = _demo_answer(report)
     assert table.row_count == 2 + len(DISTANCES)
     assert "saved in kvlatent-demo" in lines[-1]
-    again = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=SETTINGS)
+    again = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=QUICK)
     assert again["latent"] == report["latent"]
     paper = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=SETTINGS, preset="paper")
     assert paper["run"]["plan"]["preset"] == "paper" and paper["latent"] != report["latent"]

@@ -19,7 +19,7 @@ def place(tmp_path_factory, tiny_tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     write_checkpoint(folder / "model", tiny_tokenizer)
     write_text(folder / "text.txt", 60)
-    latent = convert(load_model(folder / "model"), d_qk=8, d_vo=4)
+    latent = convert(load_model(folder / "model"), d_qk=8, d_vo=4, preset="paper")
     save(latent, folder / "latent", tokenizer=tiny_tokenizer)
     return folder
 
@@ -81,7 +81,7 @@ def test_a_window_is_what_is_measured_where_the_text_exceeds_it(tiny_tokenizer):
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=128, sliding_window=8,
     )  # fmt: skip
-    latent = convert(MistralForCausalLM(config).eval(), d_qk=8, d_vo=8)
+    latent = convert(MistralForCausalLM(config).eval(), d_qk=8, d_vo=8, preset="paper")
     whole = 2 * 2 * 16 * 4
     assert cache_bytes_per_token(latent, torch.arange(1, 7)[None]) == whole
     assert cache_bytes_per_token(latent, torch.arange(1, 41)[None]) < whole / 2

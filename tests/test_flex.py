@@ -13,7 +13,7 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "phi3-longrope"])
 def test_flex_agrees_with_sdpa_and_is_causal(name):
-    latent = convert(tiny_model(name), d_qk=16, d_vo=8)
+    latent = convert(tiny_model(name), d_qk=16, d_vo=8, preset="paper")
     x = tokens(length=40)  # one length throughout: every other length compiles again
     short = x[:, :35]
     changed = x.clone()
@@ -35,7 +35,7 @@ def test_flex_agrees_with_sdpa_and_is_causal(name):
 
 
 def test_training_with_flex_on_a_cpu_is_refused():
-    latent = convert(tiny_model("llama"), d_qk=16, d_vo=8)
+    latent = convert(tiny_model("llama"), d_qk=16, d_vo=8, preset="paper")
     latent.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="no backward pass on a CPU: train with attn_implementation='sdpa'"):
         latent(tokens())

@@ -113,7 +113,7 @@ def test_key_names_are_upstreams(saved):
     assert names == set(tiny_model("llama").state_dict())
     assert set(load_model(saved["phi3"][0]).state_dict()) == set(tiny_model("phi3").state_dict())
     extra = set(load_model(saved["qwen3"][0]).state_dict()) - set(tiny_model("qwen3").state_dict())
-    assert extra == {f"model.layers.{i}.self_attn.q_gain" for i in (0, 2)}  # layer 1 is at full width
+    assert extra == {f"model.layers.{i}.self_attn.q_map" for i in (0, 2)}  # layer 1 is at full width
 
 
 def test_auto_model_and_from_config(saved):
@@ -144,7 +144,7 @@ def test_tokenizer_chat_template_generation_config_and_shards_travel(tmp_path, t
     model = tiny_model("llama", vocab_size=300)
     model.generation_config.max_new_tokens = 7
     tiny_tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    latent = convert(model, d_qk=16)
+    latent = convert(model, d_qk=16, preset="paper")
     save(
         latent,
         tmp_path / "a",
@@ -164,7 +164,7 @@ def test_tokenizer_chat_template_generation_config_and_shards_travel(tmp_path, t
 
 
 def test_an_output_that_holds_something_is_refused_and_overwritten_on_demand(tmp_path):
-    latent = convert(tiny_model("llama"), d_qk=16)
+    latent = convert(tiny_model("llama"), d_qk=16, preset="paper")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("x")
     with pytest.raises(
@@ -217,7 +217,7 @@ def test_an_interrupt_between_the_renames_puts_the_old_output_back(tmp_path, mon
 
 def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    latent = convert(tiny_model("llama"), d_qk=16)
+    latent = convert(tiny_model("llama"), d_qk=16, preset="paper")
     for out in (".", "/"):
         with pytest.raises(FileExistsError, match="cannot be replaced as a whole; give the name of a new"):
             save(latent, out, overwrite=True)
@@ -238,7 +238,7 @@ sys.path.insert(0, {tests!r})
 from tiny import tiny_model
 from kvlatent.conversion import convert
 from kvlatent.hub import save
-latent = convert(tiny_model("llama"), d_qk=16)
+latent = convert(tiny_model("llama"), d_qk=16, preset="paper")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 try:
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    save(convert(tiny_model("llama"), d_qk=16), tmp_path / "m", max_shard_size="100KB")
+    save(convert(tiny_model("llama"), d_qk=16, preset="paper"), tmp_path / "m", max_shard_size="100KB")
     return tmp_path / "m"
 
 
@@ -294,7 +294,7 @@ def test_checkpoints_without_usable_weights_are_refused(folder):
 def test_weights_that_do_not_fit_the_config_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    save(convert(tiny_model("llama"), d_qk=16), tmp_path / "m")
+    save(convert(tiny_model("llama"), d_qk=16, preset="paper"), tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
     weights = load_file(path)
     removed = {k: v for k, v in weights.items() if "layers.1.self_attn.q_proj.weight" not in k}
@@ -346,7 +346,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, tiny_tokeniz
 
 
 def test_pushing_to_the_hub_uploads_the_modelling_file(tmp_path, monkeypatch):
-    latent, uploaded = convert(tiny_model("llama"), d_qk=16), []
+    latent, uploaded = convert(tiny_model("llama"), d_qk=16, preset="paper"), []
 
     def upload(self, folder, *args, **kwargs):
         uploaded.append(sorted(os.listdir(folder)))

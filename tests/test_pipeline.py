@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvlatent
+from kvlatent.converting import convert_checkpoint
 from kvlatent.estimate import estimate_seconds, layer_size
 from kvlatent.hub import load_model
-from kvlatent.pipeline import compress, convert_checkpoint
+from kvlatent.pipeline import compress
 from kvlatent.recipe import Recipe
 from kvlatent.record import command_line
 from kvlatent.workspace import Workspace
@@ -100,7 +101,7 @@ def test_settings_travel_with_the_weights_but_paths_do_not(place, whole):
     for name in ("run.json", "README.md", "recipe.yaml", "config.json", "metrics.jsonl"):
         assert str(place) not in (out / name).read_text()
     assert record["command"].startswith(
-        "kvlatent compress model --data text.txt --out whole --set data.block_size=32"
+        "kvlatent compress model --data text.txt --out whole --set conversion.preset=paper --set data.block_size=32"
     )
     assert record["sha256"]["data"] and record["versions"]["torch"] == torch.__version__
     card = (out / "README.md").read_text()

@@ -16,10 +16,25 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for path in (ROOT / "src").rglob("*.py"))
 
 SHARED = ["--device", "--dtype", "--json"]
-PLAN = ["--kv", "--d-qk", "--d-vo", "--preset", "--recipe", "--set"]
+WIDTHS = ["--kv", "--engine", "--per-layer"]
+RECIPE = ["--recipe", "--set"]
+CONVERSION = [
+    *WIDTHS,
+    "--d-qk",
+    "--d-vo",
+    "--preset",
+    "--table",
+    "--align",
+    "--blocks",
+    "--statistics",
+    "--eval-data",
+    *RECIPE,
+]
 FLAGS = {
-    "compress": ["MODEL", "--data", "--out", *PLAN, "--tokens", "--stages", "--eval-data", "--seed", "--overwrite", "--dry-run", *SHARED],
-    "convert": ["MODEL", "--out", *PLAN, "--data", "--device", "--overwrite", "--dry-run", "--json"],
+    "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--seed", "--overwrite", "--dry-run", *SHARED],
+    "convert": ["MODEL", "--out", *CONVERSION, "--data", "--device", "--overwrite", "--dry-run", "--json"],
+    "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
+    "plan": ["MODEL", *WIDTHS, "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--seed", "--overwrite", *SHARED],
     "eval": ["DIR", "--data", "--against", "--block-size", "--batch-size", "--max-tokens", "--separator", "--text-field", *SHARED],
     "generate": ["DIR", "--prompt", "--max-new-tokens", "--temperature", "--seed", *SHARED],
@@ -29,8 +44,10 @@ FLAGS = {
 
 
 def test_public_names():
-    assert set(kvlatent.__all__) >= {"LatentConfig", "Recipe", "compress", "convert", "evaluate", "train"}
-    assert len(kvlatent.__all__) <= 12
+    assert set(kvlatent.__all__) >= {
+        "LatentConfig", "Recipe", "Statistics", "calibrate", "compress", "convert", "evaluate", "plan", "train",
+    }  # fmt: skip
+    assert len(kvlatent.__all__) <= 13
     for name in kvlatent.__all__:
         assert getattr(kvlatent, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'shrink'"):
@@ -98,7 +115,7 @@ def test_public_functions_are_not_shadowed_by_their_modules():
 import importlib, pkgutil, kvlatent
 for module in pkgutil.walk_packages(kvlatent.__path__, "kvlatent."):
     importlib.import_module(module.name)
-print([name for name in ("compress", "convert", "evaluate", "train") if not callable(getattr(kvlatent, name))])
+print([name for name in ("calibrate", "compress", "convert", "evaluate", "plan", "train") if not callable(getattr(kvlatent, name))])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -28,7 +28,7 @@ def directories(tmp_path, tiny_llama, tiny_tokenizer):
     tiny_llama.config.dtype = torch.bfloat16
     tiny_llama.to(torch.bfloat16)
     save(tiny_llama, tmp_path / "original", tokenizer=tiny_tokenizer)
-    save(convert(tiny_llama, d_qk=8, d_vo=8), tmp_path / "latent", tokenizer=tiny_tokenizer)
+    save(convert(tiny_llama, d_qk=8, d_vo=8, preset="paper"), tmp_path / "latent", tokenizer=tiny_tokenizer)
     (tmp_path / "text.txt").write_text("<|endoftext|>".join(f"{n} {SENTENCE * 3}" for n in range(60)))
     return tmp_path
 
@@ -208,7 +208,11 @@ def test_stages_in_place_carry_their_history(directories):
 
 def test_selection_that_is_no_preset_is_called_custom(directories):
     latent = convert(
-        AutoModelForCausalLM.from_pretrained(directories / "original"), d_qk=8, d_vo=8, keys="matched"
+        AutoModelForCausalLM.from_pretrained(directories / "original"),
+        d_qk=8,
+        d_vo=8,
+        keys="matched",
+        preset="paper",
     )
     save(latent, directories / "matched", tokenizer=AutoTokenizer.from_pretrained(directories / "original"))
     train_directory(directories, source="matched")

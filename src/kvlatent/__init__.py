@@ -4,10 +4,11 @@ Importing the package registers the latent model classes with transformers' `Aut
 `AutoModelForCausalLM.from_pretrained(DIR)` loads a converted checkpoint. Reading order of the modules:
 
     what the artifact is    table -> config -> rope -> select -> families -> attention -> modeling
-    how it is made          choose -> conversion -> remote_code -> output -> hub
+    what a text says        statistics -> calibration -> pairs, factor -> prediction -> planning
+    how it is made          choices -> choose -> projections -> refinement -> conversion -> remote_code -> output -> hub
     how it is trained       data -> stage1, stage2 -> recipe -> training
-    what it is worth        cost -> perplexity -> evaluation
-    the whole of it         budget -> workspace -> run -> pipeline -> demo
+    what it is worth        cost -> engines -> serving -> perplexity -> evaluation
+    the whole of it         settings -> budget -> texts -> steps -> workspace -> run -> pipeline, converting, survey -> demo
 """
 
 from importlib import import_module
@@ -18,11 +19,14 @@ from .hub import register
 from .table import RotaryTable
 
 if TYPE_CHECKING:
+    from .calibration import calibrate
     from .conversion import convert
     from .evaluation import evaluate
     from .hub import load_model, save
     from .pipeline import compress
+    from .planning import plan
     from .recipe import Recipe
+    from .statistics import Statistics
     from .training import train
 
 __version__ = "0.1.0"
@@ -31,11 +35,14 @@ __all__ = [
     "LatentConfig",
     "Recipe",
     "RotaryTable",
+    "Statistics",
     "__version__",
+    "calibrate",
     "compress",
     "convert",
     "evaluate",
     "load_model",
+    "plan",
     "save",
     "train",
 ]
@@ -44,10 +51,13 @@ __all__ = [
 # one of these functions, since a submodule's import would put itself in the function's place.
 _LAZY = {
     "Recipe": "recipe",
+    "Statistics": "statistics",
+    "calibrate": "calibration",
     "compress": "pipeline",
     "convert": "conversion",
     "evaluate": "evaluation",
     "load_model": "hub",
+    "plan": "planning",
     "save": "hub",
     "train": "training",
 }

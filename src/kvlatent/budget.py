@@ -1,84 +1,58 @@
-"""What a run will do, before it does it: widths, bytes per token, tokens per stage, and an estimate of the time.
+"""What a run will do, before it does it: choices, widths, bytes per token, tokens per stage, and an estimate of the time.
 
 Numbers of tokens follow from the model's size and the device alone, never from a clock, so that a second call
-plans the same run; the clock only serves the printed estimate.
+plans the same run; the clock only serves the printed estimate. Where a share of the cache is asked for and text will be
+looked at, the split between keys and values stays open until the statistics are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from transformers import PretrainedConfig
 
-from .choose import choose, resolve_choices
-from .config import LatentConfig
-from .cost import equal_widths
+from .candidates import candidates_for
+from .choices import BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
+from .choose import check_widths, choose
+from .cost import equal_widths, layer_cache_bytes
+from .engines import check_engine, engine_named
 from .estimate import estimate_seconds, layer_size, stage_settings
-from .families import LATENT_PREFIX, family_of
+from .families import LATENT_PREFIX, family_of, head_dim_of
 from .hub import load_config
-from .recipe import Recipe
+from .recipe import Conversion, Recipe
+from .settings import PlanOptions, Width, choose_device, resolve_recipe, working_dtype
 
-__all__ = [
-    "STAGES",
-    "Plan",
-    "PlanOptions",
-    "choose_device",
-    "plan_run",
-    "resolve_widths",
-    "working_dtype",
-]
+__all__ = ["STAGES", "Plan", "chosen", "plan_run", "resolve_widths", "source_config"]
 
 STAGES: dict[str, tuple[int, ...]] = {"none": (), "1": (1,), "2": (2,), "both": (1, 2)}
-Width = int | list[int] | tuple[int, ...]
-
-# A default run spends this many floating-point operations, about ten minutes on two laptop cores or on one
-# data-centre GPU; within these bounds in tokens.
-_DEFAULT_FLOPS = {"cpu": 2e13, "cuda": 1e17}
-_DEFAULT_TOKENS = (65_536, 20_000_000)
-
-
-class PlanOptions(TypedDict, total=False):
-    """What decides a run, beside model and text; all of it can be left out.
-
-    Keys:
-        kv: share of the original cache to keep, in (0, 1]; d_qk, d_vo: widths instead, one number or one per layer.
-        preset: of the conversion; recipe: YAML file; overrides: `section.key=value` strings on top of it.
-        tokens: of all stages together; stages: "none", "1", "2" or "both".
-        device: "auto", "cpu" or "cuda"; dtype: "float32" or "bfloat16" (autocast); seed: of everything random.
-    """
-
-    kv: float | None
-    d_qk: Width | None
-    d_vo: Width | None
-    preset: str | None
-    recipe: str | Path | None
-    overrides: Sequence[str]
-    tokens: int | None
-    stages: str
-    device: str
-    dtype: str | None
-    seed: int | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of `compress` as it would happen.
+    """A run as it would happen.
 
     Args:
-        latent: what the result will be.
-        num_layers, num_key_value_heads: of the model.
+        choices: of the conversion.
+        kv: share of the cache to keep; it decides only where `widths` is None.
+        widths: (d_qk, d_vo), or None where the statistics will decide the split.
+        engine: that must be able to run the result, or None.
+        per_layer: layers may differ in width where the split is open.
+        head_dim, num_layers, num_key_value_heads: of the model.
         recipe: resolved, with its tokens.
         stages: which stages run.
         device: "cpu" or "cuda".
         stored_dtype: of the original's weights, and so of the result's.
         seconds: rough estimate of the training time.
+        notes: what the user should know before it starts.
     """
 
-    latent: LatentConfig
+    choices: Choices
+    kv: float
+    widths: tuple[Width, Width] | None
+    head_dim: int
     num_layers: int
     num_key_value_heads: int
     recipe: Recipe
@@ -86,65 +60,48 @@ class Plan:
     device: str
     stored_dtype: torch.dtype
     seconds: float
+    engine: str | None = None
+    per_layer: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether statistics of a text are needed."""
+        return self.choices.needs_statistics
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able: widths, bytes per token before and after, tokens per stage, estimated seconds."""
-        latent = self.latent
+        """JSON-able: widths (None while open), choices, bytes per token before and after, tokens per stage, seconds."""
         measured_in = working_dtype(self.recipe.dtype, self.device)
         sizes = (self.num_layers, self.num_key_value_heads, getattr(torch, measured_in).itemsize)
-        before = replace(latent, d_qk=latent.original_head_dim, d_vo=latent.original_head_dim)
-        original, reduced = before.cache_bytes_per_token(*sizes), latent.cache_bytes_per_token(*sizes)
+        original = int(sum(layer_cache_bytes(self.head_dim, self.head_dim, *sizes)))
+        keys, values = self.widths or (None, None)
+        reduced = int(self.kv * original)
+        if keys is not None and values is not None:
+            reduced = int(sum(layer_cache_bytes(keys, values, *sizes)))
         return {
-            "d_qk": latent.d_qk,
-            "d_vo": latent.d_vo,
-            "head_dim": latent.original_head_dim,
+            "d_qk": keys,
+            "d_vo": values,
+            "head_dim": self.head_dim,
             "preset": self.recipe.conversion.preset,
+            "choices": asdict(self.choices),
+            "engine": self.engine,
+            "calibration_blocks": self.recipe.calibration.blocks if self.calibrates else 0,
             "cache_bytes_per_token": {"original": original, "latent": reduced, "dtype": measured_in},
             "share": reduced / original,
             "tokens": {f"stage{stage}": stage_settings(self.recipe, stage).tokens for stage in self.stages},
             "device": self.device,
             "dtype": self.recipe.dtype,
             "estimated_seconds": float(f"{self.seconds:.2g}"),
+            "notes": list(self.notes),
         }
 
 
-def choose_device(device: str) -> str:
-    """`auto` is CUDA where torch sees one, else the CPU.
-
-    Raises:
-        ValueError: another name, or CUDA where there is none.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda: got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for but torch sees no GPU here; use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def resolve_widths(
-    config: PretrainedConfig, kv: float | None = None, d_qk: Width | None = None, d_vo: Width | None = None
-) -> tuple[Width, Width]:
-    """(d_qk, d_vo) from a share of the cache or from explicit numbers; half of the cache when nothing is said.
-
-    A side that is left out beside an explicit one keeps its full width. Whether the model can have the widths is for
-    `convert.choose` to say.
-
-    Raises:
-        ValueError: both ways at once, or a share outside (0, 1].
-    """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if kv is not None and (d_qk is not None or d_vo is not None):
-        raise ValueError(
-            f"--kv and --d-qk/--d-vo exclude each other: got kv={kv:g}, d_qk={d_qk}, d_vo={d_vo}; give one of the two"
-        )
-    if d_qk is None and d_vo is None:
-        width = equal_widths(0.5 if kv is None else kv, head_dim)
-        return width, width
-    return head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo
-
-
-def plan_run(model: str | Path, **options: Unpack[PlanOptions]) -> Plan:
+def plan_run(model: str | Path, *, has_text: bool = True, **options: Unpack[PlanOptions]) -> Plan:
     """What `compress` would do with these arguments; reads the model's config, not its weights.
+
+    Args:
+        model: directory or hub id of the original.
+        has_text: there is text, or statistics of a text, to calibrate on; otherwise choices that need them give way.
 
     Raises:
         ValueError: an argument, a recipe key or a width that cannot be.
@@ -153,20 +110,23 @@ def plan_run(model: str | Path, **options: Unpack[PlanOptions]) -> Plan:
     if stages is None:
         raise ValueError(f"--stages is one of {', '.join(STAGES)}: got {options['stages']!r}")
     device = choose_device(options.get("device", "auto"))
-    config = load_config(str(model))
-    family_of(config)
-    if str(config.model_type).startswith(LATENT_PREFIX):
-        raise ValueError(
-            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
-        )
+    config = source_config(model)
     size, head = layer_size(config)
     recipe = resolve_recipe(options, size=size, device=device, stages=stages)
-    wanted = recipe.conversion
-    choices = resolve_choices(wanted.preset, wanted.keys, wanted.frequencies, wanted.values)
-    widths = resolve_widths(config, options.get("kv"), options.get("d_qk"), options.get("d_vo"))
-    latent = choose(config, *widths, choices, qk_norm=wanted.qk_norm)
+    engine = options.get("engine")
+    choices = chosen(recipe.conversion, engine)
+    widths = resolve_widths(config, choices, has_text=has_text, **options)
+    full = widths == (head_dim_of(config), head_dim_of(config))
+    notes = () if has_text or full or not choices.needs_statistics else (NO_DATA,)
+    if notes or full:
+        choices = without_statistics(choices)
+    _check_latent(config, widths, choices, recipe.conversion.qk_norm, engine)
+    kv = options.get("kv")
     return Plan(
-        latent=latent,
+        choices=choices,
+        kv=0.5 if kv is None else kv,
+        widths=widths,
+        head_dim=head_dim_of(config),
         num_layers=config.num_hidden_layers,
         num_key_value_heads=config.num_key_value_heads,
         recipe=recipe,
@@ -174,51 +134,99 @@ def plan_run(model: str | Path, **options: Unpack[PlanOptions]) -> Plan:
         device=device,
         stored_dtype=config.dtype or torch.float32,
         seconds=estimate_seconds(recipe, stages, size, head, config.num_hidden_layers, device),
+        engine=engine,
+        per_layer=bool(options.get("per_layer")),
+        notes=notes,
     )
 
 
-def working_dtype(dtype: str, device: str) -> str:
-    """Dtype that weights are held in: fp32 on the CPU, where autocast does the rest; the recipe's on a GPU."""
-    return "float32" if device == "cpu" else dtype
-
-
-def resolve_recipe(options: PlanOptions, *, size: int, device: str, stages: tuple[int, ...]) -> Recipe:
-    """The recipe of a run, with its number of tokens settled.
-
-    Without `tokens`, a recipe that was given keeps its own numbers, else one is chosen that finishes in reasonable
-    time. The stages that run share `tokens` in proportion to the recipe's numbers.
-
-    Args:
-        options: as for `plan_run`.
-        size: parameters of the model's layers, without embeddings and head.
-        device: "cpu" or "cuda".
-        stages: which stages run.
+def source_config(model: str | Path) -> Any:
+    """The transformers config of an original.
 
     Raises:
-        ValueError: `tokens` is not positive, or what `Recipe.load` refuses.
+        FileNotFoundError: no such model.
+        ValueError: it is not supported, or latent already.
     """
-    tokens, path = options.get("tokens"), options.get("recipe")
-    if tokens is not None and tokens <= 0:
+    config = load_config(str(model))
+    family_of(config)
+    if str(config.model_type).startswith(LATENT_PREFIX):
         raise ValueError(
-            f"--tokens must be positive: got {tokens}; try 100000, or --stages none to skip training"
+            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
         )
-    overrides = list(options.get("overrides", ()))
-    for name, key in (("seed", "seed"), ("dtype", "dtype"), ("preset", "conversion.preset")):
-        if (value := options.get(name)) is not None:
-            overrides.append(f"{key}={value}")
-    recipe = Recipe.load(path, overrides)
-    said = path is not None or any(key.startswith(("stage1.tokens=", "stage2.tokens=")) for key in overrides)
-    if not stages or (tokens is None and said):
-        return recipe
-    total = tokens if tokens is not None else default_tokens(size, device)
-    whole = sum(stage_settings(recipe, stage).tokens for stage in stages)
-    shares = [
-        f"stage{s}.tokens={max(1, round(total * stage_settings(recipe, s).tokens / whole))}" for s in stages
-    ]
-    return Recipe.load(path, [*overrides, *shares])
+    return config
 
 
-def default_tokens(size: int, device: str) -> int:
-    """Tokens of a run nobody gave a number for, from the model's size (parameters) and the device alone."""
-    low, high = _DEFAULT_TOKENS
-    return int(min(high, max(low, _DEFAULT_FLOPS[device] / (8 * size))))
+def chosen(wanted: Conversion, engine: str | None) -> Choices:
+    """The recipe's choices; a table that nobody named is as fine as the engine takes."""
+    settings = wanted.model_dump(exclude={"qk_norm"})
+    choices = resolve_choices(**settings)
+    if engine is None or wanted.table is not None or choices.keys not in BY_PAIRS:
+        return choices
+    return replace(choices, table=engine_named(engine).scopes[0])
+
+
+def resolve_widths(
+    config: PretrainedConfig, choices: Choices, *, has_text: bool = True, **options: Unpack[PlanOptions]
+) -> tuple[Width, Width] | None:
+    """(d_qk, d_vo) from a share of the cache or from explicit numbers; half of the cache when nothing is said.
+
+    A side that is left out beside an explicit one keeps its full width. A share is split evenly, except where the
+    statistics will be there to say better: then None.
+
+    Raises:
+        ValueError: both ways at once, a share outside (0, 1] or too small, or different layers where that cannot be.
+    """
+    kv, d_qk, d_vo = options.get("kv"), options.get("d_qk"), options.get("d_vo")
+    engine, per_layer, head_dim = options.get("engine"), bool(options.get("per_layer")), head_dim_of(config)
+    if kv is not None and (d_qk is not None or d_vo is not None):
+        raise ValueError(
+            f"--kv and --d-qk/--d-vo exclude each other: got kv={kv:g}, d_qk={d_qk}, d_vo={d_vo}; give one of the two"
+        )
+    if d_qk is not None or d_vo is not None:
+        if per_layer:
+            raise ValueError(
+                f"--per-layer lets a plan choose the widths, but they were given: got d_qk={d_qk}, d_vo={d_vo}; leave "
+                "it out, or give --kv"
+            )
+        return head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo
+    share = 0.5 if kv is None else kv
+    # A stride or a slice fits divisors of the head width alone, so there is nothing to choose.
+    free = choices.keys in BY_PAIRS and choices.values != "slice"
+    splits_by_text = choices.needs_statistics and has_text and free
+    if per_layer and not splits_by_text:
+        raise ValueError(
+            "--per-layer needs statistics to tell layers apart: got no text, or choices that do not look at it; give "
+            "--data FILE with the preset calibrated"
+        )
+    if share != 1 and (splits_by_text or engine is not None):
+        candidates = candidates_for(
+            head_dim, engine, choices.table, per_layer=per_layer, symmetric=not splits_by_text
+        )
+        splits = candidates.splits(share)
+        if engine is not None:
+            check_engine(engine, *splits[0], candidates.table, model_type=str(config.model_type))
+        return None if splits_by_text else splits[-1]
+    width = equal_widths(share, head_dim)
+    return width, width
+
+
+def _check_latent(
+    config: Any, widths: tuple[Width, Width] | None, choices: Choices, qk_norm: str, engine: str | None
+) -> None:
+    """Raise `ValueError` unless the model, the choices and the engine can have the widths (None: still open)."""
+    d_qk, d_vo = check_widths(config, *(widths or [head_dim_of(config)] * 2))
+    each = [d_qk] * config.num_hidden_layers if isinstance(d_qk, int) else d_qk
+    if choices.table == "model" and choices.keys in BY_PAIRS and len(set(each)) > 1:
+        raise ValueError(
+            f"one rotary table for the model needs one key width: got d_qk from {min(each)} to {max(each)}; use --table "
+            "layer or one width"
+        )
+    pairs = tuple((tuple(range(width // 2)),) for width in each)  # any will do: only their number is checked
+    choose(config, d_qk, d_vo, choices, qk_norm=qk_norm, pairs=pairs)
+    if qk_norm == "sliced" and family_of(config).qk_norm and choices.table == "head":
+        raise ValueError(
+            "a sliced QK-norm has one weight for all heads, so they must keep the same channels: got a rotary table per "
+            "head; use --table layer or model, or qk_norm=full"
+        )
+    if engine is not None and widths is not None:
+        check_engine(engine, d_qk, d_vo, choices.table, model_type=str(config.model_type))

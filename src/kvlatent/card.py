@@ -21,7 +21,7 @@ tags: [kvlatent, kv-cache]
 # Latent-attention checkpoint
 
 Keys are cached at width {d_qk} and values at {d_vo} a head, where the original has {head_dim} for both: {share:.1%} of
-its cache. Made by kvlatent with preset `{preset}`; stages trained: {stages}.
+its cache. Made by kvlatent with preset `{preset}`; stages trained: {stages}.{made}
 
 {measured}
 
@@ -52,23 +52,36 @@ def model_card(record: Mapping[str, Any]) -> str:
     measured = "Its quality has not been measured."
     if figures:
         measured = _MEASURED.format(
-            table=figures_table(figures), text=scored_text(record["sha256"]), **figures["latent"]
+            table=figures_table(figures), text=scored_text(record), **figures["latent"]
         )
     return _TEMPLATE.format(
         **{name: plan[name] for name in ("d_qk", "d_vo", "head_dim", "share", "preset")},
         stages=", ".join("I" * int(stage[-1]) for stage in plan["tokens"]) or "none",
+        made=_conversion(record),
         measured=measured,
         command=record["command"],
     )
 
 
-def scored_text(hashes: Mapping[str, str | None]) -> str:
-    """Which text the figures are of: `eval_data` is there after a run that could train, None for its held-out part."""
-    if "eval_data" not in hashes:
-        return "of the given text"
-    other = hashes["eval_data"]
+def _conversion(record: Mapping[str, Any]) -> str:
+    """Sentences on what the conversion looked at, and what it warned of."""
+    notes = [f"{note[0].upper()}{note[1:]}." for note in record["plan"].get("notes", ())]
+    calibration = record.get("calibration")
+    if calibration:
+        align = record["plan"]["choices"]["align"]
+        aligned = f", then {align} steps of attention alignment a layer" if align else ""
+        notes.append(f"Calibrated on {calibration['tokens']:,} tokens of text{aligned}.")
+        if seen := calibration.get("seen_share"):
+            notes.append(f"Of the text it was measured on, the calibration has looked at {seen:.1%}.")
+    return "".join(f"\n{note}" for note in notes)
+
+
+def scored_text(record: Mapping[str, Any]) -> str:
+    """Which text the figures are of: a separate one, or the part of the data that nothing was fitted to, or all of it."""
+    other = record["sha256"].get("eval_data")
     if other is None:
-        return "from the held-out part of the data"
+        fitted = "training" in record or record.get("calibration")
+        return "from the held-out part of the data" if fitted else "of the given text"
     return f"from a separate text ({other if other.startswith('hub:') else f'sha256 {other}'})"
 
 

@@ -87,12 +87,13 @@ def convert(
     config.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
     with torch.inference_mode(False):  # which also turns gradients on where the caller turned them off
         latent = assemble(model, config, _weights(model, family, config, choices, statistics))
-        if statistics is not None and (choices.refit or choices.align):
+        kept = config.keys == config.values == "full"
+        if statistics is not None and (choices.refit or choices.align) and not kept:
             training = latent.training
-            latent.eval().requires_grad_(False)  # other weights of a layer collect no gradients
-            refine(
-                full_width(model).eval(), latent, config, statistics, choices, seed=seed, progress=progress
-            )
+            twin = full_width(model).eval()
+            for each in (twin, latent.eval()):
+                each.requires_grad_(False)  # weights that are not tuned collect no gradients
+            refine(twin, latent, config, statistics, choices, seed=seed, progress=progress)
             latent.train(training).requires_grad_(True)
     return latent
 

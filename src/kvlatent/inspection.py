@@ -59,10 +59,20 @@ def describe(model: str | Path) -> dict[str, Any]:
             "keys": latent.keys,
             "values": latent.values,
             "frequencies": latent.frequencies,
+            "table": _scope(latent),
             "qk_norm": latent.qk_norm,
         },
         "cache_bytes_per_token": {"original": original, "latent": reduced, "share": reduced / original},
     }
     if (made := read_record(Path(model) / "run.json")) is not None:
-        document |= {name: made[name] for name in ("command", "figures", "training") if made.get(name)}
+        document |= {
+            name: made[name] for name in ("command", "calibration", "figures", "training") if made.get(name)
+        }
     return document
+
+
+def _scope(latent: LatentConfig) -> str:
+    """Who shares a rotary table: each head has its own, each layer, or the model has one."""
+    if any(len(layer) > 1 for layer in latent.tables):
+        return "head"
+    return "model" if len(set(latent.tables)) == 1 else "layer"

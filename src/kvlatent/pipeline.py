@@ -1,36 +1,29 @@
 """`compress`: a checkpoint and a text in, a trained, measured, loadable latent checkpoint out.
 
-Steps, in order: plan; measure the original; convert and measure; stage I and measure; stage II; merge, measure what
-is written, save. Each step leaves its figures in the workspace beside the output, so the whole can be killed anywhere
-and called again. The output directory appears in one rename at the very end.
+Steps, in order: plan; calibrate; measure the original; convert and measure; stage I and measure; stage II; merge,
+measure what is written, save. Each step leaves its figures in the workspace beside the output, so the whole can be
+killed anywhere and called again. The output directory appears in one rename at the very end.
 """
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-
-from .budget import Plan, PlanOptions, plan_run, working_dtype
-from .card import model_card
-from .conversion import convert
-from .data import evaluation_blocks
+from .budget import Plan, plan_run
 from .data.text import resolve
-from .evaluation import evaluate
-from .hub import load_model, load_tokenizer, save
 from .output import prepare_output
 from .record import command_line, environment, read_record
-from .run import Progress, Run
-from .training.trainable import merged_copy
+from .run import Run
+from .settings import PlanOptions
+from .steps import Progress
+from .texts import check_statistics
 from .workspace import Workspace, fingerprint, identity
 
-__all__ = ["Progress", "compress", "convert_checkpoint"]
+__all__ = ["Announce", "Progress", "compress", "silent", "spoken"]
 
-_EVALUATION_TOKENS = 65_536
+EVALUATION_TOKENS = 65_536
 
 Announce = Callable[[dict[str, Any]], None]
 """Called with the plan once every argument, the model and the text have passed their checks, before the work."""
@@ -42,7 +35,8 @@ def compress(
     out: str | Path,
     *,
     eval_data: str | Path | None = None,
-    eval_tokens: int = _EVALUATION_TOKENS,
+    statistics: str | Path | None = None,
+    eval_tokens: int = EVALUATION_TOKENS,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -55,15 +49,15 @@ def compress(
 
     Args:
         model: directory or hub id of the original.
-        data: training text: .txt, .jsonl, .json, .parquet or a hub data set.
+        data: training text: .txt, .jsonl, .json, .parquet or a hub data set. The calibration looks at a sample of it.
         out: directory to write; `out.partial` beside it holds unfinished work.
         eval_data: text to measure on; None takes the part of `data` that is held out from training.
+        statistics: file of an earlier calibration of this model, which is then not repeated.
         eval_tokens: measure on at most that many tokens.
         overwrite: replace what `out` holds (at the end, in one rename) and unfinished work of other arguments.
         dry_run: return the plan and write nothing.
         progress, announce: see `Progress` and `Announce`.
-        options: `kv`, `d_qk`, `d_vo`, `preset`, `recipe`, `overrides`, `tokens`, `stages`, `device`, `dtype`, `seed`:
-            see `plan_run`.
+        options: see `PlanOptions`.
 
     Returns:
         The JSON-able record of the run, which is also written as `out/run.json`; or the plan.
@@ -77,7 +71,7 @@ def compress(
         return {"plan": plan.summary()}
     # The place first, as it may hold the finished run; then what it holds.
     place = prepare_output(out, overwrite=True)
-    decides = _decides(plan, model, data, eval_data, eval_tokens)
+    decides = _decides(plan, model, data, eval_data, statistics, eval_tokens)
     workspace = Workspace(place, decides)
     if (finished := _finished(place, workspace)) is not None:
         return finished
@@ -86,14 +80,15 @@ def compress(
         if source is not None:
             resolve(source)
     workspace.open(overwrite=overwrite)
+    files = {"data": data, "out": place, "eval_data": eval_data, "statistics": statistics}
     record = {
-        "command": command_line("compress", model, _spoken(data, place, eval_data, options)),
+        "command": command_line("compress", model, spoken(files, options)),
         "fingerprint": fingerprint(workspace.plan),
         "plan": plan.summary(),
-        "sha256": {name: decides[name] for name in ("model", "data", "eval_data")},
+        "sha256": {name: decides[name] for name in ("model", "data", "eval_data", "statistics")},
         **environment(plan.device),
     }
-    run = Run(plan, workspace, progress or _silent)
+    run = Run(plan, workspace, progress or silent, statistics)
     try:
         run.prepare(model, data, eval_data, eval_tokens)
         if announce is not None:
@@ -108,21 +103,35 @@ def compress(
 
 
 def _decides(
-    plan: Plan, model: str | Path, data: str | Path, eval_data: str | Path | None, eval_tokens: int
+    plan: Plan,
+    model: str | Path,
+    data: str | Path,
+    eval_data: str | Path | None,
+    statistics: str | Path | None,
+    eval_tokens: int,
 ) -> dict[str, Any]:
     """Everything that decides the result of a run.
 
     Raises:
-        ValueError: the figures would be of the text that was trained on.
+        ValueError: the figures would be of the text that was trained on, or nothing looks at the statistics.
+        FileNotFoundError: no such statistics.
     """
+    if statistics is not None:
+        check_statistics(statistics, plan.calibrates)
+    widths: dict[str, Any] = {"engine": plan.engine}
+    if plan.widths is None:
+        widths |= {"kv": plan.kv, "per_layer": plan.per_layer}
+    else:
+        widths |= dict(zip(("d_qk", "d_vo"), plan.widths, strict=True))
     decides = {
         "model": identity(model),
         "data": identity(data),
         "eval_data": None if eval_data is None else identity(eval_data),
+        "statistics": None if statistics is None else identity(statistics),
         "eval_tokens": eval_tokens,
         "stages": list(plan.stages),
         "device": plan.device,
-        "conversion": plan.latent.to_dict()["widths"],
+        "conversion": widths,
         "recipe": plan.recipe.model_dump(mode="json"),
     }
     if decides["data"] == decides["eval_data"]:
@@ -132,17 +141,13 @@ def _decides(
     return decides
 
 
-def _silent(step: str, done: int, total: int, note: str) -> None:
+def silent(step: str, done: int, total: int, note: str) -> None:
     """The progress of a caller who did not ask for any."""
 
 
-def _spoken(data: Any, out: Any, eval_data: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call as the command line spells them."""
-    named = {
-        name: Path(value).name
-        for name, value in (("data", data), ("out", out), ("eval_data", eval_data))
-        if value
-    }
+def spoken(files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call as the command line spells them; files by their last name."""
+    named = {name: Path(value).name for name, value in files.items() if value}
     spelled = {("set" if name == "overrides" else name): value for name, value in options.items()}
     if spelled.get("recipe"):
         spelled["recipe"] = Path(spelled["recipe"])
@@ -159,76 +164,3 @@ def _finished(out: Path, workspace: Workspace) -> dict[str, Any] | None:
         return None
     workspace.remove()
     return found
-
-
-def convert_checkpoint(
-    model: str | Path,
-    out: str | Path,
-    *,
-    data: str | Path | None = None,
-    eval_tokens: int = _EVALUATION_TOKENS,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-    announce: Announce | None = None,
-    **options: Unpack[PlanOptions],
-) -> dict[str, Any]:
-    """Convert `model` and save it untrained, in the original's dtype.
-
-    Args:
-        model, out, overwrite, dry_run, progress, announce: as for `compress`.
-        data: text to measure the original and the converted model on; None measures nothing.
-        eval_tokens: measure on at most that many tokens.
-        options: as for `plan_run`; the stages are "none" here.
-
-    Returns:
-        The JSON-able record that is written as `out/run.json`; or the plan.
-
-    Raises:
-        ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
-    """
-    options["stages"] = "none"
-    plan = plan_run(model, **options)
-    place = prepare_output(out, overwrite)
-    if dry_run:
-        return {"plan": plan.summary()}
-    if data is not None:
-        resolve(data)
-    original = load_model(model, device=plan.device)
-    tokenizer = load_tokenizer(model, original.config)
-    record: dict[str, Any] = {
-        "command": command_line("convert", model, _spoken(data, place, None, {**options, "stages": None})),
-        "plan": plan.summary(),
-        "sha256": {"model": identity(model), "data": None if data is None else identity(data)},
-        **environment(plan.device),
-        "figures": {},
-    }
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
-        blocks = None if data is None else _blocks(plan, original, tokenizer, data, eval_tokens, cache)
-        if announce is not None:
-            announce(record["plan"])
-        latent = convert(original, plan.latent)
-        if blocks is not None:
-            dtype = getattr(torch, working_dtype(plan.recipe.dtype, plan.device))
-            pair = merged_copy(latent, dtype), merged_copy(original, dtype)
-            report = evaluate(pair[0], blocks, against=pair[1], progress=progress)
-            ratio = {name: report[name] for name in ("ratio", "ratio_standard_error")}
-            record["figures"] = {"original": report["original"], "latent": report["latent"] | ratio}
-    files = {"recipe.yaml": plan.recipe.dump_yaml(), "run.json": json.dumps(record, indent=2) + "\n"}
-    save(latent, place, tokenizer=tokenizer, card=model_card(record), overwrite=overwrite, files=files)
-    return record
-
-
-def _blocks(plan: Plan, model: Any, tokenizer: Any, data: str | Path, eval_tokens: int, cache: str) -> Any:
-    """The start of a text as blocks that fit the model's context."""
-    section = plan.recipe.data
-    limit = getattr(model.config, "max_position_embeddings", None) or section.block_size
-    return evaluation_blocks(
-        data,
-        tokenizer,
-        min(section.block_size, limit),
-        cache_dir=cache,
-        separator=section.separator,
-        text_field=section.text_field,
-        max_tokens=max(eval_tokens, section.block_size),
-    )

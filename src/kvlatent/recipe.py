@@ -1,4 +1,4 @@
-"""Recipe: how a run happens (conversion choices, data, both stages), one YAML, saved beside the weights.
+"""Recipe: how a run happens (conversion choices, calibration, data, both stages), one YAML, saved beside the weights.
 
 Why: what the artifact *is* lives in `LatentConfig`; what was *done* to it lives here, complete and resolved,
 so that a run can be repeated from its own output directory. Unknown keys are refused: a misspelt learning
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-__all__ = ["Conversion", "Data", "Lora", "Recipe", "Stage", "Stage1", "Stage2"]
+__all__ = ["Calibration", "Conversion", "Data", "Lora", "Recipe", "Stage", "Stage1", "Stage2"]
 
 
 def _whole(value: Any) -> Any:
@@ -37,13 +37,24 @@ class Section(BaseModel):
 
 
 class Conversion(Section):
-    """Which channels are kept and how they rotate; None means what the preset says (checked by `convert`)."""
+    """What is kept of the original and how it is corrected; None means what the preset says (checked by `convert`)."""
 
-    preset: str = "paper"
+    preset: str = "calibrated"
     keys: str | None = None
     frequencies: str | None = None
     values: str | None = None
+    table: str | None = None
+    gains: bool | None = None
+    align: int | None = Field(None, ge=0)
+    refit: bool | None = None
     qk_norm: str = "full"
+
+
+class Calibration(Section):
+    """How much text the statistics are gathered from: blocks of data.block_size tokens, query rows in each."""
+
+    blocks: Count = 128
+    rows: Count = 32
 
 
 class Lora(Section):
@@ -104,6 +115,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     dtype: Literal["float32", "bfloat16"] = "float32"
     conversion: Conversion = Conversion()
+    calibration: Calibration = Calibration()
     lora: Lora = Lora()
     data: Data = Data()
     stage1: Stage1 = Stage1()

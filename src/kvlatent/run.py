@@ -1,4 +1,4 @@
-"""The steps of one `compress`: load, measure, convert, train, export. Each leaves its figures in the workspace.
+"""The steps of one `compress`: load, calibrate, measure, convert, train, export. Each leaves its figures in the workspace.
 
 A step whose figures are there is not repeated; a stage that was killed continues from its newest complete checkpoint.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,22 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .budget import Plan, working_dtype
+from .budget import Plan
 from .card import model_card
-from .conversion import convert
 from .data import evaluation_blocks, prepare
 from .evaluation import compare, measure, precision, speedometer
 from .hub import check_block_size, load_model, load_tokenizer, save
 from .perplexity import Perplexity
 from .record import joined_metrics
+from .settings import working_dtype
+from .statistics import Statistics
+from .steps import Progress, gathered, made, restored, reused, settled, write_attention
+from .texts import first_blocks, seen_share
 from .training.stages import train_stage
 from .training.trainable import merged_copy, prepare_for_training
 from .workspace import Workspace
 
-__all__ = ["Progress", "Run"]
-
-Progress = Callable[[str, int, int, str], None]
-"""Called with a step's name, how much of it is done, of how much (0: unknown), and a note."""
+__all__ = ["Run"]
 
 
 class Run:
@@ -38,11 +38,14 @@ class Run:
 
     original: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train_blocks: Dataset | None
+    train_blocks: Dataset
     held_out: Dataset
 
-    def __init__(self, plan: Plan, workspace: Workspace, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, workspace: Workspace, progress: Progress, statistics: str | Path | None = None
+    ) -> None:
         self.plan, self.recipe, self.workspace, self.progress = plan, plan.recipe, workspace, progress
+        self.statistics = statistics
 
     def prepare(
         self, model: str | Path, data: str | Path, eval_data: str | Path | None, eval_tokens: int
@@ -71,6 +74,7 @@ class Run:
             progress=lambda tokens: self.progress("tokenise", 0, 0, f"{tokens:,} tokens"),
             **shared,
         )
+        assert corpus.train is not None
         self.train_blocks = corpus.train
         held_out = (
             corpus.held_out if eval_data is None else evaluation_blocks(eval_data, self.tokenizer, **shared)
@@ -79,12 +83,13 @@ class Run:
             raise ValueError(
                 "nothing is held out to measure on: data.held_out is 0; raise it, or pass --eval-data FILE"
             )
-        self.held_out = held_out.select(range(min(len(held_out), max(1, eval_tokens // section.block_size))))
+        self.held_out = first_blocks(held_out, eval_tokens, section.block_size)
 
     def all_steps(self, record: dict[str, Any], out: str | Path, overwrite: bool) -> dict[str, Any]:
-        """Measure, convert, train, export; returns the record that was saved."""
+        """Calibrate, measure, convert, train, export; returns the record that was saved."""
+        statistics, calibration = self._calibrated()
         figures: dict[str, Any] = {"original": self._measured("original", self.original)}
-        latent = convert(self.original, self.plan.latent)
+        latent, conversion = self._converted(statistics)
         figures["converted"] = self._measured("converted", latent)
         training: dict[str, Any] = {}
         if self.plan.stages:
@@ -97,11 +102,42 @@ class Run:
         figures["latent"] = self._measured("latent", _as(exported, self.original.dtype))
         record = {
             **record,
+            "plan": self.plan.summary(),
+            "calibration": calibration,
+            "conversion": conversion,
             "training": training,
             "figures": {name: _public(value) for name, value in figures.items()},
         }
         self._save(exported, record, out, overwrite)
         return record
+
+    def _calibrated(self) -> tuple[Statistics | None, dict[str, Any] | None]:
+        """Statistics and the calibration's figures, from the workspace where they are known already."""
+        if not self.plan.calibrates:
+            return None, None
+        file = self.workspace.path / "statistics.safetensors"
+        if (known := self.workspace.done("calibration")) is not None:
+            return Statistics.load(file), known
+        if self.statistics is None:
+            statistics, figures = gathered(self.original, self.train_blocks, self.recipe, self.progress)
+        else:
+            statistics, figures = reused(self.statistics, self.original)
+            figures["seen_share"] = seen_share(self.held_out, statistics)
+        statistics.save(file, overwrite=True)
+        return statistics, self.workspace.finish("calibration", figures)
+
+    def _converted(self, statistics: Statistics | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The latent model, put together again from its tensors where a calibrated conversion has finished."""
+        self.plan, predicted = settled(self.plan, statistics)
+        file = self.workspace.path / "attention.safetensors"
+        if (known := self.workspace.done("conversion")) is not None:
+            return restored(self.original, file), known
+        latent, figures = made(self.original, self.plan, statistics, self.progress)
+        figures["predicted"] = predicted
+        if statistics is None:
+            return latent, figures
+        write_attention(latent, file)
+        return latent, self.workspace.finish("conversion", figures)
 
     def _measured(self, name: str, model: PreTrainedModel) -> dict[str, Any]:
         """Figures of one model, from the workspace where they are known already."""

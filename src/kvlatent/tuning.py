@@ -65,7 +65,7 @@ def tune(
         return total / max(1, len(held_out))
 
     with _open(chosen) as parameters:
-        before = best = measured()
+        before = best = last = measured()
         kept, waited = [p.detach().clone() for p in parameters], 0
         groups = [{"params": [p], "lr": _RATE / (p.shape[-1] if p.dim() > 1 else fan_in)} for p in parameters]
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -85,9 +85,12 @@ def tune(
                 continue
             now = measured()
             if now < best or not held:
-                best, kept, waited = now, [p.detach().clone() for p in parameters], 0
-            elif (waited := waited + 1) == _PATIENCE:
+                best, kept = now, [p.detach().clone() for p in parameters]
+            # Against the last one, not the best: a rate that is high at first often pays only once it has come down.
+            waited = 0 if now < last or not held else waited + 1
+            if waited == _PATIENCE:
                 break
+            last = now
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)

@@ -30,8 +30,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity and the live cache, beside the original's with --against."""
     with session(as_json) as run:
-        from kvlatent.budget import choose_device
         from kvlatent.evaluation import evaluate as work
+        from kvlatent.settings import choose_device
 
         report = work(
             directory,
@@ -67,9 +67,9 @@ def generate(
 ) -> None:
     """Continue a text."""
     with session(as_json) as run:
-        from kvlatent.budget import choose_device
         from kvlatent.generation import continuation
         from kvlatent.hub import load_model, load_tokenizer
+        from kvlatent.settings import choose_device
 
         model = load_model(directory, dtype=dtype, device=choose_device(device))
         tokenizer = load_tokenizer(directory, model.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import look, make
+from . import look, make, survey, teach
 
 app = typer.Typer(
     name="kvlatent",
@@ -17,11 +17,13 @@ app = typer.Typer(
 for name, function in {
     "compress": make.compress,
     "convert": make.convert,
-    "train": make.train,
+    "calibrate": survey.calibrate,
+    "plan": survey.plan,
+    "train": teach.train,
     "eval": look.evaluate,
     "generate": look.generate,
     "inspect": look.inspect,
-    "demo": make.demo,
+    "demo": teach.demo,
 }.items():
     app.command(name)(function)
 

@@ -1,15 +1,13 @@
-"""The commands that write a checkpoint: compress, convert, train, demo."""
+"""The commands that make a latent checkpoint: compress, convert."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from . import options as o
 from .session import Session, session
-from .tables import duration, figures_table, pairs_table, plan_lines
+from .tables import conversion_tables, figures_table, plan_lines
 
 
 def compress(
@@ -19,12 +17,18 @@ def compress(
     kv: o.Kv = None,
     d_qk: o.Qk = None,
     d_vo: o.Vo = None,
+    engine: o.Engine = None,
+    per_layer: o.PerLayer = False,
     preset: o.Preset = None,
+    table: o.Table = None,
+    align: o.Align = None,
+    blocks: o.Blocks = None,
+    statistics: o.Statistics = None,
     recipe: o.RecipeFile = None,
     overrides: o.Set = None,
     tokens: o.Tokens = None,
     stages: o.Stages = "both",
-    eval_data: o.OptionalData = None,
+    eval_data: o.EvalData = None,
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     seed: o.Seed = None,
@@ -36,19 +40,34 @@ def compress(
     with session(as_json) as run:
         from kvlatent.pipeline import compress as work
 
-        chosen = _plan_options(kv, d_qk, d_vo, preset, recipe, overrides, tokens, stages, device, dtype, seed)
         record = work(
             model,
             data,
             out,
             eval_data=eval_data,
+            statistics=statistics,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=run.report,
-            announce=lambda plan: _say_plan(run, plan),
-            **chosen,
+            announce=lambda plan: say_plan(run, plan),
+            kv=kv,
+            d_qk=o.widths("d-qk", d_qk),
+            d_vo=o.widths("d-vo", d_vo),
+            engine=engine,
+            per_layer=per_layer,
+            preset=preset,
+            table=table,
+            align=align,
+            blocks=blocks,
+            recipe=recipe,
+            overrides=overrides or [],
+            tokens=tokens,
+            stages=stages,
+            device=device,
+            dtype=dtype,
+            seed=seed,
         )
-        _show_record(run, record, out)
+        show_record(run, record, out)
 
 
 def convert(
@@ -57,8 +76,15 @@ def convert(
     kv: o.Kv = None,
     d_qk: o.Qk = None,
     d_vo: o.Vo = None,
+    engine: o.Engine = None,
+    per_layer: o.PerLayer = False,
     preset: o.Preset = None,
-    data: o.OptionalData = None,
+    table: o.Table = None,
+    align: o.Align = None,
+    data: o.TextToCalibrate = None,
+    blocks: o.Blocks = None,
+    statistics: o.Statistics = None,
+    eval_data: o.EvalData = None,
     recipe: o.RecipeFile = None,
     overrides: o.Set = None,
     device: o.Device = "auto",
@@ -66,164 +92,54 @@ def convert(
     dry_run: o.DryRun = False,
     as_json: o.Json = False,
 ) -> None:
-    """Convert a checkpoint without training it; with --data, measure what that costs."""
+    """Convert a checkpoint without training it: calibrate on --data, choose what to keep, and measure what it costs."""
     with session(as_json) as run:
-        from kvlatent.pipeline import convert_checkpoint as work
+        from kvlatent.converting import convert_checkpoint as work
 
-        chosen = _plan_options(kv, d_qk, d_vo, preset, recipe, overrides, None, "none", device, None, None)
         record = work(
             model,
             out,
             data=data,
+            eval_data=eval_data,
+            statistics=statistics,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=run.report,
-            announce=lambda plan: _say_plan(run, plan),
-            **chosen,
-        )
-        _show_record(run, record, out)
-
-
-def train(
-    directory: o.Directory,
-    stage: Annotated[int, typer.Option(help="1: layer by layer; 2: end to end.", metavar="1|2")],
-    data: o.Data,
-    teacher: Annotated[
-        str | None, typer.Option(help="The original; only stage 2 on next tokens can do without.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory to write; DIR itself by default.", metavar="DIR")
-    ] = None,
-    recipe: o.RecipeFile = None,
-    overrides: o.Set = None,
-    tokens: o.Tokens = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = None,
-    seed: o.Seed = None,
-    overwrite: o.Overwrite = False,
-    as_json: o.Json = False,
-) -> None:
-    """Train one stage of a latent checkpoint, in place unless --out is given. Repeat the command to continue."""
-    with session(as_json) as run:
-        from kvlatent.training import train as work
-
-        values = {"dtype": dtype, "seed": seed} | (
-            {f"stage{stage}.tokens": tokens} if stage in (1, 2) else {}
-        )
-        settings = [
-            *(overrides or []),
-            *(f"{key}={value}" for key, value in values.items() if value is not None),
-        ]
-        target = Path(directory) if out is None else out
-        summary = work(
-            directory,
-            stage=stage,
-            data=data,
-            out=target,
-            teacher=teacher,
+            announce=lambda plan: say_plan(run, plan),
+            kv=kv,
+            d_qk=o.widths("d-qk", d_qk),
+            d_vo=o.widths("d-vo", d_vo),
+            engine=engine,
+            per_layer=per_layer,
+            preset=preset,
+            table=table,
+            align=align,
+            blocks=blocks,
             recipe=recipe,
-            overrides=settings,
+            overrides=overrides or [],
             device=device,
-            overwrite=overwrite,
-            progress=lambda number, done, total, speed, loss: run.report(
-                f"stage {'I' * number}", done, total, f"{speed:,.0f} tokens/s, loss {loss:.4f}"
-            ),
-            announce=lambda plan: _say_stage(run, plan),
         )
-        document = {**summary, "out": str(target)}
-        run.show(
-            document, pairs_table({name: value for name, value in document.items() if "layer" not in name})
-        )
+        show_record(run, record, out)
 
 
-def demo(
-    out: Annotated[Path | None, typer.Option(help="Directory to write; ./kvlatent-demo by default.")] = None,
-    preset: Annotated[str, typer.Option(help="How channels are chosen.", metavar="NAME")] = "own-frequency",
-    tokens: o.Tokens = None,
-    overwrite: o.Overwrite = False,
-    as_json: o.Json = False,
-) -> None:
-    """Compress the model that ships with the package to half its cache, on the text of Python's standard library."""
-    with session(as_json) as run:
-        from kvlatent.demo import demo as work
-
-        report = work(
-            out, preset=preset, tokens=tokens, overwrite=overwrite, progress=run.report, say=run.say
-        )
-        run.show(report, *_demo_answer(report))
-
-
-def _plan_options(
-    kv: float | None,
-    d_qk: str | None,
-    d_vo: str | None,
-    preset: str | None,
-    recipe: Path | None,
-    overrides: list[str] | None,
-    tokens: int | None,
-    stages: str,
-    device: str,
-    dtype: str | None,
-    seed: int | None,
-) -> Any:
-    """The options of `kvlatent.budget.plan_run`."""
-    return {
-        "kv": kv,
-        "d_qk": o.widths("d-qk", d_qk),
-        "d_vo": o.widths("d-vo", d_vo),
-        "preset": preset,
-        "recipe": recipe,
-        "overrides": overrides or [],
-        "tokens": tokens,
-        "stages": stages,
-        "device": device,
-        "dtype": dtype,
-        "seed": seed,
-    }
-
-
-def _say_stage(run: Session, plan: dict[str, Any]) -> None:
-    run.close()
-    ((name, tokens),) = plan["tokens"].items()
-    run.say(
-        f"stage {'I' * int(name[-1])}: {tokens:,} tokens on {plan['device']} in {plan['dtype']}, about "
-        f"{duration(plan['estimated_seconds'])} (an estimate from the model's size and this machine's speed)"
-    )
-
-
-def _say_plan(run: Session, plan: dict[str, Any]) -> None:
+def say_plan(run: Session, plan: dict[str, Any]) -> None:
+    """The plan, and what to know before it happens, on stderr."""
     run.close()
     for line in plan_lines(plan):
         run.say(line)
+    _say_notes(run, plan)
 
 
-def _show_record(run: Session, record: dict[str, Any], out: Path) -> None:
+def _say_notes(run: Session, plan: dict[str, Any]) -> None:
+    for note in plan["notes"]:
+        run.say(f"warning: {note}")
+
+
+def show_record(run: Session, record: dict[str, Any], out: Path) -> None:
     """A finished run's figures, or a plan."""
     if "command" not in record:
+        _say_notes(run, record["plan"])
         run.show(record, *plan_lines(record["plan"]))
         return
     tables = [figures_table(record["figures"])] if record["figures"] else []
-    run.show({**record, "out": str(out)}, *tables, f"saved in {out}")
-
-
-def _demo_answer(report: dict[str, Any]) -> list[Any]:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for name in ("original", "latent"):
-        table.add_column(name, justify="right", no_wrap=True)
-    sides = (report["original"], report["latent"])
-    table.add_row(
-        "cache bytes per token (measured)", *(f"{side['cache_bytes_per_token']:,.0f}" for side in sides)
-    )
-    table.add_row("perplexity on held-out modules", *(f"{side['perplexity']:.3f}" for side in sides))
-    for distance in report["original"]["copy_accuracy"]:
-        shares = (f"{side['copy_accuracy'][distance]:.1%}" for side in sides)
-        table.add_row(f"copies a random string, {distance} tokens back", *shares)
-    lines = [
-        f"\n{name} continues {report['prompt']!r}:\n{side['continuation']}"
-        for name, side in zip(("original", "latent"), sides, strict=True)
-    ]
-    return [table, *lines, f"\nsaved in {report['out']} ({report['minutes']:.1f} min)"]
+    run.show({**record, "out": str(out)}, *conversion_tables(record), *tables, f"saved in {out}")

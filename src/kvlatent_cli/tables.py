@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -17,13 +17,23 @@ LABELS = {
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
-    """A plan in three lines: widths, bytes, work."""
-    size = plan["cache_bytes_per_token"]
+    """A plan in three or four lines: widths, bytes, calibration, training."""
+    size, open_split = plan["cache_bytes_per_token"], plan["d_qk"] is None
+    widths = f"d_qk {plan['d_qk']}, d_vo {plan['d_vo']} of {plan['head_dim']}"
+    if open_split:
+        widths = f"split of {plan['share']:.1%} of {plan['head_dim']} + {plan['head_dim']} chosen after calibration"
     tokens = ", ".join(f"stage {'I' * int(name[-1])} {count:,}" for name, count in plan["tokens"].items())
+    most = "at most " if open_split else ""
     lines = [
-        f"widths: d_qk {plan['d_qk']}, d_vo {plan['d_vo']} of {plan['head_dim']} (preset {plan['preset']})",
-        f"cache: {size['latent']:,} of {size['original']:,} bytes per token in {size['dtype']}: {plan['share']:.1%}",
+        f"widths: {widths} (preset {plan['preset']})",
+        f"cache: {most}{size['latent']:,} of {size['original']:,} bytes per token in {size['dtype']}: {plan['share']:.1%}",
     ]
+    if plan["calibration_blocks"]:
+        choices = plan["choices"]
+        lines.append(
+            f"calibration: up to {plan['calibration_blocks']} blocks of text, one rotary table per {choices['table']}, "
+            f"{choices['align']} steps of alignment a layer"
+        )
     if tokens:
         lines.append(
             f"training tokens: {tokens}; about {duration(plan['estimated_seconds'])} on {plan['device']} in "
@@ -60,6 +70,81 @@ def figures_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
             value = plus_minus(row["perplexity"], row["standard_error"])
             table.add_row(label, value, ratio, f"{row['cache_bytes_per_token']:,.0f}")
     return table
+
+
+def conversion_tables(record: Mapping[str, Any]) -> list[Any]:
+    """What the calibration says of a conversion: seconds, the layers under every strategy, the scopes of the table."""
+    calibration, conversion = record["calibration"], record["conversion"]
+    if calibration is None:
+        return []
+    plan = record["plan"]
+    seconds = (
+        f"calibrated on {calibration['tokens']:,} tokens in {calibration['seconds']:.1f} s, converted in "
+        f"{conversion['seconds']:.1f} s: d_qk {_widths(plan['d_qk'])}, d_vo {_widths(plan['d_vo'])} of {plan['head_dim']}"
+    )
+    lines: list[Any] = [seconds]
+    if seen := calibration.get("seen_share"):
+        lines.append(f"of the text measured on, the calibration has looked at {seen:.1%}")
+    lines += [
+        "relative squared error of the attention output of each layer, before refit and alignment",
+        strategies_table(conversion["layers"]),
+    ]
+    reasons = {name: why for row in conversion["layers"] for name, why in row["reasons"].items()}
+    lines += [f"{name} is impossible: {why}" for name, why in reasons.items()]
+    prices = ", ".join(f"{scope} {error:.4f}" for scope, error in conversion["scope_errors"].items())
+    return [*lines, f"predicted error of the keys alone with one rotary table per: {prices}"]
+
+
+def strategies_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a layer: widths, and the error of the attention output under every strategy."""
+    names = list(layers[0]["errors"])
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("layer", "d_qk", "d_vo", *names):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in layers:
+        errors = ("-" if row["errors"][name] is None else f"{row['errors'][name]:.4f}" for name in names)
+        table.add_row(*(str(row[name]) for name in ("layer", "d_qk", "d_vo")), *errors)
+    return table
+
+
+def budget_tables(document: Mapping[str, Any]) -> list[Any]:
+    """A plan for a budget: the curve with the chosen row marked, then what the widths are worth."""
+    plan, serving = document["plan"], document["serving"]
+    curve = Table(box=box.SIMPLE_HEAD)
+    for name in ("cache kept", "d_qk", "d_vo", "predicted error", "d_qk = d_vo", "its error"):
+        curve.add_column(name, justify="right", no_wrap=True)
+    for row in document["curve"]:
+        curve.add_row(
+            f"{row['kv']:.1%}",
+            *(str(row[name]) for name in ("d_qk", "d_vo")),
+            f"{row['error']:.5f}",
+            str(row["symmetric_width"]),
+            f"{row['symmetric_error']:.5f}",
+        )
+    size, error = serving["cache_bytes_per_token"], plan["predicted_error"]
+    facts = {
+        "widths": f"d_qk {_widths(plan['d_qk'])}, d_vo {_widths(plan['d_vo'])} of {plan['head_dim']} a head",
+        "cache": f"{size['latent']:,.0f} of {size['original']:,.0f} bytes per token: {size['share']:.1%}",
+        "predicted error": f"{error['total']:.5f} (keys {error['keys']:.5f}, values {error['values']:.5f})",
+    }
+    for row in serving.get("maximum_context", ()):
+        name = f"longest context, batch {row['batch']}"
+        facts[name] = f"{_context(row['original'])} -> {_context(row['latent'])} tokens"
+    for row in serving["decode_speedup"]:
+        name = f"decoding, {row['context']:,} tokens, batch {row['batch']}"
+        facts[name] = f"x{row['speedup']:.2f} at the most (by bytes read)"
+    for scope, names in plan["engines"].items():
+        facts[f"engines, one rotary table per {scope}"] = ", ".join(names) or "none"
+    drawn = [f"drawn in {document['figure']}"] if document["figure"] else []
+    return [curve, pairs_table(facts), *drawn]
+
+
+def _widths(widths: int | Sequence[int]) -> str:
+    return str(widths) if isinstance(widths, int) else ",".join(map(str, widths))
+
+
+def _context(tokens: int | None) -> str:
+    return "any number of" if tokens is None else f"{tokens:,}"
 
 
 def pairs_table(pairs: Mapping[str, Any]) -> Table:

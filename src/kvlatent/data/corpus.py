@@ -46,6 +46,7 @@ def prepare(
     cache_dir: str | Path,
     separator: str | None = "<|endoftext|>",
     held_out: float = 0.02,
+    least_held_out: int = 0,
     isolate: bool = True,
     text_field: str = "text",
     max_tokens: int | None = None,
@@ -64,6 +65,7 @@ def prepare(
         separator: cuts a .txt file into documents; None leaves it whole.
         held_out: share of the tokens kept out of training, in [0, 1]; whole documents chosen by their
             content, copies on one side; the end of the longest one where all are too long.
+        least_held_out: tokens that a share above 0 is raised to, within a quarter of the text.
         isolate: keep documents apart in attention; otherwise positions run through the block.
         text_field: where other files than .txt hold the text.
         max_tokens: read no more tokens than this.
@@ -78,7 +80,7 @@ def prepare(
     origin = text.resolve(source)
     options = {
         "block_size": block_size, "separator": separator, "held_out": held_out, "isolate": isolate,
-        "text_field": text_field, "max_tokens": max_tokens, "seed": seed, "format": _FORMAT,
+        "least_held_out": least_held_out, "text_field": text_field, "max_tokens": max_tokens, "seed": seed, "format": _FORMAT,
     }  # fmt: skip
     identity = [origin.fingerprint(), tokenizer_identity(tokenizer), options]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -159,7 +161,7 @@ def _write(directory: Path, documents: Documents, name: str, options: dict[str, 
     flat = directory / "tokens.bin"
     tokens = np.memmap(flat, dtype=np.int32, mode="r")
     counts = dict.fromkeys(_PARTS, 0)
-    parts = hold_out(documents, options["held_out"], block_size, name)
+    parts = hold_out(documents, options["held_out"], block_size, name, options["least_held_out"])
     for part, segments in zip(_PARTS, parts, strict=True):
         if segments is not None:
             path = directory / f"{part}.arrow"

@@ -36,9 +36,11 @@ class Segments(NamedTuple):
 
 
 def hold_out(
-    documents: Documents, share: float, block_size: int, name: str
+    documents: Documents, share: float, block_size: int, name: str, least: int = 0
 ) -> tuple[Segments | None, Segments | None]:
     """Return what to train on and what to keep out; None where `share` leaves nothing to a side.
+
+    A share that is less than `least` tokens is raised to them, though not beyond a quarter of the text.
 
     Whole documents are kept out in the order of their hashes, together with their copies, until the share
     is reached; those longer than the share are passed over. If they do not suffice, the end of the
@@ -57,7 +59,7 @@ def hold_out(
         )
     if share in (0, 1):
         return (whole, None) if share == 0 else (None, whole)
-    target = math.ceil(share * total)
+    target = max(math.ceil(share * total), min(least, total // 4))
     if target < block_size or total - target < block_size:
         part, size = ("held-out", target) if target < block_size else ("training", total - target)
         raise ValueError(

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import hub
-from ..budget import Plan, choose_device
+from ..budget import Plan
 from ..card import model_card
+from ..choices import Choices
 from ..data import prepare
 from ..data.text import resolve
 from ..estimate import estimate_seconds, layer_size
@@ -24,6 +25,7 @@ from ..modeling import latent_config_of
 from ..output import prepare_output
 from ..recipe import Recipe
 from ..record import command_line, environment, read_record
+from ..settings import choose_device
 from ..workspace import Workspace, fingerprint, identity
 from .history import history, in_place, joined_journal, options_of
 from .loop import Progress
@@ -61,8 +63,12 @@ def plan_training(
     if not getattr(config, "kv_latent", None):
         raise ValueError(f"{model} is not a latent checkpoint; make one with kvlatent convert first")
     hub.check_block_size(config, recipe.data.block_size)
+    latent = latent_config_of(config)
     return Plan(
-        latent=latent_config_of(config),
+        choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale),
+        kv=1.0,
+        widths=(latent.d_qk, latent.d_vo),
+        head_dim=latent.original_head_dim,
         num_layers=config.num_hidden_layers,
         num_key_value_heads=config.num_key_value_heads,
         recipe=recipe,

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..budget import Plan
-from ..choose import PRESETS, Choices
-from ..config import LatentConfig
+from ..choices import PRESETS, Choices
 from ..recipe import Recipe
 from ..record import joined_metrics
 
@@ -26,10 +25,12 @@ def in_place(model: str | Path, out: str | Path) -> bool:
 def history(previous: Mapping[str, Any], plan: Plan, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Plan, training and figures (none: they were the source's) of the record, and what was done before."""
     training = {**previous.get("training", {}), f"stage{summary['stage']}": dict(summary)}
-    described = plan.summary()
-    described["preset"] = previous.get("plan", {}).get("preset") or _preset(plan.latent)
+    before = previous.get("plan", {})
+    conversion = ("preset", "choices", "engine", "calibration_blocks", "notes")
+    described = plan.summary() | {"preset": _preset(plan.choices), "calibration_blocks": 0}
+    described |= {name: before[name] for name in conversion if name in before}
     described["tokens"] = {name: training[name]["tokens"] for name in sorted(training)}
-    kept = ("command", "sha256", "training", "figures")
+    kept = ("command", "sha256", "calibration", "conversion", "training", "figures")
     earlier = [{name: previous[name] for name in kept if name in previous}] if previous else []
     return {
         "plan": described,
@@ -39,9 +40,13 @@ def history(previous: Mapping[str, Any], plan: Plan, summary: Mapping[str, Any])
     }
 
 
-def _preset(latent: LatentConfig) -> str:
-    made = Choices(latent.keys, latent.frequencies, latent.values, latent.scale)
-    return next((name for name, choices in PRESETS.items() if choices == made), "custom")
+def _preset(made: Choices) -> str:
+    """The preset that a latent config looks like: of the choices it knows keys, frequencies, values and scale."""
+
+    def known(choices: Choices) -> tuple[str, ...]:
+        return choices.keys, choices.frequencies, choices.values, choices.scale
+
+    return next((name for name, choices in PRESETS.items() if known(choices) == known(made)), "custom")
 
 
 def joined_journal(model: str | Path, stage: int, journal: Path) -> str:

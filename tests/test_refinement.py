@@ -1,0 +1,206 @@
+"""The refit of W_O against least squares, and what refining a whole model may and may not do."""
+
+import tempfile
+from functools import cache
+
+import pytest
+import torch
+
+from calibration_setup import digest, divergence, realistic_model, short_descent, text
+from kvlatent import refinement, tuning
+from kvlatent.calibration import calibrate
+from kvlatent.conversion import convert
+from kvlatent.modeling import latent_config_of
+from tiny import HEAD_DIM, logits, tokens
+
+BATCH = text(blocks=6, length=48)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with short_descent():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def gentle(monkeypatch):
+    monkeypatch.setattr(tuning, "_RATE", 0.05)
+
+
+@cache
+def source(name):
+    model = realistic_model(name)
+    return model, calibrate(model, BATCH)
+
+
+def converted(name, **choices):
+    model, statistics = source(name)
+    return convert(model, **{"d_qk": 16, "d_vo": 8, "align": 0, "statistics": statistics, **choices})
+
+
+def seen_by(decoder, layer):
+    """What enters the layer, its attention's output and what enters its output projection, over the text."""
+    caught = {"stream": [], "given": [], "reads": []}
+    module = decoder.layers[layer]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: caught["stream"].append(args[0])),
+        module.self_attn.register_forward_hook(lambda *call: caught["given"].append(call[-1][0])),
+        module.self_attn.o_proj.register_forward_pre_hook(lambda _, args: caught["reads"].append(args[0])),
+    ]
+    with torch.no_grad():
+        for ids, positions in zip(BATCH["input_ids"], BATCH["position_ids"], strict=True):
+            decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(blocks).flatten(0, 1).double() for blocks in caught.values()]
+
+
+def refit_problem(model, latent, layer):
+    """y and the target o + h - h' (less the output bias) of the refit of a layer of the *finished* conversion."""
+    h, o, _ = seen_by(model.model, layer)
+    h_new, _, y = seen_by(latent.model, layer)
+    bias = latent.model.layers[layer].self_attn.o_proj.bias
+    return y, o + h - h_new - (0 if bias is None else bias.detach().double())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2-window", "qwen3", "phi3-longrope"])
+def test_without_a_ridge_every_layer_is_least_squares_on_the_converted_stream(name, monkeypatch):
+    monkeypatch.setattr(refinement, "_RIDGE", 1e-13)
+    model, _ = source(name)
+    latent = converted(name)
+    for layer in range(3):
+        y, target = refit_problem(model, latent, layer)
+        weight = latent.model.layers[layer].self_attn.o_proj.weight.double()
+        best = torch.linalg.lstsq(y, target).solution.T
+        ours, least = ((target - y @ w.T).square().sum() for w in (weight, best))
+        assert ours <= least * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-window", "phi3"])
+def test_the_ridge_pulls_towards_the_factored_outputs(name):
+    model, _ = source(name)
+    start, latent = converted(name, refit=False), converted(name)
+    y, target = refit_problem(model, latent, 0)
+    w_0 = start.model.layers[0].self_attn.o_proj.weight.double()
+    moments = y.T @ y
+    ridge = 1e-3 * moments.diagonal().mean() * torch.eye(len(moments))
+    expected = w_0 + torch.linalg.solve(moments + ridge, ((target - y @ w_0.T).T @ y).T).T
+    found = latent.model.layers[0].self_attn.o_proj.weight.double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - w_0).abs().max() > 1e-3
+
+
+def test_a_huge_ridge_moves_nothing(monkeypatch):
+    monkeypatch.setattr(refinement, "_RIDGE", 1e15)
+    for name in ("llama", "qwen3"):
+        latent, start = converted(name), converted(name, refit=False)
+        for (key, ours), theirs in zip(latent.named_parameters(), start.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
+def test_the_refit_changes_output_weights_only_and_helps(name):
+    model, _ = source(name)
+    latent, start = converted(name), converted(name, refit=False)
+    ours, theirs = digest(latent), digest(start)
+    assert {key.split(".")[-2] for key in ours if ours[key] != theirs[key]} == {"o_proj"}
+    assert not any("bias" in key for key in ours if ours[key] != theirs[key])
+    assert divergence(model, latent, BATCH) < divergence(model, start, BATCH)
+
+
+def test_alignment_and_refit_each_help_on_other_text():
+    for name in ("llama-mha", "qwen3"):
+        model, other = source(name)[0], text(blocks=6, length=48, seed=9)
+        chain = [{"refit": False}, {}, {"align": 12}]
+        found = [divergence(model, converted(name, d_qk=8, d_vo=16, **choices), other) for choices in chain]
+        assert found[2] < found[0]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"align": 0},
+        {"align": 3},
+        {"align": 3, "refit": False},
+        {"align": 3, "d_qk": HEAD_DIM},
+        {"align": 3, "d_vo": HEAD_DIM},
+        {"align": 3, "d_qk": [16, 16, HEAD_DIM], "d_vo": [8, 8, HEAD_DIM]},
+        {"align": 40},
+    ],
+    ids=str,
+)
+def test_progress_never_goes_back_and_ends_at_its_total(choices, monkeypatch):
+    if choices["align"] == 40:
+        monkeypatch.setattr(tuning, "_RATE", 1e3)  # stops early
+    calls = []
+    converted("llama", progress=lambda *call: calls.append(call), **choices)
+    done, totals = [call[1] for call in calls], {call[2] for call in calls}
+    assert len(totals) == 1 and done == sorted(done) and done[0] >= 0 and done[-1] == totals.pop()
+    assert {call[0] for call in calls} == {"refine layers"}
+
+
+def test_layers_at_full_width_are_left_alone_beside_narrow_ones():
+    model, _ = source("qwen2")
+    latent = converted("qwen2", d_qk=[16, HEAD_DIM, 8], d_vo=[HEAD_DIM, HEAD_DIM, 8], align=3)
+    old, new = model.model.layers, latent.model.layers
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        ours, theirs = (getattr(layers[1].self_attn, projection).weight for layers in (new, old))
+        assert ours.data_ptr() == theirs.data_ptr()
+    for projection in ("v_proj", "o_proj"):
+        ours, theirs = (getattr(layers[0].self_attn, projection).weight for layers in (new, old))
+        assert ours.data_ptr() == theirs.data_ptr()
+    assert latent_config_of(latent.config).d_qk == (16, HEAD_DIM, 8)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    once, again, other = (digest(converted("qwen3", align=4, seed=seed)) for seed in (5, 5, 6))
+    assert once == again != other
+
+
+def test_nothing_is_left_in_memory_or_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, _ = source("llama")
+    before = digest(model)
+    latent = converted("llama", align=3)
+    assert not list(tmp_path.iterdir()) and digest(model) == before
+    for parameter in (*latent.parameters(), *model.parameters()):
+        assert parameter.grad is None and parameter.requires_grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in latent.modules())
+
+    def stop(*call):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converted("llama", align=3, progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_runs_where_gradients_are_off_and_the_result_still_trains(mode):
+    expected = converted("llama", align=3)
+    with mode():
+        latent = converted("llama", align=3)
+    assert digest(latent) == digest(expected)
+    latent(tokens()).logits.square().mean().backward()
+    assert all(p.grad is not None for p in latent.parameters())
+
+
+def test_training_mode_and_dropout_do_not_enter():
+    model, statistics = source("llama")
+    expected = digest(converted("llama", align=3))
+    model.config.attention_dropout = 0.5
+    try:
+        latent = convert(model.train(), d_qk=16, d_vo=8, align=3, statistics=statistics)
+    finally:
+        model.eval()
+        model.config.attention_dropout = 0.0
+    assert latent.training and digest(latent) == expected
+
+
+def test_one_block_of_text_is_enough():
+    model, _ = source("llama")
+    batch = text(blocks=1, length=160)
+    latent = convert(model, d_qk=16, d_vo=16, align=3, statistics=calibrate(model, batch))
+    assert logits(latent, tokens()).isfinite().all()
+    paper = convert(model, d_qk=16, d_vo=16, preset="paper")
+    assert divergence(model, latent, BATCH) < divergence(model, paper, BATCH)
