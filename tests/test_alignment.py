@@ -39,9 +39,9 @@ def pair_of(name, folder, index=1, held_out=HELD, batch=BATCH, d_qk=8, d_vo=8):
     model, latent = converted(name, d_qk, d_vo)
     ours, theirs, streams = states(latent.model, batch), states(model.model, batch), {}
     size = batch["input_ids"].shape[1], model.config.hidden_size
-    for name, blocks in (("in", theirs[index]), ("out", theirs[index + 1]), ("latent", ours[index])):
-        streams[name] = Stream(folder / name, size, model.dtype, model.device)
-        streams[name].write(blocks)
+    for file, blocks in (("in", theirs[index]), ("out", theirs[index + 1]), ("latent", ours[index])):
+        streams[file] = Stream(folder / file, size, model.dtype, model.device)
+        streams[file].write(blocks)
     return LayerPair(
         index,
         model.model,

@@ -103,7 +103,7 @@ def test_a_descent_that_ends_higher_is_thrown_away(monkeypatch):
 
 
 def test_heads_that_see_the_same_values_share_the_closed_form():
-    w_o, y, moments = problem(1)
+    w_o, _, moments = problem(1)
     twice = value_basis(w_o.repeat(2, 1, 1), moments.repeat(2, 1, 1), 4)
     once = value_basis(w_o, moments, 4)
     torch.testing.assert_close(twice.T @ twice, once.T @ once, rtol=1e-4, atol=1e-5)  # the same subspace

@@ -239,8 +239,8 @@ def test_the_energy_rule_is_the_2_norm_rule_of_mha2mla():
         assert found == strongest_pairs(energies, 6, scope)
         for layer, sets in enumerate(found):
             for head, kept in enumerate(sets):
-                mine = {"head": lambda: energies[layer][head], "layer": lambda: energies[layer].sum(0),
-                        "model": lambda: sum(energies).sum(0)}[scope]()  # fmt: skip
+                layer_sum, model_sum = energies[layer].sum(0), sum(energies).sum(0)
+                mine = {"head": energies[layer][head], "layer": layer_sum, "model": model_sum}[scope]
                 assert list(kept) == sorted(kept)
                 assert mine[list(kept)].min() >= mine[[j for j in range(P) if j not in kept]].max()
 

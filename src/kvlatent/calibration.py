@@ -22,7 +22,7 @@ from .statistics import LayerStatistics, Statistics, model_fingerprint
 
 __all__ = ["allowed", "calibrate", "document_ids", "pair_layout"]
 
-_CHUNK = 1 << 23  # logit contributions held at once: 32 MB in float32
+_CHUNK = 1 << 21  # logit contributions held at once: 8 MB in float32
 
 
 @torch.no_grad()
@@ -158,14 +158,17 @@ class _Sums:
         firsts, seconds = (half.repeat_interleave(groups, dim=0) for half in keys)
         values = value.float()[0].repeat_interleave(groups, dim=0)
         for part, mask in self._chunks(seen):
-            logits = (query[:, part] @ whole.transpose(1, 2)) * self.attention.scaling
+            end = int(part[-1]) + 1  # rows ascend, and no row looks further
+            mask, chosen = mask[:, :end], query[:, part]
+            logits = (chosen @ whole[:, :end].transpose(1, 2)) * self.attention.scaling
             weights = logits.masked_fill(~mask, float("-inf")).softmax(-1)
-            pairs = queries[0][:, part, None] * firsts[:, None] + queries[1][:, part, None] * seconds[:, None]
-            self._add_grams(pairs * self.attention.scaling, weights, values)
+            pairs = queries[0][:, part, None] * firsts[:, None, :end]
+            pairs += queries[1][:, part, None] * seconds[:, None, :end]
+            self._add_grams(pairs * self.attention.scaling, weights, values[:, :end])
         self.sampled += len(self.rows)
 
     def _chunks(self, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sampled rows a few at a time, so that [N, r, T, P] stays small."""
+        """Sampled rows, ascending, a few at a time, so that [N, r, T, P] stays small."""
         size = max(1, _CHUNK // (self.num_heads * seen.shape[1] * self.pairs))
         yield from zip(self.rows.split(size), seen.split(size), strict=True)
 
