@@ -158,7 +158,7 @@ class _Sums:
         firsts, seconds = (half.repeat_interleave(groups, dim=0) for half in keys)
         values = value.float()[0].repeat_interleave(groups, dim=0)
         for part, mask in self._chunks(seen):
-            end = int(part[-1]) + 1  # rows ascend, and no row looks further
+            end = int(part.max()) + 1  # no row looks further
             mask, chosen = mask[:, :end], query[:, part]
             logits = (chosen @ whole[:, :end].transpose(1, 2)) * self.attention.scaling
             weights = logits.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -168,7 +168,7 @@ class _Sums:
         self.sampled += len(self.rows)
 
     def _chunks(self, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sampled rows, ascending, a few at a time, so that [N, r, T, P] stays small."""
+        """Sampled rows a few at a time, so that [N, r, T, P] stays small."""
         size = max(1, _CHUNK // (self.num_heads * seen.shape[1] * self.pairs))
         yield from zip(self.rows.split(size), seen.split(size), strict=True)
 
