@@ -177,7 +177,9 @@ def test_pairs_are_needed_where_statistics_choose():
 def test_one_table_for_the_model_needs_one_width():
     model = tiny_model("llama")
     statistics = calibrate(model, text())
-    with pytest.raises(ValueError, match="one rotary table for the model needs one key width: got d_qk from 8"):
+    with pytest.raises(
+        ValueError, match="one rotary table for the model needs one key width: got d_qk from 8"
+    ):
         convert(model, d_qk=[8, 16, 16], table="model", statistics=statistics)
 
 

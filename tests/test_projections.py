@@ -1,5 +1,7 @@
 """The closed-form narrow weights, by what they do: logits are gains times kept pairs, values are least squares."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from kvlatent.conversion import convert
 from kvlatent.factor import best_outputs, output_error, value_basis
 from kvlatent.families import effective_table
 from kvlatent.modeling import latent_config_of
-from kvlatent.pairs import pair_gains
+from kvlatent.pairs import choose_pairs, pair_gains
 from kvlatent.projections import kept_pairs
 from kvlatent.rope import apply_rotary
 from kvlatent.select import pairs_to_channels, stride_channels
@@ -232,6 +234,21 @@ def test_a_head_that_does_nothing_stays_finite(name):
         assert all(p.isfinite().all() for p in latent.parameters())
         with torch.no_grad():
             assert latent(**BATCH).logits.isfinite().all()
+
+
+def test_an_attention_that_always_gives_the_same_weighs_nothing():
+    model = realistic_model("qwen2")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.zero_()  # the bias is left
+    statistics = gathered(model)
+    energies = [float(layer.output_energy) for layer in statistics.layers]
+    assert 0 < energies[1] < 1e-6 * min(energies[0], energies[2])
+    pairs = choose_pairs(statistics, 16, "model")
+    others = tuple(layer for i, layer in enumerate(statistics.layers) if i != 1)
+    assert pairs == choose_pairs(dataclasses.replace(statistics, layers=others), 16, "model")
+    latent = convert(model, d_qk=16, d_vo=16, table="model", align=2, statistics=statistics)
+    with torch.no_grad():
+        assert latent(**BATCH).logits.isfinite().all()
 
 
 def test_low_precision_weights_are_rounded_once():

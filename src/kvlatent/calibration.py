@@ -22,6 +22,7 @@ from .statistics import LayerStatistics, Statistics, model_fingerprint
 
 __all__ = ["allowed", "calibrate", "document_ids", "pair_layout"]
 
+_ROUNDING = 1e-9  # of the output energy: less than this is the rounding of an output that does not vary
 _CHUNK = 1 << 21  # logit contributions held at once: 8 MB in float32
 
 
@@ -203,6 +204,8 @@ class _Sums:
     def finish(self) -> LayerStatistics:
         """Sums to means."""
         outputs, groups = self.outputs / self.tokens, self.attention.num_key_value_groups
+        energy = self.output_energy / self.tokens
+        varying = energy - (self.output_sum / self.tokens).square().sum()
         means = (
             self.gram / self.sampled,
             self.output_gram / self.sampled,
@@ -211,6 +214,6 @@ class _Sums:
             self.query_energy / self.tokens,
             self.key_energy / self.tokens,
             value_errors(self.w_o.double(), outputs, groups),
-            self.output_energy / self.tokens - (self.output_sum / self.tokens).square().sum(),
+            torch.maximum(varying, _ROUNDING * energy),
         )
         return LayerStatistics(*(tensor.cpu() for tensor in means))
