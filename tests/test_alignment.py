@@ -34,10 +34,17 @@ def converted(name, d_qk, d_vo):
     return full_width(model).requires_grad_(False), latent.requires_grad_(False)
 
 
+seen = {}  # hidden states of `BATCH`, by model
+
+
 def pair_of(name, folder, index=1, held_out=HELD, batch=BATCH, d_qk=8, d_vo=8):
     """A layer of a realistic model beside that of its closed-form conversion, and their streams."""
     model, latent = converted(name, d_qk, d_vo)
-    ours, theirs, streams = states(latent.model, batch), states(model.model, batch), {}
+    key = (name, d_qk, d_vo) if batch is BATCH else None
+    ours, theirs = seen[key] if key in seen else (states(latent.model, batch), states(model.model, batch))
+    if key is not None:
+        seen[key] = ours, theirs
+    streams = {}
     size = batch["input_ids"].shape[1], model.config.hidden_size
     for file, blocks in (("in", theirs[index]), ("out", theirs[index + 1]), ("latent", ours[index])):
         streams[file] = Stream(folder / file, size, model.dtype, model.device)
