@@ -1,6 +1,7 @@
 """The closed-form narrow weights, by what they do: logits are gains times kept pairs, values are least squares."""
 
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def gathered(model):
     return calibrate(model, BATCH, rows=12)
 
 
+@cache
+def source(name):
+    """A realistic model and its statistics, made once; conversions do not change it."""
+    model = realistic_model(name)
+    return model, gathered(model)
+
+
 def latent_logits(latent, hidden, positions, layer):
     """q^T k times the scale of one layer, before masks: [N, T, T]."""
     attention = latent.model.layers[layer].self_attn
@@ -66,8 +74,7 @@ OTHER_CHOICES = [
     + [(name, c) for name in ("llama", "llama-yarn", "qwen3-window", "phi3-longrope") for c in OTHER_CHOICES],
 )
 def test_logits_are_gains_times_kept_pairs_at_the_original_scale(name, choices):
-    model = realistic_model(name)
-    statistics = gathered(model)
+    model, statistics = source(name)
     latent = convert(model, d_qk=16, statistics=statistics, **{**CLOSED_FORM, **choices})
     config, table = latent_config_of(latent.config), effective_table(model.config)
     layer, groups = 1, model.config.num_attention_heads // model.config.num_key_value_heads
@@ -108,8 +115,7 @@ def test_the_pair_behind_a_channel_in_both_layouts():
 
 
 def test_gains_of_a_sliced_qk_norm_are_shared_and_sit_in_the_norm():
-    model = realistic_model("qwen3")
-    statistics = gathered(model)
+    model, statistics = source("qwen3")
     wide, narrow = (
         convert(
             model, d_qk=16, table="layer", qk_norm="sliced", gains=g, statistics=statistics, **CLOSED_FORM
@@ -149,8 +155,7 @@ def narrow_pieces(latent, layer, model):
 
 @pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2", "qwen3-window", "phi3"])
 def test_values_keep_a_basis_and_outputs_read_it_by_least_squares(name):
-    model = realistic_model(name)
-    statistics, layer = gathered(model), 1
+    (model, statistics), layer = source(name), 1
     latent = convert(model, d_vo=12, statistics=statistics, **CLOSED_FORM)
     value, bias, output = narrow_pieces(latent, layer, model)
     w_o, one = output_weights(model, layer), statistics.layers[layer]
@@ -172,8 +177,7 @@ def test_values_keep_a_basis_and_outputs_read_it_by_least_squares(name):
 @pytest.mark.parametrize("name", ["llama-mha", "qwen2", "phi3-window"])
 @pytest.mark.parametrize("width", [4, 24])
 def test_the_predicted_value_errors_are_what_happens_on_the_text(name, width):
-    model = realistic_model(name)
-    statistics, layer = gathered(model), 2
+    (model, statistics), layer = source(name), 2
     latent = convert(model, d_vo=width, statistics=statistics, **CLOSED_FORM)
     value, _, output = narrow_pieces(latent, layer, model)
     w_o, y, one = output_weights(model, layer), reads(model, layer), statistics.layers[layer]
@@ -193,8 +197,8 @@ def test_the_predicted_value_errors_are_what_happens_on_the_text(name, width):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-window"])
 def test_an_output_bias_takes_the_mean(name):
-    model = realistic_model(name)
-    latent = convert(model, d_vo=4, statistics=gathered(model), **CLOSED_FORM)
+    model, statistics = source(name)
+    latent = convert(model, d_vo=4, statistics=statistics, **CLOSED_FORM)
     for layer in (0, 1, 2):
         attention, original = latent.model.layers[layer].self_attn, model.model.layers[layer].self_attn
         y, (_, _, output) = reads(model, layer), narrow_pieces(latent, layer, model)
