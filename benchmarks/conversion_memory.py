@@ -6,24 +6,19 @@ A Llama of 1.05 GiB (fp32, constant weights) in a process of its own; the limit 
 """
 
 import json
-import resource
 import sys
 
 import torch
+from conversion_costs import resident_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlatent.conversion import convert
 from kvlatent.record import environment
 
 
-def peak_bytes() -> int:
-    """Largest resident size of this process so far (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    baseline = peak_bytes()
+    baseline = resident_bytes("VmRSS")
     config = LlamaConfig(
         vocab_size=8000,
         hidden_size=1024,
@@ -41,7 +36,7 @@ def main() -> None:
             parameter.fill_(0.01)  # touched, or the kernel would not count it
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     convert(model, d_qk=32, d_vo=32, preset="paper")
-    peak = peak_bytes() - baseline
+    peak = resident_bytes("VmHWM") - baseline
     result = {"model_bytes": size, "peak_bytes": peak, "ratio": round(peak / size, 4), "limit": 1.3}
     json.dump(
         {"command": "python benchmarks/conversion_memory.py", **result, **environment("cpu")},

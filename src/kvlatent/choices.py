@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .config import TABLE_SCOPES
+
 __all__ = ["BY_PAIRS", "NO_DATA", "PAPER", "PRESETS", "Choices", "resolve_choices", "without_statistics"]
 
 
@@ -62,7 +64,7 @@ _ALLOWED = {
     "keys": ("stride", "matched", "gram", "energy", "weights"),
     "frequencies": ("own", "frequency_aware"),
     "values": ("slice", "svd", "whitened"),
-    "table": ("head", "layer", "model"),
+    "table": TABLE_SCOPES,
 }
 BY_PAIRS = ("gram", "energy", "weights")
 

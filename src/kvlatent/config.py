@@ -13,9 +13,11 @@ from typing import Any
 
 from .table import RotaryTable
 
-__all__ = ["FORMAT_VERSION", "LatentConfig", "check_length", "check_width"]
+__all__ = ["FORMAT_VERSION", "TABLE_SCOPES", "LatentConfig", "check_length", "check_width"]
 
 FORMAT_VERSION = 1
+TABLE_SCOPES = ("head", "layer", "model")
+"""Who may share a rotary table: one a key-value head, one a layer, one for the model."""
 _ALLOWED = {"scale": ("original", "d_qk"), "qk_norm": ("none", "full", "sliced")}
 
 

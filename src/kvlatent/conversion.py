@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .assembly import assemble, full_width
 from .calibration import pair_layout
-from .choices import NO_DATA, Choices, resolve_choices, without_statistics
+from .choices import BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
 from .choose import Pairs, Widths, check_widths, choose
 from .config import LatentConfig
 from .families import Family, effective_table, family_of, head_dim_of
@@ -119,7 +119,7 @@ def _weights(
 
 def _pairs(model: Any, d_qk: Widths, choices: Choices, statistics: Statistics | None) -> Pairs | None:
     """Kept channel pairs where statistics or weights name them, else None."""
-    if choices.keys not in ("gram", "energy", "weights"):
+    if choices.keys not in BY_PAIRS:
         return None
     width, _ = check_widths(model.config, d_qk, head_dim_of(model.config))
     if choices.keys != "weights":

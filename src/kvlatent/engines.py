@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from .config import TABLE_SCOPES
+
 __all__ = ["ENGINES", "TABLE_SCOPES", "Engine", "check_engine", "engine_named", "engines_for"]
 
-TABLE_SCOPES = ("head", "layer", "model")
 Widths = int | Sequence[int]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .config import TABLE_SCOPES as SCOPES
 from .statistics import LayerStatistics, Statistics
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "strongest_pairs",
 ]
 
-SCOPES = ("head", "layer", "model")
 RULES = ("gram", "energy")
 Pairs = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -79,7 +79,7 @@ def search(grams: Tensor, number: int, *, exchange: bool = True) -> tuple[list[i
         found = _best_exchange(grams, projected, kept)
         if found is None:
             break
-        swapped = [pair for pair in kept if pair != found[1]] + [found[2]]
+        swapped = [pair for pair in kept if pair != found[0]] + [found[1]]
         error = float(total - _explained(grams, projected, swapped))
         # The error itself must fall: its estimated change can be noise, and noise would exchange for ever.
         if not error < errors[-1] - _SMALLEST_GAIN * float(total):
@@ -112,8 +112,8 @@ def _gains_of_adding(grams: Tensor, projected: Tensor, kept: list[int]) -> Tenso
     return scores
 
 
-def _best_exchange(grams: Tensor, projected: Tensor, kept: list[int]) -> tuple[float, int, int] | None:
-    """The exchange that lowers the summed error most: (by how much, pair out, pair in)."""
+def _best_exchange(grams: Tensor, projected: Tensor, kept: list[int]) -> tuple[int, int] | None:
+    """The exchange that should lower the summed error most: (pair out, pair in)."""
     index = torch.tensor(kept)
     inverse = torch.linalg.inv(grams[:, index][:, :, index])
     weights = (inverse @ projected[:, index, None])[..., 0]
@@ -126,7 +126,7 @@ def _best_exchange(grams: Tensor, projected: Tensor, kept: list[int]) -> tuple[f
         gain = float(scores.max() - losses[position])
         if best is None or gain > best[0]:
             best = gain, kept[position], int(scores.argmax())
-    return best if best is not None and best[0] > 0 else None
+    return best[1:] if best is not None and best[0] > 0 else None
 
 
 def _jittered(grams: Tensor) -> Tensor:

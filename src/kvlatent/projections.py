@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .choices import BY_PAIRS
 from .config import LatentConfig
 from .factor import best_outputs, value_basis
 from .families import Family, effective_table
@@ -93,7 +94,7 @@ def _query_factors(
     fold = (d_qk / head_dim) ** 0.5 if latent.scale == "original" else 1.0
     channels, tables = latent.channels_at(layer), latent.tables_at(layer)
     factors = torch.full((1, d_qk), fold, dtype=torch.float64)
-    if latent.keys in ("gram", "energy", "weights") and tables[0].attention_factor != 1.0:
+    if latent.keys in BY_PAIRS and tables[0].attention_factor != 1.0:
         idle = torch.tensor([[f == 0.0 for f in table.short] * 2 for table in tables])
         factors = torch.where(idle, fold / tables[0].attention_factor ** 2, factors)
         factors = factors.repeat_interleave(hf_config.num_attention_heads // len(factors), dim=0)
