@@ -18,10 +18,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cost import live_cache_bytes
-from .data import evaluation_blocks
-from .hub import check_block_size, load_model, load_tokenizer
-from .perplexity import Perplexity, perplexity, perplexity_ratio
+from ..cost import live_cache_bytes
+from ..data import evaluation_blocks
+from ..hub import check_block_size, load_model, load_tokenizer
+from ..perplexity import Perplexity, perplexity, perplexity_ratio
 
 __all__ = ["cache_bytes_per_token", "compare", "evaluate", "measure", "precision", "speedometer"]
 
