@@ -25,6 +25,7 @@ from kvlatent.choices import resolve_choices
 from kvlatent.choose import choose
 from kvlatent.conversion import convert
 from kvlatent.perplexity import perplexity, perplexity_ratio
+from kvlatent.planning import plan
 from kvlatent.record import environment
 from kvlatent.workspace import write_text
 
@@ -49,6 +50,11 @@ def run_cell(setting: Setting, cell: Cell) -> dict[str, Any]:
     statistics, seconds = (None, 0.0)
     if choices.needs_statistics:
         statistics, seconds = setting.statistics(cell)
+    if cell.per_layer:
+        assert statistics is not None
+        share = sum(cell.widths) / 128
+        found = plan(statistics, share, table=choices.table, per_layer=True, aligned=choices.align > 0)
+        widths = (found.d_qk, found.d_vo)
     config = None
     if cell.rule is not None:
         config = choose(model.config, *widths, choices, pairs=setting.pairs(cell, widths[0]))

@@ -49,6 +49,7 @@ class Cell:
     Args:
         name: of the result file; part: which of the tables asked for it first.
         widths: (d_qk, d_vo) for heads of 64.
+        per_layer: `plan` gives every layer its own widths, at the same share of the cache.
         choices: what replaces the answers of `preset`.
         rule: pairs by a rule of `conversion_baselines` ("fisher", "scores"), or None: by `choices`.
         text: "data", or "other" (the file of --other-data); share: of the calibration blocks.
@@ -64,6 +65,7 @@ class Cell:
     text: str = "data"
     share: float = 1.0
     seed: int = 0
+    per_layer: bool = False
 
     @property
     def aligned(self) -> bool:
@@ -84,12 +86,15 @@ def ours(
     seed: int = 0,
     share: float = 1.0,
     text: str = "data",
+    per_layer: bool = False,
 ) -> Cell:
     """The calibrated preset, whole or without alignment."""
-    words = ["ours", _pair(widths), scope, "aligned" if aligned else "statistics"]
+    words = ["ours", _pair(widths), *["planned"] * per_layer, scope, "aligned" if aligned else "statistics"]
     words += ["tenth"] * (share < 1) + ["other"] * (text == "other") + [f"seed{seed}"]
     choices: dict[str, Any] = {"table": scope} | ({} if aligned else {"align": 0})
-    return Cell("-".join(words), part, widths, choices=choices, text=text, share=share, seed=seed)
+    return Cell(
+        "-".join(words), part, widths, choices=choices, text=text, share=share, seed=seed, per_layer=per_layer
+    )
 
 
 def paper(widths: Widths) -> Cell:
@@ -135,15 +140,20 @@ def splits() -> list[Widths]:
 def all_cells(seeds: Sequence[int], *, other: bool = False) -> list[Cell]:
     """Every cell once, the most important first; `other` adds those of the other text."""
     first = seeds[0]
-    cells = [ours("aligned", one, aligned=True, seed=s) for one in splits() for s in seeds]
-    cells += [ours("targets", one, aligned=False, seed=s) for _, one in SPLITS.values() for s in seeds]
+    cells = [ours("aligned", one, aligned=True, seed=s, per_layer=True) for one in splits() for s in seeds]
+    cells += [ours("targets", one, "model", aligned=True, seed=s) for one in splits()[:3] for s in seeds]
+    cells += [ours("aligned", HALF, aligned=True, seed=s) for s in seeds]
+    cells += [ours("aligned", one, aligned=True, seed=first) for one in splits()]
+    cells += [ours("aligned", one, "layer", aligned=True, seed=first, per_layer=True) for one in splits()]
     cells += [
-        ours("targets", one, "model", aligned=False, seed=s) for _, one in SPLITS.values() for s in seeds
+        ours("targets", one, scope, aligned=False, seed=s)
+        for _, one in SPLITS.values()
+        for scope in ("head", "model")
+        for s in (seeds if one == HALF_STATISTICS else seeds[:1])
     ]
-    cells += [ours("targets", one, "model", aligned=True, seed=first) for one in splits()[:3]]
     cells += [paper(one) for one in ((32, 32), (16, 16), (8, 8))]
     cells += [baseline(rule, "plain", one, first) for one in splits() for rule in RULES]
-    cells += [ours("baselines", one, aligned=False, seed=first) for one in splits()]
+    cells += [baseline(rule, "gains-refit", one, first) for one in splits() for rule in RULES]
     cells.append(ours("text", HALF, aligned=True, seed=first, share=TENTH))
     cells += [ours("text", HALF_STATISTICS, aligned=False, seed=s, share=TENTH) for s in seeds]
     if other:

@@ -89,6 +89,10 @@ def targets(results: Results) -> str:
         rows.append(
             [
                 kept,
+                shown(results, lambda s, w=aligned: ours("", w, aligned=True, seed=s, per_layer=True)),
+                shown(
+                    results, lambda s, w=aligned: ours("", w, "layer", aligned=True, seed=s, per_layer=True)
+                ),
                 f"{aligned[0]}/{aligned[1]}",
                 shown(results, lambda s, w=aligned: ours("", w, aligned=True, seed=s)),
                 f"{closed[0]}/{closed[1]}",
@@ -99,7 +103,8 @@ def targets(results: Results) -> str:
                 "" if model is None else f"{model}",
             ]
         )
-    head = ["kept", "widths", "table per head, aligned", "widths", "statistics only", "target"]
+    head = ["kept", "planned per layer, aligned", "the same, table per layer"]
+    head += ["same widths everywhere", "aligned", "widths", "statistics only", "target"]
     head += ["one table, statistics only", "one table, aligned", "target"]
     return table(head, rows)
 

@@ -41,7 +41,7 @@ def test_the_presets_are_what_they_are_called():
         ({"keys": "stride"}, {"keys": "stride", "table": "model"}),  # the same channels everywhere
         ({"keys": "stride", "table": "model"}, {"keys": "stride", "table": "model"}),
         ({"keys": "matched", "frequencies": "frequency_aware"},
-         {"keys": "matched", "frequencies": "frequency_aware", "table": "model"}),
+         {"keys": "matched", "frequencies": "frequency_aware", "table": "model", "gains": False}),
     ],
 )  # fmt: skip
 def test_a_single_choice_replaces_that_of_the_preset(given, expected):
@@ -190,3 +190,42 @@ def test_a_sliced_qk_norm_needs_a_table_a_layer():
         convert(model, d_qk=16, qk_norm="sliced", statistics=statistics)
     latent = convert(model, d_qk=16, qk_norm="sliced", table="layer", align=2, statistics=statistics)
     assert logits(latent, tokens()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"keys": "best"}, "unknown keys 'best'; choose one of stride"),
+        ({"frequencies": "fast"}, "unknown frequencies 'fast'; choose one of own"),
+        ({"values": "pca"}, "unknown values 'pca'; choose one of slice"),
+        ({"table": "token"}, "unknown table 'token'; choose one of"),
+        ({"align": -1}, "0 steps .off. or more: got align=-1; try 200"),
+        (
+            {"keys": "gram", "frequencies": "frequency_aware"},
+            "pairs chosen by 'gram' keep their own frequencies",
+        ),
+        (
+            {"gains": True, "frequencies": "frequency_aware"},
+            "gains are for pairs that keep their own frequencies",
+        ),
+        ({"keys": "stride", "table": "head"}, "one table for the model: got table='head'; leave it out"),
+    ],
+)
+def test_choices_made_by_hand_are_checked_too(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Choices(**given)
+
+
+def test_pairs_named_for_a_preset_without_them_bring_a_table_per_head():
+    assert resolve_choices("own-frequency", keys="gram").table == "head"
+    assert resolve_choices("own-frequency", keys="gram", table="model").table == "model"
+    assert resolve_choices("calibrated", keys="stride").table == "model"
+
+
+def test_a_config_with_whitened_values_cannot_be_filled_without_statistics():
+    model = tiny_model("llama")
+    statistics = calibrate(model, text(blocks=5, length=40))
+    config = latent_config_of(convert(model, d_qk=16, d_vo=8, statistics=statistics, align=0).config)
+    with pytest.raises(ValueError, match='values="whitened", which are computed from text: got statistics=None'):
+        convert(model, config)
+    convert(model, config, statistics=statistics, align=0)

@@ -22,10 +22,11 @@ from kvlatent.conversion import convert
 from kvlatent.factor import best_outputs, output_error, value_basis
 from kvlatent.families import effective_table
 from kvlatent.modeling import latent_config_of
-from kvlatent.pairs import choose_pairs, pair_gains
+from kvlatent.pairs import choose_pairs
 from kvlatent.projections import kept_pairs
 from kvlatent.rope import apply_rotary
 from kvlatent.select import pairs_to_channels, stride_channels
+from kvlatent.subset import pair_gains
 from tiny import FAMILIES, HEAD_DIM, tiny_model
 
 CLOSED_FORM = {"align": 0, "refit": False}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from calibration_setup import digest, divergence, realistic_model, short_descent, text
-from kvlatent import refinement, tuning
+from kvlatent import refit as refit_module
+from kvlatent import tuning
 from kvlatent.calibration import calibrate
 from kvlatent.conversion import convert
 from kvlatent.modeling import latent_config_of
@@ -22,9 +23,10 @@ def quick():
         yield
 
 
-@pytest.fixture(autouse=True)
-def gentle(monkeypatch):
-    monkeypatch.setattr(tuning, "_RATE", 0.05)
+def only_ridge(monkeypatch, ridge):
+    """The refit takes this ridge, whatever the held-out blocks say."""
+    monkeypatch.setattr(refit_module, "_RIDGES", (ridge,))
+    monkeypatch.setattr(refit_module._Moments, "gained", lambda *_: 1.0)
 
 
 @cache
@@ -38,7 +40,7 @@ def converted(name, **choices):
     return convert(model, **{"d_qk": 16, "d_vo": 8, "align": 0, "statistics": statistics, **choices})
 
 
-def seen_by(decoder, layer):
+def seen_by(decoder, layer, batch=BATCH):
     """What enters the layer, its attention's output and what enters its output projection, over the text."""
     caught = {"stream": [], "given": [], "reads": []}
     module = decoder.layers[layer]
@@ -48,24 +50,24 @@ def seen_by(decoder, layer):
         module.self_attn.o_proj.register_forward_pre_hook(lambda _, args: caught["reads"].append(args[0])),
     ]
     with torch.no_grad():
-        for ids, positions in zip(BATCH["input_ids"], BATCH["position_ids"], strict=True):
+        for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
             decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
     for hook in hooks:
         hook.remove()
     return [torch.cat(blocks).flatten(0, 1).double() for blocks in caught.values()]
 
 
-def refit_problem(model, latent, layer):
+def refit_problem(model, latent, layer, batch=BATCH):
     """y and the target o + h - h' (less the output bias) of the refit of a layer of the *finished* conversion."""
-    h, o, _ = seen_by(model.model, layer)
-    h_new, _, y = seen_by(latent.model, layer)
+    h, o, _ = seen_by(model.model, layer, batch)
+    h_new, _, y = seen_by(latent.model, layer, batch)
     bias = latent.model.layers[layer].self_attn.o_proj.bias
     return y, o + h - h_new - (0 if bias is None else bias.detach().double())
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2-window", "qwen3", "phi3-longrope"])
 def test_without_a_ridge_every_layer_is_least_squares_on_the_converted_stream(name, monkeypatch):
-    monkeypatch.setattr(refinement, "_RIDGE", 1e-13)
+    only_ridge(monkeypatch, 1e-13)
     model, _ = source(name)
     latent = converted(name)
     for layer in range(3):
@@ -77,7 +79,8 @@ def test_without_a_ridge_every_layer_is_least_squares_on_the_converted_stream(na
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-window", "phi3"])
-def test_the_ridge_pulls_towards_the_factored_outputs(name):
+def test_the_ridge_pulls_towards_the_factored_outputs(name, monkeypatch):
+    only_ridge(monkeypatch, 1e-3)
     model, _ = source(name)
     start, latent = converted(name, refit=False), converted(name)
     y, target = refit_problem(model, latent, 0)
@@ -91,15 +94,46 @@ def test_the_ridge_pulls_towards_the_factored_outputs(name):
 
 
 def test_a_huge_ridge_moves_nothing(monkeypatch):
-    monkeypatch.setattr(refinement, "_RIDGE", 1e15)
+    only_ridge(monkeypatch, 1e15)
     for name in ("llama", "qwen3"):
         latent, start = converted(name), converted(name, refit=False)
         for (key, ours), theirs in zip(latent.named_parameters(), start.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, msg=key)
 
 
+def test_the_ridge_is_the_one_that_does_best_on_held_out_blocks(monkeypatch):
+    """By a slow oracle: every ridge fitted to the first 15 blocks, measured on the sixteenth; layer 0."""
+    model, more = source("llama")[0], text(blocks=16, length=128)
+    given = {"d_qk": 16, "d_vo": 4, "align": 0, "values": "svd", "statistics": calibrate(model, more)}
+    start = convert(model, **given, refit=False)
+    y, target = (each.detach() for each in refit_problem(model, start, 0, more))
+    w_0 = start.model.layers[0].self_attn.o_proj.weight.detach().double()
+    learnt, held = slice(0, 15 * 128), slice(15 * 128, None)
+
+    def fitted(rows, ridge):
+        moments = y[rows].T @ y[rows]
+        inner = moments + ridge * moments.diagonal().mean() * torch.eye(len(moments))
+        return w_0 + torch.linalg.solve(inner, ((target[rows] - y[rows] @ w_0.T).T @ y[rows]).T).T
+
+    ridges = (1e-3, 1e-1, 1.0, 1e3)
+    errors = [float((target[held] - y[held] @ fitted(learnt, r).T).square().sum()) for r in ridges]
+    assert min(errors) < float((target[held] - y[held] @ w_0.T).square().sum())
+    best = ridges[errors.index(min(errors))]
+    for order in (ridges, ridges[::-1]):  # not simply the first or the last
+        monkeypatch.setattr(refit_module, "_RIDGES", order)
+        found = convert(model, **given).model.layers[0].self_attn.o_proj.weight.detach().double()
+        torch.testing.assert_close(found, fitted(slice(None), best), rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_stay_where_no_ridge_helps_on_held_out_blocks(monkeypatch):
+    monkeypatch.setattr(refit_module._Moments, "gained", lambda *_: -1.0)
+    ours, theirs = digest(converted("llama")), digest(converted("llama", refit=False))
+    assert ours == theirs
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
-def test_the_refit_changes_output_weights_only_and_helps(name):
+def test_the_refit_changes_output_weights_only_and_helps(name, monkeypatch):
+    only_ridge(monkeypatch, 1e-3)
     model, _ = source(name)
     latent, start = converted(name), converted(name, refit=False)
     ours, theirs = digest(latent), digest(start)

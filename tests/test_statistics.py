@@ -121,6 +121,7 @@ DAMAGE = [
     lambda about, tensors: about.update(sizes="[2"),
     lambda about, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("layers.")],
     lambda about, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("layers.0.")],
+    lambda about, tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("layers.2.")],
 ]
 
 
@@ -153,6 +154,14 @@ def test_another_model_has_another_fingerprint(gathered):
             gathered.check(other)
         with pytest.raises(ValueError, match="statistics are of another model"):
             convert(other, d_qk=16, d_vo=16, statistics=gathered)
+
+
+def test_the_window_and_the_norm_belong_to_the_fingerprint():
+    plain = tiny_model("mistral")
+    for name, value in (("sliding_window", 7), ("rms_norm_eps", 1e-3)):
+        other = tiny_model("mistral")
+        setattr(other.config, name, value)
+        assert model_fingerprint(other) != model_fingerprint(plain)
 
 
 def test_the_rotation_belongs_to_the_fingerprint():

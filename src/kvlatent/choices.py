@@ -11,6 +11,14 @@ from .config import TABLE_SCOPES
 
 __all__ = ["BY_PAIRS", "NO_DATA", "PAPER", "PRESETS", "Choices", "resolve_choices", "without_statistics"]
 
+_ALLOWED = {
+    "keys": ("stride", "matched", "gram", "energy", "weights"),
+    "frequencies": ("own", "frequency_aware"),
+    "values": ("slice", "svd", "whitened"),
+    "table": TABLE_SCOPES,
+}
+BY_PAIRS = ("gram", "energy", "weights")
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -32,10 +40,33 @@ class Choices:
     frequencies: str = "own"
     values: str = "svd"
     scale: str = "original"
-    table: str = "head"
+    table: str = "model"
     gains: bool = False
     refit: bool = False
     align: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for an unknown answer, or answers that contradict each other."""
+        for name, values in _ALLOWED.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(values)}")
+        if self.align < 0:
+            raise ValueError(f"alignment takes 0 steps (off) or more: got align={self.align}; try 200")
+        if self.frequencies != "own" and (self.keys in BY_PAIRS or self.gains):
+            what = (
+                f"pairs chosen by {self.keys!r} keep"
+                if self.keys in BY_PAIRS
+                else "gains are for pairs that keep"
+            )
+            raise ValueError(
+                f"{what} their own frequencies: got frequencies={self.frequencies!r}; use frequencies=own, or "
+                "keys=stride without gains"
+            )
+        if self.keys not in BY_PAIRS and self.table != "model":
+            raise ValueError(
+                f"keys={self.keys!r} takes the same channels everywhere, so there is one table for the model: got "
+                f"table={self.table!r}; leave it out, or use the preset calibrated"
+            )
 
     @property
     def needs_statistics(self) -> bool:
@@ -49,24 +80,17 @@ class Choices:
         )
 
 
-PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk", table="model")
+PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk")
 PRESETS = {
-    "calibrated": Choices(keys="gram", values="whitened", gains=True, refit=True, align=200),
+    "calibrated": Choices(keys="gram", values="whitened", table="head", gains=True, refit=True, align=200),
     "paper": PAPER,
-    "own-frequency": Choices(table="model"),
+    "own-frequency": Choices(),
 }
 NO_DATA = (
     "no text to calibrate on: channel pairs are chosen by their weights and values by the plain SVD, without gains, "
     "refit or alignment; at half the cache that costs several times the loss of the calibrated conversion, so give "
     "--data FILE"
 )
-_ALLOWED = {
-    "keys": ("stride", "matched", "gram", "energy", "weights"),
-    "frequencies": ("own", "frequency_aware"),
-    "values": ("slice", "svd", "whitened"),
-    "table": TABLE_SCOPES,
-}
-BY_PAIRS = ("gram", "energy", "weights")
 
 
 def resolve_choices(
@@ -87,28 +111,14 @@ def resolve_choices(
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    start = PRESETS[preset]
+    if table is None and keys is not None and (keys in BY_PAIRS) != (start.keys in BY_PAIRS):
+        table = "head" if keys in BY_PAIRS else "model"
+    if gains is None and frequencies not in (None, "own"):
+        gains = False  # they make up for dropped pairs, and here none keeps its turn
     given = {"keys": keys, "frequencies": frequencies, "values": values, "table": table}
-    for name, value in given.items():
-        if value is not None and value not in _ALLOWED[name]:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(_ALLOWED[name])}")
-    if align is not None and align < 0:
-        raise ValueError(f"alignment takes 0 steps (off) or more: got align={align}; try 200")
     replaced: dict[str, Any] = given | {"align": align, "gains": gains, "refit": refit}
-    choices = replace(
-        PRESETS[preset], **{name: value for name, value in replaced.items() if value is not None}
-    )
-    if choices.keys in BY_PAIRS and choices.frequencies != "own":
-        raise ValueError(
-            f"pairs chosen by {choices.keys!r} keep their own frequencies: got frequencies={choices.frequencies!r}; "
-            "use frequencies=own, or keys=stride"
-        )
-    if choices.keys not in BY_PAIRS and table in ("head", "layer"):
-        raise ValueError(
-            f"keys={choices.keys!r} takes the same channels everywhere, so there is one table for the model: got "
-            f"table={table!r}; leave it out, or use the preset calibrated"
-        )
-    if choices.keys not in BY_PAIRS:
-        choices = replace(choices, table="model")
+    choices = replace(start, **{name: value for name, value in replaced.items() if value is not None})
     return choices if choices == PAPER else replace(choices, scale="original")
 
 

@@ -80,6 +80,11 @@ def convert(
         choices = without_statistics(choices)
         if narrow:
             warnings.warn(NO_DATA, stacklevel=2)
+    if config is not None and config.values == "whitened" and statistics is None:
+        raise ValueError(
+            'the latent config has values="whitened", which are computed from text: got statistics=None; pass '
+            "statistics=calibrate(model, ...), or choose(...) with values=svd"
+        )
     if config is None:
         pairs = _pairs(model, sides[0], choices, statistics) if narrow else None
         config = choose(model.config, *sides, choices, qk_norm=qk_norm, pairs=pairs)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .pairs import key_errors, relative_grams, search
+from .pairs import key_errors
 from .statistics import Statistics
 
 __all__ = ["ALIGNED_SHARE", "LayerErrors", "predicted_errors"]
@@ -30,7 +30,7 @@ class LayerErrors:
     Args:
         keys: [L, P + 1], at 0 ... P kept channel pairs (d_qk is twice that).
         values: [L, d + 1], at 0 ... d kept value channels.
-        table: scope of the rotary table; with "model" every row of `keys` is the mean over layers.
+        table: scope of the rotary table.
         aligned: whether `keys` counts on attention alignment.
     """
 
@@ -61,18 +61,6 @@ def predicted_errors(statistics: Statistics, table: str = "head", *, aligned: bo
                 "every layer's attention output needs finite statistics and an energy above 0: got energy "
                 f"{float(energy[index]):g} in layer {index}; calibrate again, on other text"
             )
-    keys = _key_paths(statistics, table, energy) * (ALIGNED_SHARE if aligned else 1.0)
+    keys = key_errors(statistics, table) / energy[:, None] * (ALIGNED_SHARE if aligned else 1.0)
     keys[:, -1] = 0.0  # a full width is left as it is; the search's jitter says a little more
     return LayerErrors(keys, values / energy[:, None], table, aligned)
-
-
-def _key_paths(statistics: Statistics, table: str, energy: Tensor) -> Tensor:
-    """Relative key errors at 0 ... P kept pairs: [L, P + 1]."""
-    if table == "head":
-        return key_errors(statistics).double() / energy[:, None]
-    grams = [relative_grams(layer) for layer in statistics.layers]
-    pairs = statistics.head_dim // 2
-    if table == "layer":
-        return torch.tensor([search(gram, pairs, exchange=False)[1] for gram in grams], dtype=torch.float64)
-    path = torch.tensor(search(torch.cat(grams), pairs, exchange=False)[1], dtype=torch.float64)
-    return (path / len(grams)).repeat(len(grams), 1)

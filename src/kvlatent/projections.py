@@ -15,9 +15,9 @@ from .choices import BY_PAIRS
 from .config import LatentConfig
 from .factor import best_outputs, value_basis
 from .families import Family, effective_table
-from .pairs import pair_gains
 from .select import product_svd, stride_channels
 from .statistics import LayerStatistics
+from .subset import pair_gains
 
 __all__ = ["attention_weights", "kept_pairs"]
 

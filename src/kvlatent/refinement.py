@@ -19,6 +19,7 @@ from torch import Tensor
 from .alignment import LayerPair, align_attention, align_output, tuned_copy
 from .choices import Choices
 from .config import LatentConfig
+from .refit import refit_outputs
 from .statistics import Statistics
 from .streams import Stream, one_layer
 
@@ -26,7 +27,6 @@ __all__ = ["refine"]
 
 Progress = Callable[[str, int, int], None]
 
-_RIDGE = 1e-3  # of the mean diagonal, towards the factored W_O
 _HELD_OUT = 16  # one block in so many only measures
 
 
@@ -50,7 +50,7 @@ def refine(
         progress: called with what is being done, how much of it is done and of how much.
 
     Returns:
-        One dict a layer: attention divergence and output error before and after, where aligned.
+        One dict a layer: attention divergence and output error before and after, where aligned; the ridge of the refit.
     """
     ids, positions = (t.long().to(twin.device) for t in (statistics.input_ids, statistics.position_ids))
     blocks, size = ids.shape
@@ -119,7 +119,7 @@ def _refine_layer(
         found["attention_divergence"] = align_attention(pair, choices.align, seed, steps)
         _put_back(pair)
     if choices.refit and values:
-        _refit(pair, wanted)
+        found["refit_ridge"] = refit_outputs(pair, wanted)
         _put_back(pair)
     if choices.align and (keys or values):
         found["output_error"] = align_output(pair, choices.align, seed + 1, steps, keys=keys, values=values)
@@ -152,37 +152,6 @@ def _original_pass(pair: LayerPair, wanted: Stream) -> Iterator[Tensor]:
             yield output
     finally:
         hook.remove()
-
-
-@torch.no_grad()
-def _refit(pair: LayerPair, wanted: Stream) -> None:
-    """Ridge regression of W_O towards itself: W_O + (sum r y^T)(sum y y^T + l I)^-1.
-
-    y is what enters the converted W_O on the converted stream h', r what is then missing from o + h - h', so that the
-    layer also takes back what those below it left (method: closed-form refit; towards the factored W_O, as a ridge
-    towards zero would move a full-width one).
-    """
-    module = pair.latent.layers[pair.index].self_attn.o_proj
-    seen: list[Tensor] = []
-    features = module.in_features
-    moments = torch.zeros(features, features, dtype=torch.float64, device=module.weight.device)
-    missing = torch.zeros(module.out_features, features, dtype=torch.float64, device=module.weight.device)
-    hook = module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output)))
-    try:
-        layer = one_layer(pair.latent, pair.index)
-        for block, _ in enumerate(_pass(layer, pair.latent_inputs, pair.positions)):
-            y, given = (t.float().flatten(0, -2) for t in seen)
-            seen.clear()
-            target = (wanted.read([block]).float() - pair.latent_inputs.read([block]).float()).flatten(0, -2)
-            moments += (y.T @ y).double()
-            missing += ((target - given).T @ y).double()
-    finally:
-        hook.remove()
-    ridge = _RIDGE * moments.diagonal().mean() + torch.finfo(torch.float64).tiny
-    moments += ridge * torch.eye(features, dtype=torch.float64, device=moments.device)
-    change = torch.linalg.solve(moments, missing.T).T
-    weight = pair.attention.o_proj.weight
-    weight.copy_((weight.double() + change).to(weight.dtype))
 
 
 @torch.no_grad()

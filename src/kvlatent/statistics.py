@@ -107,7 +107,7 @@ class Statistics:
         about = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
-            "sizes": json.dumps([self.num_key_value_heads, self.head_dim]),
+            "sizes": json.dumps([self.num_key_value_heads, self.head_dim, len(self.layers)]),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
@@ -132,12 +132,11 @@ class Statistics:
         if about.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a file of statistics; make one with `kvlatent calibrate`")
         try:
-            count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+            heads, head_dim, count = json.loads(about["sizes"])
             layers = tuple(
                 LayerStatistics(**{f.name: tensors[f"layers.{i}.{f.name}"] for f in fields(LayerStatistics)})
                 for i in range(count)
             )
-            heads, head_dim = json.loads(about["sizes"])
             return cls(
                 layers, tensors["input_ids"], tensors["position_ids"], about["fingerprint"], heads, head_dim
             )
@@ -158,6 +157,7 @@ def model_fingerprint(model: Any) -> str:
     config = model.config
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     about = {name: getattr(config, name) for name in names} | {"rope": config.rope_parameters}
+    about |= {name: getattr(config, name, None) for name in ("sliding_window", "layer_types", "rms_norm_eps")}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()

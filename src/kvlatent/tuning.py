@@ -17,7 +17,7 @@ __all__ = ["BLOCKS", "Chosen", "tune"]
 BLOCKS = 4
 """Text blocks of a step."""
 
-_RATE = 0.75  # Adam's rate is this over the fan-in: 3e-3 for 256 inputs
+_RATE = 0.75  # Adam's rate for weights of root mean square 1 and a fan-in of 1, see `_rate_of`
 _ROWS = 128
 _EVALUATIONS = 8
 _PATIENCE = 3
@@ -67,7 +67,7 @@ def tune(
     with _open(chosen) as parameters:
         before = best = last = measured()
         kept, waited = [p.detach().clone() for p in parameters], 0
-        groups = [{"params": [p], "lr": _RATE / (p.shape[-1] if p.dim() > 1 else fan_in)} for p in parameters]
+        groups = [{"params": [p], "lr": _rate_of(p, fan_in)} for p in parameters]
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
         order: list[int] = []
@@ -95,6 +95,17 @@ def tune(
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
     return {"before": before, "after": best}
+
+
+def _rate_of(parameter: Tensor, fan_in: int) -> float:
+    """Adam's rate: a step moves a weight by its rate whatever the gradient, so it goes by the weights' own size.
+
+    What a step changes in the output grows with the fan-in, what the output is with its root: hence size / root of the
+    fan-in (maximal update parametrisation, Yang et al. 2022). 3e-3 for 256 inputs at the usual size of 1 / 16.
+    """
+    if parameter.dim() < 2:
+        return _RATE / fan_in
+    return _RATE * float(parameter.detach().float().square().mean().sqrt()) / math.sqrt(parameter.shape[-1])
 
 
 def _rate(step: int, steps: int) -> float:
