@@ -42,6 +42,7 @@ def test_moments_against_a_slow_oracle(name):
         gram = torch.zeros(heads, PAIRS, PAIRS).double()
         output_gram, outputs = gram.clone(), torch.zeros(heads, HEAD_DIM, HEAD_DIM).double()
         means, energy, mean = torch.zeros(heads, HEAD_DIM).double(), 0.0, 0.0
+        shares: list[list] = [[] for _ in range(heads)]
         queries, parts = torch.zeros(heads, PAIRS).double(), []
         for row in slow_rows(model, batch, layer):
             y = row.weights @ row.values
@@ -53,6 +54,7 @@ def test_moments_against_a_slow_oracle(name):
             means[row.head] += y
             queries[row.head] += row.query.abs().square()
             parts.append(w_o[row.head] @ y)
+            shares[row.head].append(parts[-1])
             if len(parts) == heads:
                 energy += float(sum(parts).square().sum())
                 mean = mean + sum(parts) / total
@@ -64,6 +66,8 @@ def test_moments_against_a_slow_oracle(name):
         close(found.output_means, means / total)
         close(found.query_energy, queries / total)
         close(found.output_energy, energy / total - mean.square().sum())
+        of_heads = [torch.stack(share) for share in shares]
+        close(found.head_energy, torch.stack([(s - s.mean(0)).square().sum(1).mean() for s in of_heads]))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3-longrope"])

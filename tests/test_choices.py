@@ -226,6 +226,8 @@ def test_a_config_with_whitened_values_cannot_be_filled_without_statistics():
     model = tiny_model("llama")
     statistics = calibrate(model, text(blocks=5, length=40))
     config = latent_config_of(convert(model, d_qk=16, d_vo=8, statistics=statistics, align=0).config)
-    with pytest.raises(ValueError, match='values="whitened", which are computed from text: got statistics=None'):
+    with pytest.raises(
+        ValueError, match='values="whitened", which are computed from text: got statistics=None'
+    ):
         convert(model, config)
     convert(model, config, statistics=statistics, align=0)

@@ -171,6 +171,7 @@ def statistics(seed=0, energies=(1.0, 5.0, 0.01)):
                 key_energy=draw(KV_HEADS, P),
                 value_errors=torch.zeros(2 * P + 1),
                 output_energy=torch.tensor(energy, dtype=torch.float64),
+                head_energy=energy * draw(HEADS),
             )
         )
     ids = torch.zeros(1, 8, dtype=torch.int32)
@@ -181,12 +182,18 @@ def relative(layer):
     return layer.output_gram / layer.output_energy
 
 
+def weighted(layer):
+    """Every head's matrix as shares of its sum, times what the head puts out, one head at a time."""
+    pairs = zip(layer.output_gram, layer.head_energy, strict=True)
+    return torch.stack([energy * gram / float(gram.sum()) for gram, energy in pairs])
+
+
 def test_each_head_searches_the_matrices_of_its_group():
     found = choose_pairs(statistics(), 6)
     assert [len(layer) for layer in found] == [KV_HEADS] * LAYERS
     for layer, kept in zip(statistics().layers, found, strict=True):
         for head in range(KV_HEADS):
-            group = relative(layer)[2 * head : 2 * head + 2]
+            group = weighted(layer)[2 * head : 2 * head + 2]
             assert list(kept[head]) == search(group, 3)[0]
     assert len({kept for layer in found for kept in layer}) > 1
 
@@ -194,11 +201,25 @@ def test_each_head_searches_the_matrices_of_its_group():
 def test_a_layer_or_the_model_shares_one_set():
     layers = statistics().layers
     for layer, kept in zip(layers, choose_pairs(statistics(), 6, "layer"), strict=True):
-        assert [list(one) for one in kept] == [search(relative(layer), 3)[0]]
+        assert [list(one) for one in kept] == [search(weighted(layer), 3)[0]]
     found = choose_pairs(statistics(), 6, "model")
-    together = torch.cat([layer.output_gram for layer in layers])  # all layers write to one stream
+    together = torch.cat([weighted(layer) for layer in layers])  # all layers write to one stream
     assert found == ((tuple(search(together, 3)[0]),),)
     assert found != choose_pairs(dataclasses.replace(statistics(), layers=layers[:1]), 6, "model")
+
+
+def test_a_sharp_head_counts_by_what_it_puts_out_not_by_its_vanishing_variance():
+    """The variance under nearly one-hot attention is next to 0: a set shared with such a head keeps its pairs all the same."""
+    given = statistics()
+    sharp, loud = given.layers[0].output_gram[0], given.layers[0].output_gram[1]
+    alone = search(sharp[None], 3)[0]
+    layer = dataclasses.replace(
+        given.layers[0],
+        output_gram=torch.stack([1e-9 * sharp, loud, *given.layers[0].output_gram[2:]]),
+        head_energy=torch.tensor([1e6, 1.0, *[1.0] * (HEADS - 2)], dtype=torch.float64),
+    )
+    found = choose_pairs(dataclasses.replace(given, layers=(layer,)), 6)[0][0]
+    assert list(found) == alone != search(torch.stack([1e-9 * sharp, loud]), 3)[0]
 
 
 def test_widths_differ_by_layer():
@@ -282,6 +303,7 @@ def test_a_layer_that_puts_out_nothing_breaks_nothing():
         given.layers[1],
         output_gram=torch.zeros_like(given.layers[1].output_gram),
         output_energy=torch.zeros((), dtype=torch.float64),
+        head_energy=torch.zeros(HEADS, dtype=torch.float64),
     )
     given = dataclasses.replace(given, layers=(given.layers[0], dead, given.layers[2]))
     for scope in SCOPES:

@@ -31,6 +31,7 @@ def layer_of(keys, values, *, energy=1.0, heads=2):
         key_energy=torch.ones(1, PAIRS, dtype=torch.float64),
         value_errors=torch.cat([tails, torch.zeros(1, dtype=torch.float64)]),
         output_energy=torch.tensor(energy, dtype=torch.float64),
+        head_energy=gram.sum((1, 2)),
     )
 
 

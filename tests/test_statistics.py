@@ -107,7 +107,7 @@ def test_other_files_are_not_statistics(path, tmp_path):
     path.write_bytes(b"not safetensors at all, but long enough")
     with pytest.raises(ValueError, match="is damaged"):
         Statistics.load(path)
-    for about in (None, {"format": "pt"}, {"format": "2"}):
+    for about in (None, {"format": "pt"}, {"format": "1"}):
         save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "other", metadata=about)
         with pytest.raises(ValueError, match="other is not a file of statistics; make one with"):
             Statistics.load(tmp_path / "other")

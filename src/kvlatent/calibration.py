@@ -215,5 +215,12 @@ class _Sums:
             self.key_energy / self.tokens,
             value_errors(self.w_o.double(), outputs, groups),
             torch.maximum(varying, _ROUNDING * energy),
+            self._head_energy(outputs),
         )
         return LayerStatistics(*(tensor.cpu() for tensor in means))
+
+    def _head_energy(self, outputs: Tensor) -> Tensor:
+        """What varies of every head's share of the output, from the moments of what it averages: [N]."""
+        means = self.output_means / self.tokens
+        varying = outputs - means[:, :, None] * means[:, None]
+        return (self.output_metric.double() * varying).sum((1, 2)).clamp_min(0)

@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 RULES = ("gram", "energy")
+_SHARPEST = 1e-12  # least total of a Gram matrix, over the head's energy, that is more than rounding
+_TINY = torch.finfo(torch.float64).tiny
 Pairs = tuple[tuple[tuple[int, ...], ...], ...]
 
 
@@ -45,9 +47,7 @@ def choose_pairs(
     if rule == "energy":
         return strongest_pairs([_energy(layer) for layer in statistics.layers], d_qk, scope)
     groups = groups_of(statistics)
-    # Errors of several layers are added as they are: all layers write to one residual stream. (Relative to each layer's
-    # output they made one table for the model eleven times worse on one of two models, and no better on the other.)
-    members = [list(layer.output_gram.split(groups)) for layer in statistics.layers]
+    members = [list(weighted_grams(layer).split(groups)) for layer in statistics.layers]
     return _per_set(members, d_qk, scope, torch.cat, lambda grams, number: search(grams, number)[0])
 
 
@@ -92,6 +92,17 @@ def _per_set(
     )
 
 
+def weighted_grams(layer: LayerStatistics) -> Tensor:
+    """Output Gram matrices as shares of their total, times the energy that the head puts out: [N, P, P].
+
+    The total is what dropping all pairs would cost to first order. For a sharp head, which looks at one token, that is
+    next to nothing (every variance under its attention weights vanishes), and yet without its pairs it would look
+    elsewhere and all it puts out would be wrong. Heads and layers that share a set are added in this unit.
+    """
+    total = layer.output_gram.sum((1, 2)).clamp_min(_SHARPEST * layer.head_energy).clamp_min(_TINY)
+    return layer.output_gram * (layer.head_energy / total)[:, None, None]
+
+
 def relative_grams(layer: LayerStatistics) -> Tensor:
     """Output Gram matrices over the layer's output energy, so that layers and heads can be added: [N, P, P]."""
     return layer.output_gram / layer.output_energy.clamp_min(torch.finfo(torch.float64).tiny)
@@ -117,7 +128,7 @@ def key_errors(statistics: Statistics, scope: str = "head") -> Tensor:
     if scope != "model":
         paths = [[_path(part) for part in grams.split(size)] for grams in layers]
         return torch.stack([torch.tensor(each, dtype=torch.float64).sum(0) for each in paths])
-    order = greedy_order(torch.cat(layers))
+    order = greedy_order(torch.cat([weighted_grams(layer) for layer in statistics.layers]))
     prefixes = [tuple(order[:n]) for n in range(len(order) + 1)]
     return torch.tensor([[kept_error(layer, kept) for kept in prefixes] for layer in layers]).double()
 

@@ -22,7 +22,7 @@ from .output import write_atomically
 
 __all__ = ["LayerStatistics", "Statistics", "model_fingerprint"]
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class LayerStatistics:
             (factored under `outputs`), for r = 0 ... d.
         output_energy: [], E |o - E o|^2 of the attention output o, per token: what varies, since a constant part, however
             large, costs nothing to keep.
+        head_energy: [N], the same of each query head's share of the output alone.
     """
 
     gram: Tensor
@@ -52,6 +53,7 @@ class LayerStatistics:
     key_energy: Tensor
     value_errors: Tensor
     output_energy: Tensor
+    head_energy: Tensor
 
 
 @dataclass(frozen=True)
