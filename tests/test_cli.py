@@ -117,9 +117,13 @@ def test_eval_measures_both(place):
         32,
     )
     document = answer(*words)
-    assert document["latent"]["cache_bytes_per_token"] == 256
-    assert document["original"]["cache_bytes_per_token"] == 512
-    assert document["ratio_standard_error"] > 0
+    figures = document["figures"]
+    assert figures["latent"]["cache_bytes_per_token"] == 256
+    assert figures["original"]["cache_bytes_per_token"] == 512
+    assert figures["ratio_standard_error"] > 0 and figures["fidelity"]["kl"] > 0
+    assert document["diagnosis"]["summary"] and document["record"]["command"].startswith(
+        "kvlatent eval latent"
+    )
     done = call(*words)
     assert "±" in done.stdout and "256" in done.stdout
 
@@ -204,7 +208,7 @@ def test_mistakes_of_the_line_itself():
         ["compress"],
         ["compress", "m", "--data", "d"],
         ["shrink"],
-        ["eval", "m"],
+        ["eval"],
         ["compress", "--kv", "much"],
     ):
         done = call(*words)

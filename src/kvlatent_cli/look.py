@@ -1,4 +1,4 @@
-"""The commands that read a checkpoint: eval, generate, inspect."""
+"""The commands that read a checkpoint: generate, inspect."""
 
 from __future__ import annotations
 
@@ -8,49 +8,7 @@ import typer
 
 from . import options as o
 from .session import session
-from .tables import figures_table, pairs_table
-
-
-def evaluate(
-    directory: o.Directory,
-    data: o.Data,
-    against: Annotated[
-        str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")
-    ] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens a window.", metavar="N")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.", metavar="N")] = 8,
-    max_tokens: Annotated[int | None, typer.Option(help="Score that many tokens; all by default.")] = None,
-    separator: Annotated[str, typer.Option(help="Splits a .txt into documents.")] = "<|endoftext|>",
-    text_field: Annotated[
-        str, typer.Option(help="Field of a .jsonl or .parquet that holds the text.")
-    ] = "text",
-    device: o.Device = "auto",
-    dtype: o.LoadDtype = None,
-    as_json: o.Json = False,
-) -> None:
-    """Measure perplexity and the live cache, beside the original's with --against."""
-    with session(as_json) as run:
-        from kvlatent.evaluation import evaluate as work
-        from kvlatent.settings import choose_device
-
-        report = work(
-            directory,
-            data,
-            against=against,
-            block_size=block_size,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            separator=separator,
-            text_field=text_field,
-            device=choose_device(device),
-            dtype=dtype,
-            progress=run.report,
-        )
-        latent = report["latent"]
-        if against is not None:
-            latent = latent | {name: report[name] for name in ("ratio", "ratio_standard_error")}
-        rows = {"original": report["original"]} if against is not None else {}
-        run.show(report, figures_table(rows | {"latent": latent}), f"scored {latent['tokens']:,} tokens")
+from .tables import pairs_table
 
 
 def generate(

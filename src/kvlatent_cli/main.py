@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import look, make, survey, teach
+from . import judge, look, make, survey, teach
 
 app = typer.Typer(
     name="kvlatent",
@@ -20,7 +20,10 @@ for name, function in {
     "calibrate": survey.calibrate,
     "plan": survey.plan,
     "train": teach.train,
-    "eval": look.evaluate,
+    "eval": judge.evaluate,
+    "bench": judge.bench,
+    "study": judge.study,
+    "report": judge.report,
     "generate": look.generate,
     "inspect": look.inspect,
     "demo": teach.demo,

@@ -103,6 +103,21 @@ def widths(name: str, text: str | None) -> int | tuple[int, ...] | None:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def numbers(name: str, text: str) -> list[int]:
+    """`128,512` as a list.
+
+    Raises:
+        ValueError: not whole numbers.
+    """
+    found = widths(name, text)
+    return list(found) if isinstance(found, tuple) else [found] if found is not None else []
+
+
+def names(text: str) -> list[str]:
+    """`needle, order` as a list without blanks."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
 
 

@@ -1,0 +1,154 @@
+"""How far a latent model has moved from its original: next-token distributions, every layer, every layer's attention.
+
+Perplexity on one text can hold while a model changes; the divergence from the original cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel
+
+from ..hub import check_block_size
+from ..perplexity import _ratio_error
+from ..stage2 import IGNORED, Head
+from .layerwise import LayerSums, as_latent, in_lockstep, sampled_rows
+
+__all__ = ["fidelity"]
+
+_CHUNK_TOKENS = 256  # logits of both models are held for that many tokens
+
+
+@torch.no_grad()
+def fidelity(
+    original: PreTrainedModel,
+    latent: PreTrainedModel,
+    blocks: Any,
+    *,
+    batch_size: int = 4,
+    rows: int = 64,
+    seed: int = 0,
+    layers: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Compare a latent model with its original, on blocks from `kvlatent.data`.
+
+    A token counts where `labels` has something to predict, as in `perplexity`. A layer's error is measured on its
+    output behind the norm that the original puts next (before it, a few channels of huge activation drown the rest),
+    relative to what varies: 0 is equal, 1 is what the mean of the original's outputs would score. Attention is
+    compared on query rows that see two keys or more; softmax over keys, mean over heads and rows.
+
+    Args:
+        original, latent: on one device; models of one vocabulary and, with `layers`, one shape. They are left as they
+            were.
+        blocks: `[i : j]` has input_ids, position_ids and labels, [j - i, T]; positions that restart separate
+            documents.
+        batch_size: blocks a step.
+        rows: query rows sampled a block, the same of both models and in all layers.
+        seed: of the sampling.
+        layers: compare layer by layer, which runs the original as its full-width latent twin. Without, any two causal
+            models do.
+        progress: called with the blocks done and their number.
+
+    Returns:
+        `kl` (original from latent, mean nats a token) and `kl_standard_error` (blocks as clusters; None for one
+        block), `top1_agreement` (share of tokens with equal argmax), `tokens`, and `layers`, one dict a layer (none
+        without `layers`): `layer`, `relative_error`, `attention_kl`, `entropy_original` and `entropy_latent` (nats),
+        `entropy_ratio` (latent over original; None where the original's is 0), `uniformity_original` and
+        `uniformity_latent` (entropy over the log of the keys seen: 1 is uniform).
+
+    Raises:
+        ValueError: vocabularies or shapes that differ, blocks longer than the context, nothing to predict, no row that
+            sees two keys, logits that are not finite, batch_size or rows below 1.
+    """
+    _check(original, latent, batch_size, rows, layers)
+    pair = (as_latent(original), as_latent(latent)) if layers else (original, latent)
+    sums = [LayerSums() for _ in pair[0].model.layers] if layers else []
+    generator = torch.Generator().manual_seed(seed)
+    divergences: list[float] = []
+    counts: list[int] = []
+    agreed = 0
+    with ExitStack() as modes:
+        for model in pair:
+            modes.callback(model.train, model.training)
+            model.eval()
+        for ids, positions, labels in _batches(blocks, batch_size, original.device):
+            check_block_size(original.config, ids.shape[1])
+            if layers:
+                chosen = sampled_rows(positions, rows, generator)
+                hidden = in_lockstep(pair, ids, positions, chosen, sums)
+            else:
+                hidden = [
+                    m.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+                    for m in pair
+                ]
+            for block in range(len(ids)):
+                counted = labels[block] != IGNORED
+                found = _compare_tokens(pair, [states[block, counted] for states in hidden])
+                divergences.append(found[0])
+                agreed += found[1]
+                counts.append(int(counted.sum()))
+            if progress is not None:
+                progress(len(counts), len(blocks))
+    tokens = sum(counts)
+    if tokens == 0:
+        raise ValueError(f"fidelity needs tokens to predict: {len(counts)} blocks hold 0; give more text")
+    return {
+        "kl": sum(divergences) / tokens,
+        "kl_standard_error": _ratio_error(divergences, counts),
+        "top1_agreement": agreed / tokens,
+        "tokens": tokens,
+        "layers": [{"layer": index} | one.finish() for index, one in enumerate(sums)],
+    }
+
+
+def _check(original: Any, latent: Any, batch_size: int, rows: int, layers: bool) -> None:
+    """What can be refused before anything runs."""
+    if batch_size < 1:
+        raise ValueError(f"a batch holds at least one block: got batch_size={batch_size}; try 4")
+    if rows < 1:
+        raise ValueError(f"attention is compared on at least 1 query row a block: got rows={rows}; try 64")
+    sizes = original.config.vocab_size, latent.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"both models must read the same tokens: their vocabularies have {sizes[0]} and {sizes[1]} entries; "
+            "compare with the model it came from"
+        )
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size") if layers else ():
+        found, other = (getattr(model.config, name) for model in (original, latent))
+        if found != other:
+            raise ValueError(
+                f"layers are compared one to one, so both models must have the same {name}: got {found} and {other}; "
+                "compare with the model it came from, or pass layers=False"
+            )
+
+
+def _batches(blocks: Any, size: int, device: torch.device) -> Iterator[list[Tensor]]:
+    """Ids, positions and labels, [B, T] each."""
+    for first in range(0, len(blocks), size):
+        columns = blocks[first : first + size]
+        names = ("input_ids", "position_ids", "labels")
+        yield [torch.as_tensor(columns[name], device=device).long() for name in names]
+
+
+def _compare_tokens(pair: tuple[Any, Any], hidden: list[Tensor]) -> tuple[float, int]:
+    """Summed divergence in nats, and how many argmaxes agree, of tokens [n, D]; no more than a chunk of logits lives."""
+    heads = [Head.of(model.get_output_embeddings()) for model in pair]
+    total, agreed = 0.0, 0
+    for states in zip(*(h.split(_CHUNK_TOKENS) for h in hidden), strict=True):
+        logits = [head.logits(part) for head, part in zip(heads, states, strict=True)]
+        for name, part in zip(("original", "latent"), logits, strict=True):
+            if not torch.isfinite(part).all():
+                raise ValueError(
+                    f"logits must be finite: the {name} model gave NaN or infinity among {part.numel()}; its weights "
+                    "are broken or its dtype overflows, try float32"
+                )
+        agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
+        wanted, given = (log_softmax(part, dim=-1) for part in logits)
+        total += float((wanted.exp() * (wanted - given)).sum(dtype=torch.float64))
+    return total, agreed

@@ -1,0 +1,64 @@
+"""The text that the standard evaluation reads: a file, a data set, or what every Python installation carries."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..data import evaluation_blocks
+from ..embedded import stdlib_documents
+from ..workspace import identity
+from .sliding import read_documents
+
+__all__ = ["STANDARD_TOKENS", "Text"]
+
+STANDARD_TOKENS = 50_000
+"""Tokens scored when no text is given."""
+
+_FIDELITY_BLOCKS = 32
+
+
+class Text:
+    """The text that is read: a file's, a data set's, or the standard library's."""
+
+    def __init__(
+        self,
+        source: str | Path | None,
+        separator: str | None,
+        field: str,
+        folder: Path,
+        max_tokens: int | None,
+    ) -> None:
+        self.source, self.separator, self.field, self.folder = source, separator, field, folder
+        self.max_tokens = max_tokens if source is not None or max_tokens is not None else STANDARD_TOKENS
+
+    @cached_property
+    def documents(self) -> list[str]:
+        if self.source is None:
+            return stdlib_documents("held_out")
+        return list(read_documents(self.source, separator=self.separator, text_field=self.field))
+
+    def blocks(self, tokenizer: Any, size: int) -> Any:
+        """Blocks for fidelity, a few of them."""
+        source = self.source
+        if source is None:
+            source = self.folder / "text.jsonl"
+            lines = [json.dumps({"text": document}) + "\n" for document in self.documents]
+            source.write_text("".join(lines), encoding="utf-8")
+        return evaluation_blocks(
+            source,
+            tokenizer,
+            size,
+            cache_dir=self.folder / "blocks",
+            separator=self.separator,
+            text_field=self.field,
+            max_tokens=_FIDELITY_BLOCKS * size,
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Which text it was, without its path."""
+        if self.source is None:
+            return {"name": "Python standard library, modules held out from the embedded model"}
+        return {"name": Path(self.source).name, "sha256": identity(self.source)}

@@ -1,0 +1,154 @@
+"""Sequences that a measurement builds itself: where their text comes from, and what a model says at their ends.
+
+`needle` and `order` both plant something in running text and look at the last few predictions only. Rows of one batch
+have one length, so there is no padding and no mask, and no logits are held but those that are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "at_the_ends",
+    "check_counts",
+    "check_same",
+    "context_limit",
+    "counter",
+    "leading_ids",
+    "mean_and_error",
+    "token_stream",
+]
+
+_DOCUMENTS_AT_ONCE = 16
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before a text, if it puts one: at most one id."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    puts = begin is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [begin]
+    return [begin] if puts else []
+
+
+def token_stream(text: Sequence[int] | Iterable[str], tokenizer: Any, enough: int) -> np.ndarray:
+    """One stream of token ids, documents end to end, int64 [N]; text is read no further than `enough` ids need.
+
+    Args:
+        text: token ids, one string, or strings.
+        tokenizer: of the strings; ids need none.
+
+    Raises:
+        ValueError: there is no text, or strings come without a tokenizer.
+    """
+    parts = iter([text] if isinstance(text, str) else text)
+    first = next(parts, None)
+    if first is None:
+        raise ValueError("the measurement needs text: got 0 tokens; give a text of some hundred words")
+    parts = chain([first], parts)
+    if isinstance(first, str):
+        if tokenizer is None:
+            raise ValueError("text in strings needs a tokenizer: got None; pass the model's, or token ids")
+        ids: list[int] = []
+        while len(ids) < enough and (group := list(islice(parts, _DOCUMENTS_AT_ONCE))):
+            ids += chain(*tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"])
+    else:
+        ids = [int(token) for token in islice(parts, enough)]
+    if not ids:
+        raise ValueError("the measurement needs text: got 0 tokens; give a text of some hundred words")
+    return np.array(ids, dtype=np.int64)
+
+
+def context_limit(config: Any) -> int | None:
+    """The longest sequence of a model in tokens; None where its config names none."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Raise `ValueError` unless every (value, smallest) pair is in order, naming the argument."""
+    for name, (value, smallest) in counts.items():
+        if value < smallest:
+            raise ValueError(
+                f"{name} must be at least {smallest}: got {name}={value}; raise it or leave it out"
+            )
+
+
+def counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """A function that adds up how many more are done, and tells `progress` the sum and `total`."""
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
+def at_the_ends(
+    model: Any,
+    rows: np.ndarray,
+    keep: int,
+    score: Callable[[Tensor, Tensor], Tensor],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """`score` of the predictions of the last `keep` tokens of every row, which are read under teacher forcing.
+
+    The model runs in evaluation mode, without a cache, in its own dtype and on its own device.
+
+    Args:
+        rows: int64 [R, T].
+        score: of fp32 logits [B, keep, V] and the tokens they should predict [B, keep]: a tensor [B, ...].
+        advance: called with the number of rows of each batch, when it is done.
+
+    Raises:
+        ValueError: a token is outside the model's vocabulary, or a logit is NaN or infinite.
+    """
+    for token in (int(rows.min()), int(rows.max())):
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(
+                f"token ids lie between 0 and {model.config.vocab_size - 1}, the model's vocabulary: got {token}; "
+                "use the tokenizer that belongs to the model"
+            )
+    training, found = model.training, []
+    model.eval()
+    try:
+        for group in torch.from_numpy(rows).split(batch_size):
+            batch = group.to(model.device)
+            # Not inference_mode: tables that latent attention builds at its first forward must stay usable.
+            with torch.no_grad():
+                output = model(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=keep)
+                logits = output.logits[:, -keep:].float()
+                if not bool(torch.isfinite(logits).all()):
+                    raise ValueError(
+                        f"logits must be finite: got NaN or infinity within {rows.shape[1]} tokens; the model's "
+                        "weights are broken or its dtype overflows, try float32"
+                    )
+                found.append(score(logits, batch[:, -keep:]).cpu().double())
+            advance(len(group))
+    finally:
+        model.train(training)
+    return torch.cat(found).numpy()
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
+    """Mean of independent values [N] and its standard error, None for one."""
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return float(values.mean()), error
+
+
+def check_same(original: dict[str, Any], latent: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise `ValueError` unless two documents of figures have the same settings."""
+    for name in names:
+        if original[name] != latent[name]:
+            raise ValueError(
+                f"both models must be measured alike: {name} is {original[name]} and {latent[name]}; measure again"
+            )

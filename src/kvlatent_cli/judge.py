@@ -1,0 +1,220 @@
+"""The commands that measure: eval, bench, study, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options as o
+from .results import evaluation_tables, study_tables
+from .session import session
+
+Checkpoint = Annotated[
+    str, typer.Argument(help="Latent or original: a directory or a hub id.", metavar="DIR")
+]
+Against = Annotated[str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")]
+
+
+def evaluate(
+    directory: Checkpoint,
+    data: Annotated[
+        str | None, typer.Option(help="Text to read; standard library modules by default.", metavar="FILE")
+    ] = None,
+    against: Against = None,
+    checks: Annotated[
+        str | None,
+        typer.Option(help="All by default.", metavar="perplexity,fidelity,needle,order,causality"),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, e.g. arc_easy,hellaswag.", metavar="NAME,...")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of your own task files (YAML).", metavar="DIR")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task.", metavar="N")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens a window.", metavar="N")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens by which the window moves; a window by default.", metavar="N")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.", metavar="N")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(help="Score that many tokens; all by default.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Context lengths of the needle.", metavar="N,...")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="A needle in words, with {key} and {value}.", metavar="TEXT")
+    ] = None,
+    separator: Annotated[str, typer.Option(help="Splits a .txt into documents.")] = "<|endoftext|>",
+    text_field: Annotated[
+        str, typer.Option(help="Field of a .jsonl or .parquet that holds the text.")
+    ] = "text",
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    dtype: o.LoadDtype = None,
+    as_json: o.Json = False,
+) -> None:
+    """Measure perplexity, needles, word order and tasks, beside the original's with --against, and name what is wrong."""
+    with session(as_json) as run:
+        from kvlatent.evaluation.standard import CHECKS, standard_evaluation
+        from kvlatent.record import command_line
+        from kvlatent.settings import choose_device
+
+        document = standard_evaluation(
+            directory,
+            data,
+            against=against,
+            checks=CHECKS if checks is None else o.names(checks),
+            tasks=[] if tasks is None else o.names(tasks),
+            include_path=include_path,
+            limit=limit,
+            block_size=block_size,
+            stride=stride,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            contexts=None if contexts is None else o.numbers("contexts", contexts),
+            template=template,
+            separator=separator,
+            text_field=text_field,
+            seed=seed or 0,
+            device=choose_device(device),
+            dtype=dtype,
+            progress=run.report,
+        )
+        given = {
+            "data": data and Path(data),
+            "against": against and Path(against),
+            "checks": checks,
+            "tasks": tasks,
+        }
+        given |= {"block_size": block_size, "stride": stride, "max_tokens": max_tokens, "contexts": contexts}
+        document["record"]["command"] = command_line("eval", directory, given | {"seed": seed or 0})
+        run.show(document, *evaluation_tables(document))
+
+
+def bench(
+    directory: Checkpoint,
+    against: Against = None,
+    contexts: Annotated[str | None, typer.Option(help="Prompt lengths.", metavar="N,...")] = None,
+    batches: Annotated[str, typer.Option(help="Sequences at once.", metavar="N,...")] = "1",
+    caches: Annotated[
+        str, typer.Option(help="Kinds of cache.", metavar="NAME,...")
+    ] = "dynamic,quantized-int4",
+    new_tokens: Annotated[int, typer.Option(help="Tokens added to a prompt.", metavar="N")] = 16,
+    repeats: Annotated[int, typer.Option(help="Timed rounds; 3 or more.", metavar="N")] = 5,
+    memory: o.Memory = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention kernel.", metavar="eager|sdpa|flex_attention")
+    ] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the step that adds a token.")] = False,
+    seed: o.Seed = None,
+    device: o.Device = "auto",
+    dtype: o.LoadDtype = None,
+    as_json: o.Json = False,
+) -> None:
+    """Time reading and writing, weigh the live cache, and compare with the original and with quantised caches."""
+    with session(as_json) as run:
+        from kvlatent.bench import bench as work
+        from kvlatent.bench import bench_lines, json_line
+        from kvlatent.record import command_line
+        from kvlatent.settings import choose_device
+
+        document = work(
+            directory,
+            against,
+            batches=o.numbers("batches", batches),
+            contexts=None if contexts is None else o.numbers("contexts", contexts),
+            caches=o.names(caches),
+            new_tokens=new_tokens,
+            repeats=repeats,
+            memory=o.bytes_of(memory),
+            attention=attention,
+            compile=compile_,
+            seed=seed or 0,
+            device=choose_device(device),
+            dtype=dtype,
+            progress=run.report,
+        )
+        given = {
+            "against": against and Path(against),
+            "contexts": contexts,
+            "batches": batches,
+            "caches": caches,
+        }
+        given |= {"new_tokens": new_tokens, "repeats": repeats, "attention": attention, "compile": compile_}
+        document["record"]["command"] = command_line("bench", directory, given | {"seed": seed or 0})
+        run.show(document, *bench_lines(document), json_line(document))
+
+
+def study(
+    name: Annotated[
+        str,
+        typer.Argument(help="widths, lora-rank, stages, objective, rope or token-eviction.", metavar="NAME"),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of results, one file a cell.", metavar="DIR")],
+    model: Annotated[
+        str | None, typer.Option(help="The original; the embedded model by default.", metavar="MODEL")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text to calibrate and train on.", metavar="FILE")] = None,
+    eval_data: o.EvalData = None,
+    seeds: Annotated[str | None, typer.Option(help="One cell each.", metavar="N,...")] = None,
+    tokens: o.Tokens = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Measure on that many tokens.", metavar="N")] = None,
+    cells: Annotated[
+        str | None, typer.Option(help="Only cells of these names.", metavar="PATTERN,...")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="So many cells in this call.", metavar="N")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch.", metavar="N")] = None,
+    python: Annotated[
+        str | None, typer.Option(help="Interpreter with kvpress (token-eviction).", metavar="FILE")
+    ] = None,
+    recipe: o.RecipeFile = None,
+    overrides: o.Set = None,
+    device: o.Device = "auto",
+    dry_run: o.DryRun = False,
+    as_json: o.Json = False,
+) -> None:
+    """Run a grid of conversions and trainings. Repeat the command to continue; several of them share the cells."""
+    with session(as_json) as run:
+        from kvlatent.study import study as work
+        from kvlatent.study import summary
+
+        given = {} if eval_tokens is None else {"eval_tokens": eval_tokens}
+        document = work(
+            name,
+            model,
+            out=out,
+            data=data,
+            eval_data=eval_data,
+            seeds=None if seeds is None else o.numbers("seeds", seeds),
+            tokens=tokens,
+            cells=cells,
+            limit=limit,
+            recipe=recipe,
+            overrides=overrides or [],
+            threads=threads,
+            device=device,
+            python=python,
+            dry_run=dry_run,
+            progress=run.report,
+            **given,
+        )
+        if not dry_run and document["finished"]:
+            document["summary"] = summary(out)
+        run.show(document, *study_tables(document))
+
+
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="Result files, or folders of them.", metavar="PATH...")],
+    out: Annotated[Path, typer.Option(help="Page to write, .html.", metavar="FILE")],
+    overwrite: o.OverwriteFile = False,
+    as_json: o.Json = False,
+) -> None:
+    """Make one self-contained page of what eval, bench, studies and runs wrote."""
+    with session(as_json) as run:
+        from kvlatent.report import report as work
+
+        document = work(paths, out, overwrite=overwrite)
+        lines = [f"skipped {each['file']}: {each['reason']}" for each in document["skipped"]]
+        run.show(document, *lines, f"{len(document['used'])} results in {out}")
