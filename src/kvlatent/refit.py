@@ -76,7 +76,8 @@ def refit_outputs(pair: LayerPair, wanted: Stream) -> float | None:
 
 
 def _empty(module: Any) -> _Moments:
-    features, like = module.in_features, {"dtype": torch.float64, "device": module.weight.device}
+    features = module.in_features
+    like: dict[str, Any] = {"dtype": torch.float64, "device": module.weight.device}
     return _Moments(
         torch.zeros(features, features, **like), torch.zeros(module.out_features, features, **like)
     )

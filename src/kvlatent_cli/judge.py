@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,7 +82,7 @@ def evaluate(
             dtype=dtype,
             progress=run.report,
         )
-        given = {
+        given: dict[str, Any] = {
             "data": data and Path(data),
             "against": against and Path(against),
             "checks": checks,
@@ -136,7 +136,7 @@ def bench(
             dtype=dtype,
             progress=run.report,
         )
-        given = {
+        given: dict[str, Any] = {
             "against": against and Path(against),
             "contexts": contexts,
             "batches": batches,
@@ -180,7 +180,7 @@ def study(
         from kvlatent.study import study as work
         from kvlatent.study import summary
 
-        given = {} if eval_tokens is None else {"eval_tokens": eval_tokens}
+        given: dict[str, Any] = {} if eval_tokens is None else {"eval_tokens": eval_tokens}
         document = work(
             name,
             model,
