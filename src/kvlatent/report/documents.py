@@ -1,0 +1,239 @@
+"""Result files to documents: what is read, what is skipped and why, and that all of it is about one model.
+
+A document is known by its `kind`, or, where it has none, by its shape. Names on the page are those below the folder
+that was given; no path of the machine appears.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from .figures import Record, Shape
+from .shapes import Bench, Comparison, Conversion, Evaluation, Run, Step, StudyCell
+
+__all__ = ["Document", "Documents", "read_documents"]
+
+_KINDS: dict[str, type[Shape]] = {
+    "evaluation": Evaluation,
+    "bench": Bench,
+    "study": StudyCell,
+    "run": Run,
+    "conversion": Conversion,
+    "comparison": Comparison,
+}
+_JOURNAL = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One result: where it was found, what it is, which original it is about, how it came about."""
+
+    path: Path
+    name: str
+    kind: str
+    content: Any
+    record: Record
+    fingerprint: str | None
+    model: str | None
+
+
+@dataclass
+class Documents:
+    """All documents of a report by kind, in the order they were found, and the files that were skipped."""
+
+    found: list[Document] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[Document]:
+        return [document for document in self.found if document.kind == kind]
+
+    @property
+    def model(self) -> tuple[str | None, str | None]:
+        """Name and fingerprint of the original that the report is about, as far as the documents know them."""
+        names = [document.model for document in self.found if document.model]
+        prints = [document.fingerprint for document in self.found if document.fingerprint]
+        return (names[0] if names else None), (prints[0] if prints else None)
+
+
+def read_documents(paths: Sequence[str | Path]) -> Documents:
+    """Read files and folders of results.
+
+    Args:
+        paths: a file is read whatever its name. A folder is searched for .json and metrics.jsonl at any depth; of a
+            checkpoint in it only the record of its making is read. Hidden files and unfinished work (`*.partial`, the
+            `work` of a study) are passed over.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: no usable document, or documents about different models.
+    """
+    documents = Documents()
+    cells: dict[tuple[str, str], str] = {}
+    for path, name in _files(paths):
+        try:
+            document = _journal(path, name) if path.suffix == ".jsonl" else _document(path, name)
+            if document.kind == "study":
+                key = (document.content.study, document.content.cell)
+                if key in cells:
+                    raise ValueError(f"cell {key[1]} of study {key[0]} was read from {cells[key]} already")
+                cells[key] = name
+        except _NoResultError:
+            continue
+        except (ValueError, OSError, RecursionError) as error:
+            documents.skipped.append((name, _sentence(error)))
+        else:
+            documents.found.append(document)
+    if not documents.found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in documents.skipped[:3])
+        raise ValueError(
+            f"a report needs at least 1 result: got {len(documents.skipped)} files and 0 that can be used"
+            f"{f' ({reasons})' if reasons else ''}; give what --json of eval and bench, a study or a run wrote"
+        )
+    _check_one_model(documents.found)
+    return documents
+
+
+def _files(paths: Sequence[str | Path]) -> Iterator[tuple[Path, str]]:
+    """Files to read and their names on the page; each file once."""
+    seen: set[Path] = set()
+    for given in map(Path, paths):
+        if not given.exists():
+            raise FileNotFoundError(f"{given} does not exist; give files or folders of results")
+        files = _inside(given) if given.is_dir() else [given]
+        for path in files:
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            root = given.resolve()
+            yield path, f"{root.name}/{path.relative_to(given)}" if given.is_dir() else f"{path.name}"
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Result files below a folder, in order of their names."""
+    found = []
+    for path in sorted([*folder.rglob("*.json"), *folder.rglob(_JOURNAL)]):
+        parts = path.relative_to(folder).parts
+        parents = [folder.joinpath(*parts[:depth]) for depth in range(len(parts))]
+        unfinished = any(part.startswith(".") or part.endswith(".partial") for part in parts)
+        unfinished |= "work" in parts and any((parent / "study.json").is_file() for parent in parents)
+        checkpoint = (path.parent / "config.json").is_file() and any(path.parent.glob("*.safetensors"))
+        if path.is_file() and not unfinished and (not checkpoint or path.name in ("run.json", _JOURNAL)):
+            found.append(path)
+    return found
+
+
+def _document(path: Path, name: str) -> Document:
+    """Read and check one JSON file.
+
+    Raises:
+        ValueError: not JSON, a number that is not finite, or no kind that is known.
+        OSError: it cannot be read.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite)
+    _check_finite(data)
+    kind = _kind(data)
+    content = _KINDS[kind].model_validate(data)
+    record = getattr(content, "record", None) or Record.model_validate(data)
+    return Document(path, name, kind, content, record, *_about(content))
+
+
+def _journal(path: Path, name: str) -> Document:
+    """The losses of a run: a list of steps."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    steps = []
+    for number, line in enumerate(lines, 1):
+        try:
+            steps.append(Step.model_validate(json.loads(line, parse_constant=_not_finite)))
+        except (ValidationError, ValueError) as error:
+            raise ValueError(f"line {number} of {len(lines)}: {_sentence(error)}") from error
+    if not steps:
+        raise ValueError("it holds no steps")
+    return Document(path, name, "metrics", steps, Record(), None, None)
+
+
+def _kind(data: Any) -> str:
+    """The kind of a document: its own word, or its shape."""
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__}, and a result is an object")  # noqa: TRY004
+    kind = data.get("kind")
+    if kind in ("evaluation", "bench", "study"):
+        return kind
+    if isinstance(kind, str) and kind.startswith("study-"):
+        raise _NoResultError
+    if kind is None and isinstance(data.get("cells"), dict):
+        return "conversion"
+    rows = data.get("rows")
+    if kind is None and isinstance(rows, dict) and "perplexity" in (rows.get("original") or ()):
+        return "comparison"
+    if kind is None and "versions" in data and ("training" in data or "figures" in data):
+        return "run"
+    raise ValueError("no result that a report knows" + (f": kind {kind!r}" if kind is not None else ""))
+
+
+class _NoResultError(Exception):
+    """A file that belongs beside results and is none, such as what a study says of its folder."""
+
+
+def _about(content: Any) -> tuple[str | None, str | None]:
+    """Fingerprint and name of the original a document is about.
+
+    A latent model is known by the original it came from, so that results of several widths go together.
+    """
+    if isinstance(content, (Evaluation, Bench, StudyCell)):
+        origin = getattr(content, "original", None) or content.model
+        return origin.fingerprint or content.model.fingerprint, origin.name or content.model.name
+    if isinstance(content, Run):
+        sources = content.earlier[0].get("sha256") if content.earlier else content.sha256
+        sources = sources if isinstance(sources, dict) else {}
+        return sources.get("teacher") or sources.get("model"), None
+    return getattr(content, "sha256", {}).get("model"), None
+
+
+def _check_one_model(found: Sequence[Document]) -> None:
+    """Raise `ValueError` where two documents are about different originals."""
+    known = [document for document in found if document.fingerprint]
+    for document in known[1:]:
+        first = known[0]
+        if document.fingerprint != first.fingerprint:
+            raise ValueError(
+                f"one report is about one model: {first.name} is of {_called(first)} and {document.name} of "
+                f"{_called(document)}; make a report of each, or name the original when you evaluate (--against)"
+            )
+
+
+def _called(document: Document) -> str:
+    digest = f"{document.fingerprint}"[:12]
+    return f"{document.model} ({digest})" if document.model else digest
+
+
+def _not_finite(word: str) -> NoReturn:
+    raise ValueError(f"it holds {word}, and figures are finite")
+
+
+def _check_finite(data: Any) -> None:
+    """Raise `ValueError` at a number that JSON can spell and a float cannot hold (1e999)."""
+    if isinstance(data, float) and not math.isfinite(data):
+        _not_finite("a number beyond 1e308")
+    for value in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        _check_finite(value)
+
+
+def _sentence(error: Exception) -> str:
+    """What is wrong with a file, without its path."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON: {error.msg} in line {error.lineno}"
+    if isinstance(error, UnicodeDecodeError):
+        return "no text in UTF-8"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.strerror or "cannot be read" if isinstance(error, OSError) else str(error)

@@ -1,0 +1,120 @@
+"""The page: sections in order, one template, one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..output import write_atomically
+from .blocks import Section
+from .charts import check_libraries
+from .comparisons import comparisons
+from .documents import Documents, read_documents
+from .making import layers, training
+from .measured import diagnoses, headline
+from .positions import needles, word_order
+from .provenance import anchor, provenance, title_of
+from .quality import quality
+from .rotary import attenuation_curves
+from .speed import speed
+from .studies import studies
+
+__all__ = ["report"]
+
+_MARK = '<meta name="generator" content="kvlatent report">'
+
+
+def report(paths: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write one self-contained HTML page from result files.
+
+    The page needs no network and no script. It is written whole or not at all; an earlier report in its place is
+    replaced.
+
+    Args:
+        paths: files and folders with what `eval --json`, `bench --json`, `study`, `compress`, `convert` and the
+            benchmarks wrote.
+        out: the HTML file.
+        overwrite: replace `out` even if it is no report.
+
+    Returns:
+        A JSON-able dict: `out`, `model`, `sections` (titles), `used` (`file` and `kind`), `skipped` (`file` and
+        `reason`).
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        FileExistsError: `out` exists, is no report, and `overwrite` is false.
+        ValueError: `out` is a directory, no usable result, results of different models, or a missing library.
+    """
+    out = Path(out)
+    _check_out(out, overwrite)
+    check_libraries()
+    documents = read_documents(paths)
+    sections = _sections(documents)
+    html = _rendered(documents, sections)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda file: file.write_text(html, encoding="utf-8"))
+    return {
+        "out": str(out),
+        "model": documents.model[0],
+        "sections": [section.title for section in sections],
+        "used": [{"file": one.name, "kind": one.kind} for one in documents.found],
+        "skipped": [{"file": name, "reason": reason} for name, reason in documents.skipped],
+    }
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a place where the page cannot be written."""
+    if out.is_dir():
+        raise ValueError(f"a report is one HTML file: {out} is a directory; give {out / 'report.html'}")
+    if out.exists() and not overwrite:
+        with out.open("rb") as file:
+            ours = _MARK.encode() in file.read(1000)
+        if not ours:
+            raise FileExistsError(
+                f"{out} exists and is no report; choose another name or pass overwrite (--overwrite)"
+            )
+
+
+def _sections(documents: Documents) -> list[Section]:
+    """Sections in reading order: what it is worth, why, how it was made."""
+    measured = (
+        headline,
+        diagnoses,
+        quality,
+        needles,
+        word_order,
+        speed,
+        layers,
+        training,
+        attenuation_curves,
+    )
+    made = [make(documents) for make in measured]
+    made += [*studies(documents), comparisons(documents)]
+    return [section for section in made if section is not None]
+
+
+def _rendered(documents: Documents, sections: Sequence[Section]) -> str:
+    """The page as text; every name in it is escaped, and charts, whose text is escaped already, are put in as they are."""
+    jinja2, markup = import_module("jinja2"), import_module("markupsafe")
+    here = files("kvlatent.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["origin"] = lambda document: (anchor(document), title_of(document))
+    template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
+    name, fingerprint = documents.model
+    sheets, machines = provenance(documents)
+    return template.render(
+        style=markup.Markup((here / "page.css").read_text(encoding="utf-8")),
+        mark=markup.Markup(_MARK),
+        svg=markup.Markup,
+        model=name,
+        fingerprint=fingerprint,
+        sections=sections,
+        sheets=sheets,
+        machines=machines,
+        documents=documents,
+    )

@@ -1,0 +1,110 @@
+"""Tables of the page: cells that carry the exact number beside its rounded text, and how numbers are rounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Cell", "Row", "Table", "cell", "exact", "number", "plain", "share", "words"]
+
+_MINUS, _TIMES = "\u2212", "\u00d7"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: what is read, the number behind it, its error, and how deep a heat map shades it (0 to 1)."""
+
+    text: str
+    value: float | None = None
+    error: float | None = None
+    shade: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row with a name of its own in the table; `head` is what its first column says, the name if it is empty."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    head: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a name of its own, so that a reader of the HTML finds each figure by table, row and column."""
+
+    name: str
+    caption: str
+    corner: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    heat: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        corner: str,
+        columns: Sequence[str],
+        rows: Sequence[tuple[str, Sequence[Cell]]],
+        *,
+        caption: str = "",
+        heat: bool = False,
+    ) -> Table:
+        made = tuple(Row(label, tuple(cells)) for label, cells in rows)
+        return cls(name, caption, corner, tuple(columns), made, heat)
+
+
+def number(value: float, error: float | None = None, *, digits: int = 4) -> str:
+    """A number as it is read: `digits` significant digits, or two of its error, but no more than six of its own."""
+    if error is not None and 0 < error < math.inf:
+        first = -math.floor(math.log10(error))  # the place of its first digit
+        most = 5 - math.floor(math.log10(abs(value))) if value else 8
+        places = max(min(first + 1, max(most, first)), 0)
+        return _grouped(value, places) + f" ± {_grouped(error, places)}"
+    text = exact(value, digits)
+    return text if error is None else f"{text} ± 0"
+
+
+def plain(value: float) -> str:
+    """A number without zeros at its end, as settings and axes want it."""
+    text = exact(value)
+    if "." in text and "^" not in text:
+        text = text.rstrip("0").rstrip(".")
+    return text
+
+
+def exact(value: float, digits: int = 4) -> str:
+    """Whole numbers in full, others with so many significant digits, and very small ones in powers of ten."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return _grouped(value, 0)
+    size = math.floor(math.log10(abs(value)))
+    if size < -4:
+        mantissa, _, power = f"{value:.{digits - 2}e}".partition("e")
+        return f"{mantissa} {_TIMES} 10^{int(power)}".replace("-", _MINUS)
+    return _grouped(value, max(digits - 1 - size, 0))
+
+
+def _grouped(value: float, places: int) -> str:
+    return f"{value:,.{places}f}".replace("-", _MINUS)
+
+
+def cell(value: float | None, error: float | None = None, *, digits: int = 4) -> Cell:
+    """The cell of a number; a dash where there is none."""
+    if value is None:
+        return Cell("–")
+    return Cell(number(value, error, digits=digits), float(value), None if error is None else float(error))
+
+
+def share(value: float | None, error: float | None = None, *, places: int = 1, shade: bool = False) -> Cell:
+    """The cell of a share, read in per cent; the number behind it stays between 0 and 1."""
+    if value is None:
+        return Cell("–")
+    text = f"{100 * value:.{places}f}" + ("" if error is None else f" ± {100 * error:.{places}f}") + " %"
+    return Cell(text, float(value), error, min(max(value, 0.0), 1.0) if shade else None)
+
+
+def words(text: object) -> Cell:
+    """The cell of something that is no number."""
+    return Cell("–" if text is None else str(text))

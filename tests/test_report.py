@@ -1,0 +1,359 @@
+"""The report: its figures equal the JSON, it needs nothing but itself, and what cannot be used is refused or named."""
+
+import json
+import math
+import re
+import statistics
+
+import pytest
+
+from kvlatent.report import report
+from report_page import Page, read_number
+from report_setup import (
+    CONFIG,
+    CONTEXTS,
+    DEPTHS,
+    LATENT,
+    MODEL,
+    PLACES,
+    SPANS,
+    WIDTHS,
+    bench,
+    comparison,
+    conversion,
+    evaluation,
+    everything,
+    run,
+    studies,
+    study,
+    write,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A page of everything, rendered once, and what `report` said of it."""
+    folder = tmp_path_factory.mktemp("report")
+    said = report([everything(folder / "results")], folder / "page" / "report.html")
+    return Page((folder / "page" / "report.html").read_text()), said
+
+
+@pytest.fixture
+def page_of(tmp_path):
+    """Write documents to files of their own and render them."""
+
+    def call(*documents):
+        files = [write(tmp_path / f"{i}.json", document) for i, document in enumerate(documents)]
+        said = report(files, tmp_path / "report.html")
+        return Page((tmp_path / "report.html").read_text()), said
+
+    return call
+
+
+def mean_of(grid):
+    """Mean of all entries of a grid."""
+    return statistics.fmean(value for row in grid for value in row)
+
+
+def test_says_what_it_used(whole):
+    _, said = whole
+    kinds = [one["kind"] for one in said["used"]]
+    assert {kind: kinds.count(kind) for kind in sorted(set(kinds))} == {
+        "bench": 1,
+        "comparison": 1,
+        "conversion": 1,
+        "evaluation": 1,
+        "metrics": 1,
+        "run": 1,
+        "study": len(studies()),
+    }
+    assert said["skipped"] == [] and said["model"] == MODEL["name"]
+    assert "results/tiny-stories-half/run.json" in [one["file"] for one in said["used"]]
+    json.dumps(said)
+
+
+def test_every_entry_is_its_number_rounded(whole):
+    page, _ = whole
+    entries = [entry for table in page.tables.values() for entry in table.values() if entry.value is not None]
+    assert len(entries) > 2000
+    for entry in entries:
+        value, rounding = read_number(entry.text)
+        assert abs(value - entry.value) <= rounding, entry
+        if entry.error:
+            error, rounding = read_number(entry.text.partition("± ")[2])
+            assert abs(error - entry.error) <= rounding, entry
+
+
+def test_every_chart_has_its_numbers(whole):
+    page, _ = whole
+    drawn = [figure for figure in page.figures if figure["svg"]]
+    assert len(drawn) > 30
+    assert all(figure["table"] and figure["cells"] for figure in drawn)
+
+
+def test_headline_equals_the_json(whole):
+    page, _ = whole
+    figures = evaluation()["figures"]
+    for name, label in (("original", MODEL["name"]), ("latent", LATENT["name"])):
+        own = figures[name]
+        wanted = {
+            "perplexity": own["perplexity"]["perplexity"],
+            "bits per byte": own["perplexity"]["bits_per_byte"],
+            "cache, bytes per token": own["cache_bytes_per_token"],
+            "needle reproduced, mean of the grid": mean_of(own["needle"]["exact"]),
+            "needle's reciprocal rank, mean": mean_of(own["needle"]["rank"]),
+            "true word order likelier by, nats": mean_of(own["order"]["margin"]),
+            "arc_easy, acc": own["tasks"]["tasks"]["arc_easy"]["acc"],
+        }
+        for row, value in wanted.items():
+            assert page.number("headline", row, label) == pytest.approx(value, rel=1e-12), row
+        assert page.error("headline", "perplexity", label) == own["perplexity"]["standard_error"]
+        assert (
+            page.error("headline", "arc_easy, acc", label) == own["tasks"]["tasks"]["arc_easy"]["acc_stderr"]
+        )
+    label, latent = LATENT["name"], figures["latent"]
+    assert page.number("headline", "perplexity over the original's", label) == latent["ratio"]
+    assert page.error("headline", "perplexity over the original's", label) == latent["ratio_standard_error"]
+    assert page.number("headline", "cache kept", label) == 0.5
+    assert page.number("headline", "divergence from the original, nats per token", label) == 0.01134
+    assert page.number("headline", "same likeliest token as the original", label) == 0.9462
+    assert page.tables["headline"]["diagnosis", label].text == "positional confusion"
+    assert page.number("headline", "arc_easy, acc_norm", label) is None  # not measured
+    assert page.tables["headline"]["widths of keys/values", label].text == "32\u201336/28\u201332"
+    row = "positional confusion: needle exact kept"
+    assert page.number(f"diagnosis-{label}", row, "value") == 0.71
+    assert page.number(f"diagnosis-{label}", row, "threshold") == 0.8
+
+
+def test_grids_equal_the_json(whole):
+    page, _ = whole
+    for name, label in (("original", MODEL["name"]), ("latent", LATENT["name"])):
+        needle, order = (evaluation()["figures"][name][kind] for kind in ("needle", "order"))
+        for score in ("exact", "rank"):
+            for i, context in enumerate(CONTEXTS):
+                for j, depth in enumerate(DEPTHS):
+                    found = page.number(f"needle-{score}-{label}", f"{context:,}", f"{100 * depth:.0f} %")
+                    assert found == needle[score][i][j]
+        for i, span in enumerate(SPANS):
+            for j, place in enumerate(PLACES):
+                cell = f"order-margin-{label}", str(span), f"depth {place:g}"
+                assert page.number(*cell) == order["margin"][i][j]
+                assert page.error(*cell) == order["margin_standard_error"][i][j]
+            mean = statistics.fmean(order["margin"][i])
+            assert page.number("order-margin", str(span), label) == pytest.approx(mean, rel=1e-12)
+
+
+def test_layers_and_losses_equal_the_json(whole):
+    page, _ = whole
+    layers = evaluation()["figures"]["latent"]["fidelity"]["layers"]
+    for name in ("relative_error", "attention_kl", "entropy_ratio"):
+        assert page.column(f"layers-{name}", LATENT["name"]) == [layer[name] for layer in layers]
+    assert page.column(f"widths-{LATENT['name']}", "keys, d_qk") == [d_qk for d_qk, _ in WIDTHS]
+    assert page.column(f"widths-{LATENT['name']}", "values, d_vo") == [d_vo for _, d_vo in WIDTHS]
+    made, steps = run()
+    name = "results/tiny-stories-half/run.json"
+    rows = made["conversion"]["layers"]
+    for strategy in ("calibrated", "paper", "stride", "energy"):
+        assert page.column(f"layer-errors-{name}", strategy) == [row["errors"][strategy] for row in rows]
+    assert page.column(f"layer-widths-{name}", "keys, d_qk") == [row["d_qk"] for row in rows]
+    assert page.column(f"layer-widths-{name}", "values, d_vo") == [row["d_vo"] for row in rows]
+    assert page.column(f"stages-{name}", "stage II") == [150, 614_400, 3.0, 2200.0, 0.4, 0.09]
+    assert page.column(f"steps-{name}", "perplexity") == [8.6831, 9.41, 9.02, 8.7611]
+    first = [step["loss"] for step in steps if step["stage"] == 1]
+    assert page.column("loss-stage1", "tiny-stories-half") == first
+    second = {step["tokens"]: step["loss"] for step in steps if step["stage"] == 2}
+    drawn = {row: entry.value for (row, _), entry in page.tables["loss-stage2"].items()}
+    assert len(drawn) == 100 and {"4,096", "614,400"} <= set(drawn)  # 50 of 150 left out, not the ends
+    assert all(second[int(row.replace(",", ""))] == value for row, value in drawn.items())
+
+
+def test_speed_equals_the_json(whole):
+    page, _ = whole
+    document = bench()
+    for row in document["rows"]:
+        name = f"{row['model']}, {row['cache']}, batch {row['batch']}, context {row['context']:,}"
+        cells = "bench-results/bench.json", name
+        assert page.number(*cells, "decode, ms per token") == row["decode_ms_per_token"]
+        assert page.number(*cells, "prefill, s") == row["prefill_s"]
+        assert page.number(*cells, "cache, bytes") == row["cache_bytes"]
+        drawn = (
+            f"decode-{row['batch']}-results/bench.json",
+            f"{row['context']:,}",
+            f"{row['model']}, {row['cache']}",
+        )
+        assert page.number(*drawn) == row["decode_ms_per_token"]
+    for ratio in document["ratios"]:
+        cells = f"faster-{ratio['batch']}-results/bench.json", f"{ratio['context']:,}"
+        assert page.number(*cells, f"measured, {ratio['cache']}") == ratio["decode"]
+        assert page.number(*cells, f"predicted, {ratio['cache']}") == ratio["predicted_decode"]
+    longest = page.tables["longest-results/bench.json"]
+    assert longest["latent, dynamic, batch 1", "tokens"].value == 242_000
+    assert longest["latent, quantized-int4, batch 1", "tokens"].text == "no limit"
+
+
+def cells_of(name, **wanted):
+    """Cells of a study whose settings are those."""
+    return [one for one in studies() if one["study"] == name and wanted.items() <= one["settings"].items()]
+
+
+def test_studies_are_means_over_seeds(whole):
+    page, _ = whole
+    for rank in (0, 4, 64):
+        ratios = [one["figures"]["ratio"] for one in cells_of("lora-rank", lora_rank=rank)]
+        assert len(ratios) == 3
+        cells = [("study-lora-rank", f"rank {rank}"), ("study-lora-rank-lora_rank-ratio", str(rank))]
+        for table, row in cells:
+            column = "perplexity over the original's"
+            assert page.number(table, row, column) == pytest.approx(statistics.fmean(ratios), rel=1e-12)
+            assert page.error(table, row, column) == pytest.approx(statistics.stdev(ratios), rel=1e-12)
+        assert page.number("study-lora-rank", f"rank {rank}", "seeds") == 3
+    paper = cells_of("widths", preset="paper", d_qk=16, d_vo=64)[0]["figures"]
+    cell = "study-widths", "paper, d_qk 16, d_vo 64", "perplexity over the original's"
+    assert page.number(*cell) == paper["ratio"] and page.error(*cell) == paper["ratio_standard_error"]
+    assert "paper-4x4-seed0 could not be measured: the frequency-aware table needs" in page.text
+
+
+def test_stage_one_is_compared_seed_by_seed(whole):
+    page, _ = whole
+
+    def perplexities(first, second):
+        found = cells_of("stages", preset="paper", d_qk=8, stage1_tokens=first, stage2_tokens=second)
+        return [one["figures"]["perplexity"] for one in found]
+
+    ratios = [a / b for a, b in zip(perplexities(20_000, 80_000), perplexities(0, 100_000), strict=True)]
+    cell = "study-stages-gain-paper, 100,000 tokens", "20", "12.5 % of the cache"
+    assert page.number(*cell) == pytest.approx(statistics.fmean(ratios), rel=1e-12)
+    assert page.error(*cell) == pytest.approx(statistics.stdev(ratios), rel=1e-9)
+
+
+def test_benchmark_files_are_read_by_their_shape(whole):
+    page, _ = whole
+    column = "perplexity over the original's"
+    assert page.number("quality", "ours head aligned, 32/32", column) == pytest.approx(1.0092)
+    assert page.error("quality", "ours head aligned, 32/32", column) == pytest.approx(
+        statistics.stdev([1.009, 1.0094])
+    )
+    assert page.number("quality", "ours head aligned, 32/32", "seeds") == 2
+    assert page.number("quality", "paper, 32/32", "cache kept") == 0.5  # values whole are 64, so the head is
+    assert page.number("quality", "keys statistics, 32/64", "cache kept") == 0.75
+    assert page.number("quality", LATENT["name"], column) == 1.00898
+    variants = "comparison-results/choices.json"
+    assert page.column(variants, "perplexity") == [8.68, 39.51, 8.737]
+    assert page.column(variants, "over the original's") == [1.0, 4.5516, 1.0065]
+
+
+def test_attenuation_curves(whole, page_of):
+    page, _ = whole
+    figures = cells_of("rope", rope="calibrated", d_qk=16)[0]["figures"]["attenuation"]
+    assert page.column("attenuation-d_qk = 16", "calibrated") == figures["latent"]
+    assert page.column("attenuation-d_qk = 16", "original") == figures["original"]
+    own = page.column("attenuation-models", LATENT["name"])
+    tables = [table.short for layer in CONFIG.tables for table in layer]
+    for x in (0, 1, 100, 128):
+        curves = [sum(math.cos(x * f) for f in table) / len(table) for table in tables]
+        assert own[x] == pytest.approx(statistics.fmean(curves), abs=1e-9)
+    bare, _ = page_of(
+        study("rope", "one", {"rope": "bare"}, {"inv_freq": [[1.0, 0.1], [0.5, 0.2]], "ratio": 2.0})
+    )
+    drawn = bare.column("attenuation-Similarity by distance", "one")
+    for x in (0, 1, 100, 128):
+        assert drawn[x] == pytest.approx(sum(math.cos(x * f) for f in (1.0, 0.1, 0.5, 0.2)) / 4, abs=1e-9)
+
+
+def test_page_needs_nothing_else(whole):
+    page, _ = whole
+    assert not re.search(r"https?:|//\w|@import|javascript", page.html)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "img", "iframe", "object"})
+    assert not any(name.startswith("on") for _, given in page.tags for name in given)
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:].replace("%20", " ") for link in page.links} <= set(page.ids)
+    references = re.findall(r"url\(([^)]*)\)", page.html)
+    assert references and all(one.startswith("#") and one[1:] in page.ids for one in references)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_charts_take_the_colours_of_the_page(whole):
+    page, _ = whole
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page.html, flags=re.DOTALL))
+    assert not re.search(r"#[0-9a-fA-F]{3,8}\b(?!-)", re.sub(r'(href="|url\()#[^")]*', "", drawn))
+    used = set(re.findall(r"var\(--([\w]+)\)", drawn))
+    style = page.html.partition("<style>")[2].partition("</style>")[0]
+    light, _, dark = style.partition("prefers-color-scheme: dark")
+    for name in used | {"page", "heat"}:
+        assert f"--{name}:" in light and f"--{name}:" in dark
+
+
+def test_provenance(whole):
+    page, _ = whole
+    table = page.tables["provenance-evaluation"]
+    assert table["results/evaluation.json", "command"].text == evaluation()["record"]["command"]
+    assert table["results/evaluation.json", "seed"].text == "0"
+    assert table["results/evaluation.json", "seconds"].text == "12.5"
+    study_table = page.tables["provenance-study-stages"]
+    one = cells_of("stages", seed=2)[0]
+    assert study_table[f"results/study/stages/{one['cell']}.json", "seed"].text == "2"
+    own = page.tables["provenance-conversion"]["results/conversion.json: paper-32x32", "command"].text
+    assert own == "python benchmarks/conversion.py --cells paper-32x32"
+    assert "Python 3.11.7, kvlatent 0.1.0, torch 2.13.0+cpu, transformers 5.23.0" in page.text
+    assert "processor: AMD EPYC, cores: 2, torch threads: 2" in page.text  # the bench's
+
+
+def test_sections_are_there_with_their_data_only(page_of):
+    page, said = page_of(bench())
+    assert said["sections"] == ["Speed against context"]
+    assert page.headings == [MODEL["name"], "Speed against context", "Where it is from"]
+    assert page_of(comparison())[1]["sections"] == ["Variants"]
+    assert page_of(conversion())[1]["sections"] == ["Quality against cache"]
+    alone = evaluation(original=None, model=MODEL, diagnosis=None)
+    alone["figures"] = {"latent": {"perplexity": 8.5, "standard_error": 0.2}}
+    page, said = page_of(alone)
+    assert said["sections"] == ["At a glance"]
+    assert page.tables["headline"] == {("perplexity", MODEL["name"]): ("8.50 ± 0.20", 8.5, 0.2)}
+
+
+def test_figures_may_lie_flat_as_evaluate_returns_them(page_of):
+    flat = {
+        "perplexity": 9.0,
+        "standard_error": 0.3,
+        "loss": 2.2,
+        "tokens": 100,
+        "cache_bytes_per_token": 50.0,
+    }
+    before = {**flat, "perplexity": 8.0, "cache_bytes_per_token": 100.0}
+    figures = {
+        "latent": flat,
+        "original": before,
+        "ratio": 1.12,
+        "ratio_standard_error": 0.01,
+        "cache_ratio": 0.5,
+    }
+    page, _ = page_of(evaluation(figures=figures))
+    cell = "headline", "perplexity over the original's", LATENT["name"]
+    assert page.number(*cell) == 1.12 and page.error(*cell) == 0.01
+    for name in ("ratio", "ratio_standard_error"):
+        del figures[name]
+    page, _ = page_of(evaluation(figures=figures))
+    assert page.number(*cell) == 9.0 / 8.0 and page.error(*cell) is None
+
+
+def test_models_of_one_name_are_told_apart(page_of):
+    page, _ = page_of(evaluation(), evaluation(seed=1))
+    columns = {column for _, column in page.tables["headline"]}
+    assert columns == {f"{LATENT['name']} ({i}.json)" for i in (0, 1)} | {
+        f"{MODEL['name']} ({i}.json)" for i in (0, 1)
+    }
+
+
+def test_hostile_names_are_text(page_of):
+    name = '<script>alert("1")</script> & $x$ "\'>'
+    hostile = evaluation(model={**LATENT, "name": name}, original={**MODEL, "name": f"{name} before"})
+    cells = [study(name, f"{i}", {"a": name, "_b": i, "c": f"_{i}"}, {name: 1.0 + i}) for i in range(3)]
+    page, said = page_of(hostile, *cells)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script"}) and "<script" not in page.html
+    assert said["model"] == f"{name} before" == page.headings[0]
+    assert page.number("headline", "perplexity", name) == 8.7611
+    assert page.column(f"study-{name}", name) == [1.0, 2.0, 3.0]
+
+
+def test_equal_files_give_an_equal_page(page_of):
+    assert page_of(evaluation(), comparison())[0].html == page_of(evaluation(), comparison())[0].html

@@ -1,0 +1,299 @@
+"""What a report reads, what it skips and names, what it refuses; and how it writes numbers."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from kvlatent.report import page as page_module
+from kvlatent.report import report
+from kvlatent.report.charts import Line, dot_chart, line_chart, styled
+from kvlatent.report.making import thinned
+from kvlatent.report.tables import number, plain
+from report_page import Page
+from report_setup import (
+    FINGERPRINT,
+    LATENT,
+    MODEL,
+    bench,
+    comparison,
+    conversion,
+    evaluation,
+    run,
+    study,
+    write,
+)
+
+OTHER = {"name": "another", "fingerprint": "77" * 32}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "report.html"
+
+
+def of_train(model, **changes):
+    """`run.json` of `kvlatent train`, which names the model it went on from."""
+    made, _ = run()
+    return {**made, "sha256": {"model": model, "teacher": None, "data": "aa"}, **changes}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"kind": "evaluation", "model"', "no JSON: Expecting ':' delimiter in line 1"),
+        ("", "no JSON: Expecting value in line 1"),
+        ("[1, 2]", "it holds a list, and a result is an object"),
+        ('{"kind": "evaluation", "figures": {"latent": {"perplexity": NaN}}}', "it holds NaN"),
+        (
+            '{"kind": "evaluation", "figures": {"latent": {"perplexity": 1e999}}}',
+            "it holds a number beyond 1e308",
+        ),
+        ("[" * 100_000, "nested too deeply"),
+        ({"kind": "card"}, "no result that a report knows: kind 'card'"),
+        ({"python": "3.11", "rows": {"llama": {}}}, "no result that a report knows"),
+        ({"kind": ["bench"]}, "no result that a report knows"),
+        ({"kind": "evaluation", "model": MODEL}, "figures: Field required"),
+        (
+            evaluation(model={"name": "a", "latent": {"widths": 3}}),
+            "model: Value error, kv_latent in config.json is damaged",
+        ),
+        ({**bench(), "rows": []}, "rows: List should have at least 1 item"),
+        ({**bench(), "rows": [{"batch": "one"}]}, "rows.0.batch: Input should be a valid integer"),
+        (
+            evaluation(figures={"latent": {"perplexity": {"perplexity": "low"}}}),
+            "figures.latent.perplexity: Input",
+        ),
+        (
+            evaluation(
+                figures={"latent": {"needle": {"contexts": [8], "depths": [0.5], "exact": [[1], [0]]}}}
+            ),
+            "figures.latent.needle: Value error, exact must have 1 rows of 1: got [1, 1]",
+        ),
+        (
+            study("rope", "c", {}, {"attenuation": {"positions": [0, 1], "latent": [1.0]}}),
+            "latent must have 2 numbers: got 1",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_skipped_and_named(tmp_path, out, content, reason):
+    write(tmp_path / "results" / "a<b>.json", content)
+    write(tmp_path / "results" / "good.json", comparison())
+    said = report([tmp_path / "results"], out)
+    (skipped,) = said["skipped"]
+    assert skipped["file"] == "results/a<b>.json" and reason in skipped["reason"]
+    assert [one["kind"] for one in said["used"]] == ["comparison"]
+    page = Page(out.read_text())
+    assert f"results/a<b>.json: {skipped['reason']}" in page.text and "1 file could not be used" in page.text
+
+
+def test_files_that_cannot_be_read(tmp_path, out):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "binary.json").write_bytes(b"\xff\xfe")
+    write(tmp_path / "results" / "good.json", comparison())
+    write(
+        tmp_path / "results" / "m" / "metrics.jsonl", '{"stage": 1, "tokens": 8, "loss": 2.0}\n{"stage": 1,\n'
+    )
+    write(tmp_path / "results" / "n" / "metrics.jsonl", "")
+    skipped = {one["file"]: one["reason"] for one in report([tmp_path / "results"], out)["skipped"]}
+    assert skipped == {
+        "results/binary.json": "no text in UTF-8",
+        "results/m/metrics.jsonl": "line 2 of 2: no JSON: Expecting property name enclosed in double quotes in line 1",
+        "results/n/metrics.jsonl": "it holds no steps",
+    }
+
+
+def test_which_files_of_a_folder_are_read(tmp_path, out):
+    folder = tmp_path / "results"
+    write(folder / "evaluation.json", evaluation())
+    made, steps = run()
+    for name in ("run.json", "config.json", "tokenizer.json", "model.safetensors"):
+        write(folder / "deep" / "checkpoint" / name, made if name == "run.json" else {})
+    write(folder / "deep" / "checkpoint" / "metrics.jsonl", json.dumps(steps[0]))
+    write(folder / "deep" / "out.partial" / "plan.json", {})
+    write(folder / ".hidden" / "bench.json", bench())
+    write(folder / ".bench.json.tmp-7", bench())
+    write(folder / "widths" / "study.json", {"kind": "study-folder"})
+    write(folder / "widths" / "work" / "original.json", {})
+    write(folder / "widths" / "one.json", study("widths", "one", {}, {"ratio": 1.5}))
+    (folder / "folder.json").mkdir()
+    said = report([folder / "evaluation.json", folder], out)  # one file twice counts once
+    assert said["skipped"] == []
+    assert [one["file"] for one in said["used"]] == [
+        "evaluation.json",
+        "results/deep/checkpoint/metrics.jsonl",
+        "results/deep/checkpoint/run.json",
+        "results/widths/one.json",
+    ]
+
+
+def test_a_cell_counts_once(tmp_path, out):
+    for name in ("one", "copy"):
+        write(tmp_path / "cells" / f"{name}.json", study("widths", "c", {}, {"ratio": 1.5}))
+    said = report([tmp_path / "cells"], out)
+    assert said["skipped"] == [
+        {"file": "cells/one.json", "reason": "cell c of study widths was read from cells/copy.json already"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**bench(), "model": OTHER, "original": None},
+        study("widths", "c", {}, {"ratio": 1.5}) | {"model": OTHER},
+        evaluation(original=OTHER),
+        evaluation(original=None),  # of the latent model alone: nobody knows what it came from
+        {**conversion(), "sha256": {"model": OTHER["fingerprint"]}},
+        {**comparison(), "sha256": {"model": OTHER["fingerprint"]}},
+        of_train(OTHER["fingerprint"]),
+    ],
+)
+def test_different_models_are_refused(tmp_path, out, other):
+    write(tmp_path / "results" / "a.json", evaluation())
+    write(tmp_path / "results" / "b.json", other)
+    with pytest.raises(ValueError, match="one report is about one model") as error:
+        report([tmp_path / "results"], out)
+    assert f"results/a.json is of {MODEL['name']} ({FINGERPRINT[:12]})" in str(error.value)
+    assert "results/b.json of" in str(error.value) and "make a report of each" in str(error.value)
+    assert not out.exists()
+
+
+def test_a_trained_run_is_known_by_the_first_original(tmp_path, out):
+    earlier = [{"sha256": {"model": FINGERPRINT}}, {"sha256": {"model": LATENT["fingerprint"]}}]
+    write(tmp_path / "results" / "a.json", evaluation())
+    write(tmp_path / "results" / "run.json", of_train(LATENT["fingerprint"], earlier=earlier))
+    write(
+        tmp_path / "results" / "taught" / "run.json",
+        of_train("x", sha256={"model": "x", "teacher": FINGERPRINT}),
+    )
+    assert len(report([tmp_path / "results"], out)["used"]) == 3
+
+
+def test_nothing_to_report_is_refused(tmp_path, out):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ValueError, match="needs at least 1 result: got 0 files and 0 that can be used; give what"
+    ):
+        report([tmp_path / "empty"], out)
+    bad = write(tmp_path / "bad.json", "{")
+    with pytest.raises(ValueError, match="got 1 files and 0 that can be used .bad.json: no JSON"):
+        report([bad], out)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give files or folders"):
+        report([tmp_path / "nowhere"], out)
+
+
+def test_where_a_page_may_be_written(tmp_path, out):
+    source = write(tmp_path / "a.json", comparison())
+    with pytest.raises(ValueError, match="is a directory; give .*report.html"):
+        report([source], tmp_path)
+    with pytest.raises(FileExistsError, match="exists and is no report; choose another name"):
+        report([source], source)
+    assert json.loads(source.read_text()) == comparison()
+    report([source], out)
+    first = out.read_text()
+    report([write(tmp_path / "b.json", bench())], out)  # an earlier report is replaced
+    assert out.read_text() != first
+    out.write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        report([source], out)
+    report([source], out, overwrite=True)
+    assert out.read_text() == first
+
+
+def test_a_failure_leaves_the_old_page(tmp_path, out, monkeypatch):
+    report([write(tmp_path / "a.json", comparison())], out)
+    before = out.read_text()
+
+    def torn(path, write):
+        write(path.with_name("half"))
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(page_module, "write_atomically", torn)
+    with pytest.raises(OSError, match="the disk is full"):
+        report([write(tmp_path / "b.json", bench())], out)
+    assert out.read_text() == before
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
+def test_missing_libraries_are_named(tmp_path, out, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf'a report needs {name}; pip install "kvlatent\[report\]"'):
+        report([write(tmp_path / "a.json", comparison())], out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (8.7611, 0.2731, "8.76 ± 0.27"),
+        (1.00898, 0.00102, "1.0090 ± 0.0010"),
+        (9.99961, 0.0996, "10.000 ± 0.100"),
+        (12345.6, 234.0, "12,346 ± 234"),
+        (9.6603631, 0.0000521, "9.66036 ± 0.00005"),
+        (0.01134, 0.0004, "0.01134 ± 0.00040"),
+        (1.5, 0.0, "1.500 ± 0"),
+        (8192.0, None, "8,192"),
+        (0.78112, None, "0.7811"),
+        (-2.5, None, "−2.500"),
+        (0.0, None, "0"),
+        (0.0000123, None, "1.23 × 10^−5"),
+    ],
+)
+def test_numbers_keep_the_digits_that_their_error_leaves(value, error, text):
+    assert number(value, error) == text
+
+
+def test_plain_numbers_have_no_zeros_behind():
+    assert [plain(x) for x in (0.25, 100.0, 0.1, 1e-5, 12.5)] == [
+        "0.25",
+        "100",
+        "0.1",
+        "1.00 × 10^−5",
+        "12.5",
+    ]
+
+
+def test_thinning_keeps_both_ends():
+    assert thinned(range(5), 10) == [0, 1, 2, 3, 4]
+    found = thinned(range(1001), 11)
+    assert found == list(range(0, 1001, 100))
+
+
+def test_lines_take_colours_that_nobody_asked_for():
+    lines = [
+        Line("a", [1], [1]),
+        Line("b", [1], [1], role="c1"),
+        Line("c", [1], [1], role="original", marks=False),
+    ]
+    assert [(role, mark) for _, role, mark in styled(lines)] == [("c2", "s"), ("c1", "o"), ("original", "")]
+
+
+def test_dots_have_labels_and_one_axis():
+    labels = ["first", "a label that is so long that it does not fit into one line of a chart for a phone"]
+    chart = dot_chart("x", labels, [1.0, 3.0], [None, 0.5], title="t", x_label="ratio", level=1.0)
+    texts = re.findall(r">([^<>]+)</text>", chart.svg)
+    assert "first" in texts and "ratio" in texts
+    assert [text for text in texts if text.startswith("a label") or text.endswith("phone")] != labels[1:]
+    numbers = [float(text) for text in texts if re.fullmatch(r"[\d.]+", text)]
+    assert len(numbers) > 2 and numbers == sorted(numbers)  # of the one axis
+
+
+def test_the_head_is_known_from_another_document(tmp_path, out):
+    cells = {name: cell for name, cell in conversion()["cells"].items() if name.startswith(("ours", "paper"))}
+    write(tmp_path / "results" / "conversion.json", {**conversion(), "cells": cells})
+    report([tmp_path / "results"], out)
+    assert Page(out.read_text()).number("quality", "paper, 32/32", "channels") == 64
+    write(tmp_path / "results" / "run.json", {**run()[0], "plan": {"head_dim": 128}})
+    report([tmp_path / "results"], out)
+    assert Page(out.read_text()).number("quality", "paper, 32/32", "cache kept") == 0.25
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0], [5.0, 5.0], [0.0, 64.0], [1e-9, 1e9], [0.0, 0.0], [-3.0, 2e6]]
+)
+def test_axes_of_any_range(values):
+    chart = line_chart(
+        "x", [Line("$a_b$ <c>", values, values)], title="<t>", x_label="x", y_label="y", log_x=True
+    )
+    assert chart.svg.startswith('<svg viewBox="0 0 360') and 'aria-label="&lt;t&gt;"' in chart.svg
