@@ -231,3 +231,15 @@ def test_a_config_with_whitened_values_cannot_be_filled_without_statistics():
     ):
         convert(model, config)
     convert(model, config, statistics=statistics, align=0)
+
+
+def test_a_side_that_was_not_narrowed_is_recorded_and_cannot_be_asked_to_shrink():
+    config = tiny_model("llama").config
+    recorded = Choices(keys="full", values="full")
+    assert choose(config, HEAD_DIM, HEAD_DIM, recorded).keys == "full"
+    with pytest.raises(
+        ValueError, match='"full" keeps every channel, 32 of them: got d_qk=16; name another rule'
+    ):
+        choose(config, 16, HEAD_DIM, recorded)
+    with pytest.raises(ValueError, match="got d_vo=8"):
+        choose(config, HEAD_DIM, 8, recorded)

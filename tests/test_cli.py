@@ -335,7 +335,8 @@ def test_mistakes_in_the_text(place, tmp_path, name, content, sentence):
     words = ("--data", tmp_path / name, "--out", tmp_path / "out", "--tokens", 64, "--device", "cpu", *SET)
     assert sentence in mistake("compress", place / "model", *words)
     assert [p.name for p in tmp_path.iterdir()] == [name]
-    assert sentence in mistake("eval", place / "latent", "--data", tmp_path / name, "--block-size", 32)
+    said = mistake("eval", place / "latent", "--data", tmp_path / name, "--block-size", 32)
+    assert sentence in said or "needs text" in said or "text is too short" in said
 
 
 def test_a_missing_text(place, tmp_path):

@@ -18,6 +18,7 @@ _ALLOWED = {
     "table": TABLE_SCOPES,
 }
 BY_PAIRS = ("gram", "energy", "weights")
+FULL = "full"  # of keys or values in the record of a checkpoint: that side was not narrowed
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Choices:
     def __post_init__(self) -> None:
         """Raise `ValueError` for an unknown answer, or answers that contradict each other."""
         for name, values in _ALLOWED.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(values)}")
+            given = getattr(self, name)
+            if given not in values and not (given == FULL and name in ("keys", "values")):
+                raise ValueError(f"unknown {name} {given!r}; choose one of {', '.join(values)}")
         if self.align < 0:
             raise ValueError(f"alignment takes 0 steps (off) or more: got align={self.align}; try 200")
         if self.frequencies != "own" and (self.keys in BY_PAIRS or self.gains):

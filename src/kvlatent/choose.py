@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .choices import BY_PAIRS, PAPER, Choices
+from .choices import BY_PAIRS, FULL, PAPER, Choices
 from .config import Channels, LatentConfig, check_length, check_width
 from .families import LATENT_PREFIX, effective_table, family_of, head_dim_of
 from .rope import frequency_aware_table
@@ -48,6 +48,11 @@ def choose(
         raise ValueError(f"unknown qk_norm {qk_norm!r}; choose one of full, sliced")
     head_dim = head_dim_of(config)
     key_width, value_width = check_widths(config, d_qk, d_vo)
+    for name, width, rule in (("d_qk", key_width, choices.keys), ("d_vo", value_width, choices.values)):
+        if rule == FULL and width != head_dim:
+            raise ValueError(
+                f'the rule "full" keeps every channel, {head_dim} of them: got {name}={width}; name another rule'
+            )
     tables, channels = _keys(config, key_width, choices, pairs)
     if choices.values == "slice":
         for width in _each(value_width):

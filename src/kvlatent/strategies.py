@@ -20,13 +20,13 @@ from .config import LatentConfig
 from .conversion import convert
 from .statistics import Statistics
 
-__all__ = ["STRATEGIES", "layer_report"]
+__all__ = ["STRATEGIES", "layer_report", "table_scope"]
 
 STRATEGIES: dict[str, Choices] = {
     "paper": PAPER,
-    "matched": Choices(keys="matched", table="model"),
-    "stride": Choices(table="model"),
-    "energy": Choices(keys="energy", values="whitened"),
+    "matched": Choices(keys="matched"),
+    "stride": Choices(),
+    "energy": Choices(keys="energy", values="whitened", table="head"),
     "calibrated": resolve_choices("calibrated", align=0, refit=False),
 }
 """Closed forms, nothing tuned; pairs keep their own frequencies and the softmax its scale, but for the paper's."""
@@ -114,7 +114,7 @@ def _converted(
 ) -> Any:
     """The closed form of a strategy, its chosen pairs shared as in `config`; or why it is impossible."""
     if choices.keys in BY_PAIRS:
-        choices = replace(choices, table=_scope(config))
+        choices = replace(choices, table=table_scope(config))
     try:
         return convert(
             model,
@@ -128,7 +128,7 @@ def _converted(
         return str(error)
 
 
-def _scope(config: LatentConfig) -> str:
+def table_scope(config: LatentConfig) -> str:
     """Who shares a rotary table in `config`: "head", "layer" or "model"."""
     if any(len(layer) > 1 for layer in config.tables):
         return "head"

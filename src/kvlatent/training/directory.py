@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from .. import hub
 from ..budget import Plan
 from ..card import model_card
-from ..choices import Choices
+from ..choices import BY_PAIRS, Choices
+from ..config import LatentConfig
 from ..data import prepare
 from ..data.text import resolve
 from ..estimate import estimate_seconds, layer_size
@@ -26,6 +27,7 @@ from ..output import prepare_output
 from ..recipe import Recipe
 from ..record import command_line, environment, read_record
 from ..settings import choose_device
+from ..strategies import table_scope
 from ..workspace import Workspace, fingerprint, identity
 from .history import history, in_place, joined_journal, options_of
 from .loop import Progress
@@ -65,7 +67,7 @@ def plan_training(
     hub.check_block_size(config, recipe.data.block_size)
     latent = latent_config_of(config)
     return Plan(
-        choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale),
+        choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, _table_of(latent)),
         kv=1.0,
         widths=(latent.d_qk, latent.d_vo),
         head_dim=latent.original_head_dim,
@@ -77,6 +79,11 @@ def plan_training(
         stored_dtype=config.dtype or torch.float32,
         seconds=estimate_seconds(recipe, (stage,), *layer_size(config), config.num_hidden_layers, device),
     )
+
+
+def _table_of(latent: LatentConfig) -> str:
+    """Who shares kept pairs; one table where all keys keep the same channels by rule."""
+    return table_scope(latent) if latent.keys in BY_PAIRS else "model"
 
 
 def train(
