@@ -154,6 +154,7 @@ class _Bench:
             self.figures[role][name] = check(model, self._report(f"{name}, {role}"))
 
     def perplexity(self, text: Text, size: int, stride: int | None) -> None:
+        """Perplexity and cache bytes of each, and what one is over the other."""
         found: dict[str, Perplexity] = {}
         documents = text.documents
         for role, model in self.models.items():
@@ -177,6 +178,7 @@ class _Bench:
             self.figures |= {"ratio": ratio, "ratio_standard_error": error, "cache_ratio": both[0] / both[1]}
 
     def fidelity(self, text: Text, size: int) -> None:
+        """Distance of the latent model from its original."""
         self.figures["fidelity"] = fidelity(
             self.models["original"],
             self.models["latent"],
@@ -186,6 +188,7 @@ class _Bench:
         )
 
     def tasks(self, names: Sequence[str], include_path: str | Path | None, limit: int | None) -> None:
+        """lm-eval's tasks on each, and their differences."""
         for number, (role, model) in enumerate(self.models.items()):
             if self.progress is not None:
                 self.progress("tasks", number, len(self.models), role)
