@@ -4,11 +4,11 @@ Importing the package registers the latent model classes with transformers' `Aut
 `AutoModelForCausalLM.from_pretrained(DIR)` loads a converted checkpoint. Reading order of the modules:
 
     what the artifact is    table -> config -> rope -> select -> families -> attention -> modeling
-    what a text says        statistics -> calibration -> pairs, factor -> prediction -> planning
-    how it is made          choices -> choose -> projections -> refinement -> conversion -> remote_code -> output -> hub
+    what a text says        statistics -> calibration -> subset -> pairs, factor -> prediction -> planning
+    how it is made          choices -> choose -> projections -> alignment -> refit -> refinement -> conversion -> remote_code -> output -> hub
     how it is trained       data -> stage1, stage2 -> recipe -> training
-    what it is worth        cost -> engines -> serving -> perplexity -> evaluation
-    the whole of it         settings -> budget -> texts -> steps -> workspace -> run -> pipeline, converting, survey -> demo
+    what it is worth        cost -> engines -> serving -> perplexity -> evaluation, bench -> report
+    the whole of it         settings -> budget -> texts -> steps -> workspace -> run -> pipeline, converting, survey, study -> demo
 """
 
 from importlib import import_module
