@@ -7,7 +7,7 @@ import torch
 
 from calibration_setup import realistic_model, short_descent, text
 from kvlatent import tuning
-from kvlatent.alignment import LayerPair, _logits, align_attention, align_output, tuned_copy
+from kvlatent.alignment import LayerPair, align_attention, align_output, row_logits, tuned_copy
 from kvlatent.assembly import full_width
 from kvlatent.calibration import calibrate
 from kvlatent.conversion import convert
@@ -252,7 +252,9 @@ def test_long_and_short_blocks_together_are_each_turned_by_their_own_table(tmp_p
     ):
         with torch.no_grad():
             normed = norm(pair.inputs.read(range(8)))
-            together = _logits(attention, decoder, normed, pair.positions, rows)[0]
+            together = row_logits(attention, decoder, normed, pair.positions, rows)[0]
             for b in range(8):
-                one = _logits(attention, decoder, normed[b, None], pair.positions[b, None], rows[b, None])[0]
+                one = row_logits(attention, decoder, normed[b, None], pair.positions[b, None], rows[b, None])[
+                    0
+                ]
                 torch.testing.assert_close(together[b, None], one, rtol=1e-4, atol=1e-4)

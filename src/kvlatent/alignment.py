@@ -23,7 +23,7 @@ from .rope import apply_rotary
 from .streams import Stream
 from .tuning import BLOCKS, Chosen, tune
 
-__all__ = ["LayerPair", "align_attention", "align_output", "tuned_copy"]
+__all__ = ["LayerPair", "align_attention", "align_output", "row_logits", "tuned_copy"]
 
 _MASKED = -1e30
 
@@ -71,8 +71,10 @@ def align_attention(pair: LayerPair, steps: int, seed: int, progress: Callable[[
         with torch.no_grad():
             hidden, positions = pair.inputs.read(blocks), pair.positions[blocks]
             normed = layer.input_layernorm(hidden)
-            target = log_softmax(_logits(layer.self_attn, pair.original, normed, positions, rows)[0], dim=-1)
-        logits, _ = _logits(pair.attention, pair.latent, normed.float(), positions, rows)
+            target = log_softmax(
+                row_logits(layer.self_attn, pair.original, normed, positions, rows)[0], dim=-1
+            )
+        logits, _ = row_logits(pair.attention, pair.latent, normed.float(), positions, rows)
         return (target.exp() * (target - log_softmax(logits, dim=-1))).sum(-1).mean()
 
     return _tuned(pair, _key_parameters(pair.attention), loss, steps, seed, progress)
@@ -107,7 +109,7 @@ def align_output(
             index = rows[..., None].expand(-1, -1, hidden.shape[-1])
             wanted = pair.outputs.read(blocks).gather(1, index)
             hidden = hidden.gather(1, index)
-        logits, value = _logits(pair.attention, pair.latent, normed, positions, rows)
+        logits, value = row_logits(pair.attention, pair.latent, normed, positions, rows)
         mixed = softmax(logits, dim=-1) @ value.repeat_interleave(pair.attention.num_key_value_groups, dim=1)
         middle = hidden + pair.attention.o_proj(mixed.transpose(1, 2).flatten(2)).to(dtype)
         given = middle + layer.mlp(layer.post_attention_layernorm(middle))
@@ -150,7 +152,7 @@ def _next_norm(pair: LayerPair) -> Any:
     return pair.original.norm if pair.index + 1 == len(layers) else layers[pair.index + 1].input_layernorm
 
 
-def _logits(
+def row_logits(
     attention: Any, decoder: Any, normed: Tensor, positions: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Masked logits [B, N, R, T] in float32 of sampled query rows [B, R], and the values [B, K, T, d_vo]."""

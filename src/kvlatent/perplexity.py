@@ -98,7 +98,7 @@ def summarise(block_losses: Sequence[float], block_tokens: Sequence[int]) -> Per
             "the model's weights are broken or its dtype overflows, try float32"
         )
     value = math.exp(loss)
-    error = _ratio_error(block_losses, block_tokens)
+    error = ratio_error(block_losses, block_tokens)
     scaled = None if error is None else value * error  # first order: d exp(x) = exp(x) dx
     return Perplexity(loss, value, scaled, tokens, tuple(block_losses), tuple(block_tokens))
 
@@ -117,11 +117,11 @@ def perplexity_ratio(measured: Perplexity, reference: Perplexity) -> tuple[float
         )
     ratio = math.exp(measured.loss - reference.loss)
     differences = [a - b for a, b in zip(measured.block_losses, reference.block_losses, strict=True)]
-    error = _ratio_error(differences, measured.block_tokens)
+    error = ratio_error(differences, measured.block_tokens)
     return ratio, None if error is None else ratio * error
 
 
-def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+def ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
     """Return the standard error of sum(sums) / sum(counts), clusters being independent; None for one."""
     number, total = len(counts), sum(counts)
     if number < 2:

@@ -17,6 +17,11 @@ Checkpoint = Annotated[
 Against = Annotated[str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")]
 
 
+def _last(source: str | None) -> Path | None:
+    """A source of the record's command, which shows last names only."""
+    return None if source is None else Path(source)
+
+
 def evaluate(
     directory: Checkpoint,
     data: Annotated[
@@ -83,12 +88,19 @@ def evaluate(
             progress=run.report,
         )
         given: dict[str, Any] = {
-            "data": data and Path(data),
-            "against": against and Path(against),
+            "data": _last(data),
+            "against": _last(against),
             "checks": checks,
             "tasks": tasks,
         }
-        given |= {"block_size": block_size, "stride": stride, "max_tokens": max_tokens, "contexts": contexts}
+        given |= {"include_path": include_path, "limit": limit, "block_size": block_size, "stride": stride}
+        given |= {
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+            "contexts": contexts,
+            "template": template,
+        }
+        given |= {"separator": separator, "text_field": text_field, "device": device, "dtype": dtype}
         document["record"]["command"] = command_line("eval", directory, given | {"seed": seed or 0})
         run.show(document, *evaluation_tables(document))
 
@@ -136,13 +148,9 @@ def bench(
             dtype=dtype,
             progress=run.report,
         )
-        given: dict[str, Any] = {
-            "against": against and Path(against),
-            "contexts": contexts,
-            "batches": batches,
-            "caches": caches,
-        }
-        given |= {"new_tokens": new_tokens, "repeats": repeats, "attention": attention, "compile": compile_}
+        given: dict[str, Any] = {"against": _last(against), "contexts": contexts, "batches": batches}
+        given |= {"caches": caches, "new_tokens": new_tokens, "repeats": repeats, "memory": memory}
+        given |= {"attention": attention, "compile": compile_, "device": device, "dtype": dtype}
         document["record"]["command"] = command_line("bench", directory, given | {"seed": seed or 0})
         run.show(document, *bench_lines(document), json_line(document))
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..hub import load_model
+from ..sources import Source as Model
+from ..sources import opened
 
 __all__ = ["CONTEXTS", "Model", "check_numbers", "contexts_for", "loaded"]
 
 CONTEXTS = (256, 1024, 4096)
-Model = str | Path | PreTrainedModel
 
 
 def check_numbers(
@@ -39,11 +38,7 @@ def loaded(
 ) -> dict[str, PreTrainedModel]:
     """Models by role, the original first, known to belong together."""
     given = {"original": original, "latent": model} if original is not None else {"latent": model}
-    models = {
-        role: each if isinstance(each, PreTrainedModel) else load_model(each, dtype=dtype, device=device)
-        for role, each in given.items()
-        if each is not None
-    }
+    models = {role: opened(each, dtype, device) for role, each in given.items() if each is not None}
     if original is None:
         only = models["latent"]
         return models if getattr(only.config, "kv_latent", None) else {"original": only}

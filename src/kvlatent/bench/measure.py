@@ -10,7 +10,6 @@ import importlib.metadata
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from transformers import PreTrainedModel
 
 from ..cost import maximum_context
 from ..record import environment
-from ..statistics import model_fingerprint
-from ..workspace import identity
+from ..sources import named
 from .caches import CACHES, PACKAGES, cached_widths, check_caches, group_size
 from .cells import UNTIMED, Measured, Variant, attention_of, measure_cell, random_prompt
 from .door import Model, check_numbers, contexts_for, loaded
@@ -151,13 +149,10 @@ def _measured(
 
 def _about(model: Any, source: Model, caches: Sequence[str]) -> dict[str, Any]:
     """Which model it is, its bytes and widths, and the group sizes of its quantised caches."""
-    loaded = isinstance(source, PreTrainedModel)
-    name = getattr(model.config, "_name_or_path", "") if loaded else str(source)
     keys, values = zip(*cached_widths(model.config), strict=True)
     sizes = {cache: group_size(cache, model.config) for cache in caches}
     return {
-        "name": Path(name).name or type(model).__name__,
-        "fingerprint": model_fingerprint(model) if loaded else identity(source),
+        **named(model, source),
         "weight_bytes": weight_bytes(model),
         "read_bytes": read_bytes(model),
         "d_qk": list(keys),

@@ -15,7 +15,8 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from ..hub import check_block_size
-from ..perplexity import _ratio_error
+from ..perplexity import ratio_error
+from ..sources import check_same_vocabulary
 from ..stage2 import IGNORED, Head
 from .layerwise import LayerSums, as_latent, in_lockstep, sampled_rows
 
@@ -100,7 +101,7 @@ def fidelity(
         raise ValueError(f"fidelity needs tokens to predict: {len(counts)} blocks hold 0; give more text")
     return {
         "kl": sum(divergences) / tokens,
-        "kl_standard_error": _ratio_error(divergences, counts),
+        "kl_standard_error": ratio_error(divergences, counts),
         "top1_agreement": agreed / tokens,
         "tokens": tokens,
         "layers": [{"layer": index} | one.finish() for index, one in enumerate(sums)],
@@ -113,12 +114,7 @@ def _check(original: Any, latent: Any, batch_size: int, rows: int, layers: bool)
         raise ValueError(f"a batch holds at least one block: got batch_size={batch_size}; try 4")
     if rows < 1:
         raise ValueError(f"attention is compared on at least 1 query row a block: got rows={rows}; try 64")
-    sizes = original.config.vocab_size, latent.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"both models must read the same tokens: their vocabularies have {sizes[0]} and {sizes[1]} entries; "
-            "compare with the model it came from"
-        )
+    check_same_vocabulary(original, latent)
     for name in ("num_hidden_layers", "num_attention_heads", "hidden_size") if layers else ():
         found, other = (getattr(model.config, name) for model in (original, latent))
         if found != other:

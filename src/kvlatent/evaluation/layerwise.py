@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ..alignment import _logits
+from ..alignment import row_logits
 from ..assembly import full_width
 from ..calibration import allowed, document_ids
 from ..streams import one_layer
@@ -68,7 +68,7 @@ def _attention_rows(
     for decoder, states in zip(decoders, hidden, strict=True):
         layer = decoder.layers[index]
         normed = layer.input_layernorm(states)
-        yield log_softmax(_logits(layer.self_attn, decoder, normed, positions, rows)[0][0], dim=-1)
+        yield log_softmax(row_logits(layer.self_attn, decoder, normed, positions, rows)[0][0], dim=-1)
     window = decoders[0].layers[index].self_attn.sliding_window
     yield allowed(positions, rows, window)[0].sum(-1)
 

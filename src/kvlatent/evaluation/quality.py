@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cost import live_cache_bytes
 from ..data import evaluation_blocks
-from ..hub import check_block_size, load_model, load_tokenizer
+from ..hub import check_block_size, load_tokenizer
 from ..perplexity import Perplexity, perplexity, perplexity_ratio
+from ..sources import check_same_vocabulary, opened
 
 __all__ = ["cache_bytes_per_token", "compare", "evaluate", "measure", "precision", "speedometer"]
 
@@ -126,13 +127,10 @@ def evaluate(
     Raises:
         ValueError: the two models have different vocabularies, the text is too short, or an unknown dtype.
     """
-    loaded = _loaded(model, dtype, device)
-    other = None if against is None else _loaded(against, dtype, device)
-    if other is not None and other.config.vocab_size != loaded.config.vocab_size:
-        raise ValueError(
-            "both models must read the same tokens: their vocabularies have "
-            f"{loaded.config.vocab_size} and {other.config.vocab_size} entries; compare with the model it came from"
-        )
+    loaded = opened(model, dtype, device)
+    other = None if against is None else opened(against, dtype, device)
+    if other is not None:
+        check_same_vocabulary(loaded, other)
     if tokenizer is None and not isinstance(data, Dataset):
         if isinstance(model, PreTrainedModel):
             raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=, or blocks as data")
@@ -167,10 +165,6 @@ def evaluate(
                 figures["cache_bytes_per_token"] / report["original"]["cache_bytes_per_token"]
             )
     return report
-
-
-def _loaded(model: str | Path | PreTrainedModel, dtype: str | None, device: str) -> PreTrainedModel:
-    return model if isinstance(model, PreTrainedModel) else load_model(model, dtype=dtype, device=device)
 
 
 def speedometer(

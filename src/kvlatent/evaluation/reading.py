@@ -36,9 +36,13 @@ class Text:
 
     @cached_property
     def documents(self) -> list[str]:
+        """All of it, one string a document; raises `ValueError` where there is none."""
         if self.source is None:
             return stdlib_documents("held_out")
-        return list(read_documents(self.source, separator=self.separator, text_field=self.field))
+        found = list(read_documents(self.source, separator=self.separator, text_field=self.field))
+        if not any(document.strip() for document in found):
+            raise ValueError(f"{Path(self.source).name} holds no text; give a text that can be scored")
+        return found
 
     def blocks(self, tokenizer: Any, size: int) -> Any:
         """Blocks for fidelity, a few of them."""

@@ -14,11 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hub import load_model, load_tokenizer
+from ..hub import load_tokenizer
 from ..perplexity import Perplexity, perplexity_ratio
 from ..record import environment
-from ..statistics import model_fingerprint
-from ..workspace import identity
+from ..sources import check_same_vocabulary, named, opened
 from .causality import causality
 from .diagnosis import diagnose
 from .fidelity import fidelity
@@ -93,10 +92,10 @@ def standard_evaluation(
     """
     _check_names(checks)
     start = time.perf_counter()
-    models = {"latent": _loaded(model, dtype, device)}
+    models = {"latent": opened(model, dtype, device)}
     if against is not None:
-        models["original"] = _loaded(against, dtype, device)
-        _check_vocabularies(models)
+        models["original"] = opened(against, dtype, device)
+        check_same_vocabulary(models["latent"], models["original"])
     tokenizer = tokenizer or _tokenizer(model, models["latent"])
     bench = _Bench(models, tokenizer, batch_size, seed, progress)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
@@ -216,19 +215,6 @@ def _check_names(checks: Sequence[str]) -> None:
             raise ValueError(f"unknown check {name!r}; choose of {', '.join(CHECKS)}")
 
 
-def _check_vocabularies(models: dict[str, PreTrainedModel]) -> None:
-    sizes = [model.config.vocab_size for model in models.values()]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"both models must read the same tokens: their vocabularies have {sizes[0]} and {sizes[1]} entries; compare "
-            "with the model it came from"
-        )
-
-
-def _loaded(model: str | Path | PreTrainedModel, dtype: str | None, device: str) -> PreTrainedModel:
-    return model if isinstance(model, PreTrainedModel) else load_model(model, dtype=dtype, device=device)
-
-
 def _tokenizer(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     if isinstance(source, PreTrainedModel):
         raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=")  # noqa: TRY004
@@ -236,12 +222,6 @@ def _tokenizer(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> 
 
 
 def _about(model: PreTrainedModel, source: Any) -> dict[str, Any]:
-    """Name and fingerprint, and the widths by layer where it is latent."""
-    loaded = isinstance(source, PreTrainedModel)
-    name = getattr(model.config, "_name_or_path", "") if loaded else str(source)
-    about = {
-        "name": Path(name).name or type(model).__name__,
-        "fingerprint": model_fingerprint(model) if loaded else identity(source),
-    }
+    """Name and fingerprint, and the latent config where there is one."""
     latent = getattr(model.config, "kv_latent", None)
-    return about | ({} if latent is None else {"latent": latent})
+    return named(model, source) | ({} if latent is None else {"latent": latent})
