@@ -205,7 +205,9 @@ def test_studies_are_means_over_seeds(whole):
         for table, row in cells:
             column = "perplexity over the original's"
             assert page.number(table, row, column) == pytest.approx(statistics.fmean(ratios), rel=1e-12)
-            assert page.error(table, row, column) == pytest.approx(statistics.stdev(ratios), rel=1e-12)
+            assert page.error(table, row, column) == pytest.approx(
+                statistics.stdev(ratios) / 3**0.5, rel=1e-12
+            )
         assert page.number("study-lora-rank", f"rank {rank}", "seeds") == 3
     paper = cells_of("widths", preset="paper", d_qk=16, d_vo=64)[0]["figures"]
     cell = "study-widths", "paper, d_qk 16, d_vo 64", "perplexity over the original's"
@@ -223,7 +225,7 @@ def test_stage_one_is_compared_seed_by_seed(whole):
     ratios = [a / b for a, b in zip(perplexities(20_000, 80_000), perplexities(0, 100_000), strict=True)]
     cell = "study-stages-gain-paper, 100,000 tokens", "20", "12.5 % of the cache"
     assert page.number(*cell) == pytest.approx(statistics.fmean(ratios), rel=1e-12)
-    assert page.error(*cell) == pytest.approx(statistics.stdev(ratios), rel=1e-9)
+    assert page.error(*cell) == pytest.approx(statistics.stdev(ratios) / len(ratios) ** 0.5, rel=1e-9)
 
 
 def test_benchmark_files_are_read_by_their_shape(whole):
@@ -231,7 +233,7 @@ def test_benchmark_files_are_read_by_their_shape(whole):
     column = "perplexity over the original's"
     assert page.number("quality", "ours head aligned, 32/32", column) == pytest.approx(1.0092)
     assert page.error("quality", "ours head aligned, 32/32", column) == pytest.approx(
-        statistics.stdev([1.009, 1.0094])
+        statistics.stdev([1.009, 1.0094]) / 2**0.5
     )
     assert page.number("quality", "ours head aligned, 32/32", "seeds") == 2
     assert page.number("quality", "paper, 32/32", "cache kept") == 0.5  # values whole are 64, so the head is

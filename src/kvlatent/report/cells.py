@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from ..spread import standard_error
 from .blocks import numbers_in
 from .documents import Document
 
@@ -56,9 +57,9 @@ class Group:
         return fmean(self.figures[name]) if self.figures.get(name) else None
 
     def spread(self, name: str) -> float | None:
-        """Standard deviation over seeds; of one seed the standard error of the measurement, where there is one."""
+        """Standard error over seeds; of one seed that of the measurement, where there is one."""
         values = self.figures.get(name, [])
-        return stdev(values) if len(values) > 1 else self.errors.get(name)
+        return standard_error(values) if len(values) > 1 else self.errors.get(name)
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
+from ..spread import standard_error
 from .blocks import Block, line_block
 from .cells import FIRST, SHARE, TOKENS, Group
 from .charts import Line
@@ -55,7 +56,7 @@ def _points(groups: Sequence[Group]) -> Iterator[tuple[str, str, _Point]]:
             known = [one for one in ("preset", TOKENS) if one in group.settings]
             facet = ", ".join(said(one, group.settings[one]) for one in known)
             line = said(SHARE, group.settings.get(SHARE, group.settings.get("d_qk")))
-            yield facet, line, (first, fmean(ratios), stdev(ratios) if len(ratios) > 1 else None)
+            yield facet, line, (first, fmean(ratios), standard_error(ratios))
 
 
 def _key(group: Group) -> tuple:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from ..spread import standard_error
 from .blocks import Section, line_block
 from .cells import cache_share, flat, widths_of
 from .charts import MOST_LINES, Line
@@ -71,8 +72,8 @@ def quality(documents: Documents) -> Section | None:
     if max(entry.ratio for entry in entries) > 2 * _CLOSE and any(line.role != "original" for line in close):
         blocks.append(line_block("quality-close", f"Those up to ×{_CLOSE:g}", close, **common))
     lead = (
-        "What a conversion costs: 1 is the original's perplexity. Over several seeds a point is their mean and ± their "
-        "standard deviation; of one seed ± is the standard error of the measurement."
+        "What a conversion costs: 1 is the original's perplexity. Over several seeds a point is their mean and ± the "
+        "standard error over them; of one seed ± is that of the measurement."
     )
     found = tuple(block for block in blocks if block is not None)
     return Section("quality", "Quality against cache", lead, found)
@@ -163,7 +164,7 @@ def _entries(points: Sequence[_Point], by_share: bool) -> list[_Entry]:
     entries = []
     for (method, x, widths), found in seeds.items():
         ratios = [point.ratio for point in found]
-        error = stdev(ratios) if len(found) > 1 else found[0].error
+        error = standard_error(ratios) if len(found) > 1 else found[0].error
         entries.append(_Entry(method, widths, x, fmean(ratios), error, len(found)))
     return sorted(entries, key=lambda entry: (entry.method, -entry.x, entry.ratio))
 

@@ -111,7 +111,7 @@ def _study(name: str, cells: Sequence[Document]) -> Section:
     for plot in question.plots:
         blocks += charts(name, plot, varying, groups, cells)
     blocks.append(replace(_table(name, cells), points=tuple(failed)))
-    lead = f"{question.lead} Points are means over seeds, bars their standard deviation."
+    lead = f"{question.lead} Points are means over seeds, bars their standard errors."
     return Section(f"study-{name}", question.title, lead.strip(), tuple(blocks))
 
 
@@ -140,7 +140,7 @@ def _table(name: str, cells: Sequence[Document]) -> Block:
         (*map(setting_name, [*others, *columns]), "seeds"),
         tuple(rows),
     )
-    note = "± is the standard deviation over seeds; of one seed, the standard error of the measurement."
+    note = "± is the standard error over seeds; of one seed, that of the measurement."
     said = [
         f"{setting_name(one)} {plain(value)}"
         for one in constant

@@ -6,11 +6,11 @@ worth. Three compression ratios, both presets, three seeds. Learning rates are t
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from typing import Any
 
+from ..spread import standard_error
 from .cells import PAPER_PARTS, Cell, Grid, Scale, widths_of
 from .widths import PRESETS, figures
 
@@ -75,13 +75,9 @@ def conclude(documents: list[dict[str, Any]]) -> dict[str, Any]:
         rows.append(
             {"preset": preset, "d_qk": d_qk, "d_vo": d_vo, "tokens": total, "stage1_tokens": first}
             | {"seeds": len(differences), "log_ratio": statistics.fmean(differences)}
-            | {"standard_error": _standard_error(differences)}
+            | {"standard_error": standard_error(differences)}
         )
     return {"comparisons": rows}
-
-
-def _standard_error(values: list[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 STAGES = Grid(

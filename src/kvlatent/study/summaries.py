@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+from ..spread import standard_error
 from .folder import cell_files, read_cell
 from .grids import STUDIES
 
@@ -96,5 +96,4 @@ def _order(group: list[dict[str, Any]]) -> list[tuple[str, bool, float, str]]:
 
 def mean_and_error(values: list[float]) -> dict[str, float | None]:
     """Mean, and its standard error where there are two values or more."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "standard_error": error}
+    return {"mean": statistics.fmean(values), "standard_error": standard_error(values)}
