@@ -4,10 +4,12 @@ import json
 import math
 import re
 import statistics
+from random import Random
 
 import pytest
 
 from kvlatent.report import report
+from kvlatent.report.cells import frontier
 from report_page import Page, read_number
 from report_setup import (
     CONFIG,
@@ -21,8 +23,10 @@ from report_setup import (
     bench,
     comparison,
     conversion,
+    cost,
     evaluation,
     everything,
+    order,
     run,
     studies,
     study,
@@ -359,3 +363,52 @@ def test_hostile_names_are_text(page_of):
 
 def test_equal_files_give_an_equal_page(page_of):
     assert page_of(evaluation(), comparison())[0].html == page_of(evaluation(), comparison())[0].html
+
+
+@pytest.mark.parametrize(
+    ("values", "sign", "kept"),
+    [
+        ({50: 1.2, 25: 1.5, 60: 1.9, 75: 1.1}, 1, [25, 50, 75]),
+        ({1: 0.5, 2: 0.4, 3: 0.6}, -1, [1, 3]),
+        ({1: 1.0, 2: 1.0}, 1, [1]),
+        ({}, 1, []),
+    ],
+)
+def test_frontier_leaves_out_what_a_smaller_place_does_as_well(values, sign, kept):
+    assert frontier(values, sign) == kept
+
+
+def test_trained_and_untrained_cells_of_a_study_stay_apart(page_of):
+    def cells(tokens, ratio):
+        settings = {"preset": "paper", "stage1_tokens": tokens // 5, "stage2_tokens": tokens - tokens // 5}
+        return [
+            study("widths", f"paper-{d}x{d}-seed0", {**settings, "d_qk": d, "d_vo": d}, cost(ratio * 64 / d, d / 64))
+            for d in (32, 16)
+        ]  # fmt: skip
+
+    page, _ = page_of(*cells(0, 3.0), *cells(1000, 1.5))
+    column = "perplexity over the original's"
+    assert page.number("quality", "paper, 32/32", column) == 6.0
+    assert page.number("quality", "paper, trained on 1,000 tokens, 32/32", column) == 3.0
+    assert "Perplexity over the original's: untrained" in page.text
+    assert "Perplexity over the original's: 1,000 tokens" in page.text
+
+
+def test_trained_and_untrained_rotary_tables_share_curves_and_not_word_order(page_of):
+    def cells(tokens):
+        settings = {"stage1_tokens": 0, "stage2_tokens": tokens, "rope": "standard"}
+        return [
+            study("rope", f"standard-{d}", {**settings, "d_qk": d}, cost(2.0, 0.5) | {"inv_freq": [1.0, 0.1], "order": order(tokens, Random(0))})
+            for d in (32, 16)
+        ]  # fmt: skip
+
+    page, _ = page_of(*cells(0), *cells(1000))
+    tables = [name for name in page.tables if name.startswith(("attenuation-", "rope-order-"))]
+    assert sorted(tables) == [
+        "attenuation-d_qk = 16",
+        "attenuation-d_qk = 32",
+        "rope-order-d_qk = 16, 1,000 tokens",
+        "rope-order-d_qk = 16, untrained",
+        "rope-order-d_qk = 32, 1,000 tokens",
+        "rope-order-d_qk = 32, untrained",
+    ]

@@ -19,6 +19,7 @@ __all__ = [
     "Group",
     "cache_share",
     "flat",
+    "frontier",
     "grouped",
     "telling",
     "widths_of",
@@ -99,6 +100,15 @@ def telling(varying: Sequence[str], groups: Sequence[Group]) -> list[str]:
     return kept
 
 
+def frontier(values: Mapping[float, float], sign: int = 1) -> list[float]:
+    """Places in order, without those where a lower one is as good already: less is better, more with a sign of -1."""
+    kept: list[float] = []
+    for x in sorted(values):
+        if not kept or sign * values[x] < sign * values[kept[-1]]:
+            kept.append(x)
+    return kept
+
+
 def _place(value: Any) -> tuple[bool, float, str]:
     """Numbers by their size, before words."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -139,9 +149,10 @@ def _derived(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[st
     if (widths := widths_of(settings)) is not None and sum(widths) > 0:
         found[SPLIT] = round(100 * widths[0] / sum(widths), 6)
     first, second = settings.get("stage1_tokens"), settings.get("stage2_tokens")
-    if isinstance(first, (int, float)) and isinstance(second, (int, float)) and first + second > 0:
-        found[FIRST] = round(100 * first / (first + second), 6)
+    if isinstance(first, (int, float)) and isinstance(second, (int, float)):
         found[TOKENS] = first + second
+        if first + second > 0:
+            found[FIRST] = round(100 * first / (first + second), 6)
     return found
 
 

@@ -75,12 +75,13 @@ def read_documents(paths: Sequence[str | Path]) -> Documents:
         ValueError: no usable document, or documents about different models.
     """
     documents = Documents()
-    cells: dict[tuple[str, str], str] = {}
+    cells: dict[tuple[str, str, str], str] = {}
     for path, name in _files(paths):
         try:
             document = _journal(path, name) if path.suffix == ".jsonl" else _document(path, name)
             if document.kind == "study":
-                key = (document.content.study, document.content.cell)
+                settings = json.dumps(document.content.settings, sort_keys=True)
+                key = (document.content.study, document.content.cell, settings)
                 if key in cells:
                     raise ValueError(f"cell {key[1]} of study {key[0]} was read from {cells[key]} already")
                 cells[key] = name

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..spread import standard_error
 from .blocks import Section, line_block
-from .cells import cache_share, flat, widths_of
+from .cells import cache_share, flat, frontier, widths_of
 from .charts import MOST_LINES, Line
 from .documents import Document, Documents
 from .measured import measured_models
@@ -65,7 +65,7 @@ def quality(documents: Documents) -> Section | None:
         "level": 1.0,
         "sources": list({point.source.name: point.source for point in points}.values()),
     }
-    note = "Where several widths keep the same share, the line takes the best; the table has all."
+    note = "A line joins the best that so much cache, or less, can do; the table has all widths."
     table = _table(entries, by_share)
     blocks = [line_block("quality", "All of them", lines, log_y=True, note=note, table=table, **common)]
     close = [near for line in lines[:MOST_LINES] if (near := _near(line)) is not None]
@@ -90,7 +90,9 @@ def _cells(documents: Documents) -> list[_Point]:
         method = next(
             (settings[n] for n in ("preset", "method", "conversion.preset") if settings.get(n)), "calibrated"
         )
-        points += _point(f"{method}", settings, figures, document)
+        tokens = settings.get("stage1_tokens", 0) + settings.get("stage2_tokens", 0)
+        trained = f", trained on {tokens:,} tokens" if tokens else ""
+        points += _point(f"{method}{trained}", settings, figures, document)
     return points
 
 
@@ -187,7 +189,7 @@ def _lines(entries: Sequence[_Entry]) -> list[Line]:
         for one in entries:
             if one.method == method and (one.x not in best or one.ratio < best[one.x].ratio):
                 best[one.x] = one
-        at = sorted(best)
+        at = frontier({x: one.ratio for x, one in best.items()})
         made.append(
             Line(
                 "paper's preset" if method == "paper" else method,

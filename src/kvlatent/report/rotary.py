@@ -5,16 +5,17 @@ The first is equation 10 of the paper, over d.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from statistics import fmean
 from typing import Any
 
 from .blocks import Block, Section, line_block
-from .cells import Group, grouped
+from .cells import TOKENS, Group, grouped
 from .charts import Line
 from .documents import Document, Documents
 from .measured import measured_models
+from .study_charts import said
 
 __all__ = ["attenuation_curves"]
 
@@ -34,10 +35,12 @@ def attenuation_curves(documents: Documents) -> Section | None:
     """
     cells = [one for one in documents.of("study") if _curves(one)]
     blocks = [_of_models(documents)]
-    for title, members in _by_width(cells):
-        sources = [cell for _, cell in members]
-        blocks.append(_attenuation(f"attenuation-{title}", title, members, sources))
-        blocks.append(_orders(f"rope-order-{title}", title, members, sources))
+    for title, trainings in _by_width(cells).items():
+        first = next(iter(trainings.values()))  # training leaves the tables as they are
+        blocks.append(_attenuation(f"attenuation-{title}", title, first, [cell for _, cell in first]))
+        for training, members in trainings.items():
+            place = ", ".join(part for part in (title, training) if part)
+            blocks.append(_orders(f"rope-order-{place}", place, members, [cell for _, cell in members]))
     lead = (
         "How similar a query stays to an equal key as they move apart. A fall that is slow near 0 tells near tokens apart "
         "badly; one that comes back up confuses distances."
@@ -71,15 +74,18 @@ def _of_models(documents: Documents) -> Block | None:
     )
 
 
-def _by_width(cells: Sequence[Document]) -> Iterator[tuple[str, list[tuple[str, Document]]]]:
-    """Cells by width, each under the name of its table; of several seeds the first."""
+def _by_width(cells: Sequence[Document]) -> dict[str, dict[str, list[tuple[str, Document]]]]:
+    """Cells by width, then by how long they were trained where that varies; of several seeds the first."""
     varying, groups = grouped(cells)
     width = next((name for name in _WIDTHS if name in varying), "")
-    found: dict[str, list[tuple[str, Document]]] = {}
+    trained = len({group.settings.get(TOKENS) for group in groups}) > 1
+    found: dict[str, dict[str, list[tuple[str, Document]]]] = {}
     for group in groups:
         place = f"{width} = {group.settings.get(width)}" if width else "Similarity by distance"
-        found.setdefault(place, []).append((_table_name(group, varying, width), group.cells[0]))
-    yield from found.items()
+        training = said(TOKENS, group.settings.get(TOKENS)) if trained else ""
+        named = _table_name(group, varying, width), group.cells[0]
+        found.setdefault(place, {}).setdefault(training, []).append(named)
+    return found
 
 
 def _table_name(group: Group, varying: Sequence[str], width: str) -> str:

@@ -35,8 +35,8 @@ _QUESTIONS = {
         "Study: widths",
         "How wide keys and values must be, and how a cache is best shared between them.",
         (
-            Plot(_RATIO, x=(SHARE,), lines=("preset", "method")),
-            Plot(_RATIO, x=(SPLIT,), lines=(SHARE,), facets=("preset", "method"), least=2),
+            Plot(_RATIO, x=(SHARE,), lines=("preset", "method"), facets=(TOKENS,), frontier=True),
+            Plot(_RATIO, x=(SPLIT,), lines=(SHARE,), facets=("preset", "method", TOKENS), least=2),
         ),
     ),
     "lora-rank": _Question(
@@ -74,9 +74,9 @@ _QUESTIONS = {
         "Study: rotary tables",
         "What a table costs in perplexity, in word order and in the needle, at several widths.",
         (
-            Plot(_RATIO, x=("d_qk", "width"), lines=("rope", "table")),
-            Plot(("order, mean margin",), x=("d_qk", "width"), lines=("rope", "table")),
-            Plot(("needle, mean exact",), x=("d_qk", "width"), lines=("rope", "table")),
+            Plot(_RATIO, x=("d_qk", "width"), lines=("rope", "table"), facets=(TOKENS,)),
+            Plot(("order, mean margin",), x=("d_qk", "width"), lines=("rope", "table"), facets=(TOKENS,)),
+            Plot(("needle, mean exact",), x=("d_qk", "width"), lines=("rope", "table"), facets=(TOKENS,)),
         ),
     ),
     "token-eviction": _Question(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from .blocks import Block, line_block
-from .cells import SHARE, TOKENS, Group
+from .cells import SHARE, TOKENS, Group, frontier
 from .charts import Line, dot_chart
 from .documents import Document
 from .tables import Table, cell, plain
@@ -30,7 +30,7 @@ class Plot:
     """A chart: the first of the figures that is there against the first of the x settings that varies.
 
     `lines` and `facets` are the settings that make a line, and a chart, each; of the lines only the first that varies
-    counts. Lines of fewer than `least` points are left out.
+    counts. Lines of fewer than `least` points are left out. With `frontier` a line joins only what no lower x reaches.
     """
 
     figures: tuple[str, ...]
@@ -39,6 +39,7 @@ class Plot:
     facets: tuple[str, ...] = ()
     log_x: bool = False
     least: int = 1
+    frontier: bool = False
 
 
 def charts(
@@ -57,7 +58,7 @@ def charts(
         lines = _lines(plot, axis, figure, varying, members)
         block = line_block(
             f"study-{name}-{axis}-{figure}{f'-{title}' if title else ''}",
-            title or _capital(setting_name(figure)),
+            ": ".join(part for part in (_capital(setting_name(figure)), title) if part),
             lines,
             x_label=setting_name(axis),
             y_label=setting_name(figure),
@@ -119,12 +120,12 @@ def _lines(plot: Plot, axis: str, figure: str, varying: Sequence[str], groups: S
     for group in groups:
         label = ", ".join(said(name, group.settings.get(name)) for name in makers) or setting_name(figure)
         members.setdefault(label, []).append(group)
-    lines = [_line(label, found, axis, figure) for label, found in members.items()]
+    lines = [_line(label, found, axis, figure, plot.frontier) for label, found in members.items()]
     return [line for line in lines if len(line.x) >= plot.least]
 
 
-def _line(label: str, members: Sequence[Group], axis: str, figure: str) -> Line:
-    """The best group at each place of the axis."""
+def _line(label: str, members: Sequence[Group], axis: str, figure: str, only_best: bool) -> Line:
+    """The best group at each place of the axis, or only where it is the best so far."""
     sign = -1 if figure.endswith(_MORE_IS_BETTER) else 1
     best: dict[float, tuple[float, Group]] = {}
     for group in members:
@@ -132,7 +133,8 @@ def _line(label: str, members: Sequence[Group], axis: str, figure: str) -> Line:
         assert value is not None
         if x not in best or sign * value < sign * best[x][0]:
             best[x] = value, group
-    at = sorted(best)
+    values = {x: value for x, (value, _) in best.items()}
+    at = frontier(values, sign) if only_best else sorted(best)
     role = {"paper": "c2", "calibrated": "c1", "original": "original"}.get(label, "")
     errors = [best[x][1].spread(figure) for x in at]
     return Line(label, at, [best[x][0] for x in at], errors, role=role, dashed=role == "original")
@@ -143,7 +145,7 @@ def _shared(groups: Sequence[Group], lines: Sequence[Line]) -> str:
     return (
         ""
         if drawn >= len(groups)
-        else "Where several cells share a place, the best is drawn; the last table has all."
+        else "The best at its place, or at a smaller one, is drawn; the last table has all."
     )
 
 
@@ -186,7 +188,7 @@ def said(name: str, value: Any) -> str:
     if name == SHARE and is_number(value):
         return f"{plain(value)} % of the cache"
     if name == TOKENS and is_number(value):
-        return f"{plain(value)} tokens"
+        return f"{plain(value)} tokens" if value else "untrained"
     return f"{setting_name(name)} {plain(value)}" if is_number(value) else str(value)
 
 
