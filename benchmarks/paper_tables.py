@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kvlatent.rope import attenuation, frequency_aware_exponents, standard_exponents
 from kvlatent.study import summary
 
 MODELS = ("embedded", "stories")
@@ -31,9 +34,9 @@ class Results:
             self.known[path] = summary(path) if path.is_dir() else {"rows": []}
         return self.known[path]
 
-    def rows(self, study: str, model: str, **settings: Any) -> Rows:
+    def rows(self, study: str, subject: str, /, **settings: Any) -> Rows:
         """Rows of a study with these settings."""
-        found = self.of(study, model)["rows"]
+        found = self.of(study, subject)["rows"]
         return [row for row in found if settings.items() <= row["settings"].items()]
 
 
@@ -195,6 +198,25 @@ def rope(results: Results) -> str:
     return table([*head, "order margin behind the span, change", "needle rank, change"], rows)
 
 
+def curves(results: Results) -> str:
+    """Figures 7 to 10 and appendix D.2: both tables of a whole head at the paper's bases; no model."""
+    rows = []
+    for theta, length in ((1e4, 4096), (5e5, 8192)):
+        for width in (8, 16, 32, 64, 128):
+            plain, aware = (
+                attenuation(
+                    torch.tensor([theta**-e for e in exponents], dtype=torch.float64), torch.arange(length)
+                )
+                for exponents in (standard_exponents(width), frequency_aware_exponents(width))
+            )
+            shares = [f"{100 * (curve < 0).double().mean():.1f} %" for curve in (plain, aware)]
+            lower = 100 * (aware < plain).double().mean()
+            worst = float((aware - plain).min())
+            rows.append([f"{theta:g}", f"{length:,}", str(width), *shares, f"{lower:.1f} %", f"{worst:.3f}"])
+    head = ["theta", "positions", "width", "standard below 0", "frequency-aware below 0"]
+    return table([*head, "frequency-aware lower than standard", "by at most"], rows)
+
+
 def token_eviction(results: Results) -> str:
     """Table 4: tokens dropped on top of narrower ones; over the original with its whole context."""
     rows = []
@@ -219,6 +241,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "stages-levels": stages_levels,
     "objective": objective,
     "rope": rope,
+    "curves": curves,
     "token-eviction": token_eviction,
 }
 

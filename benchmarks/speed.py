@@ -47,10 +47,11 @@ def caches_of(args: argparse.Namespace, compiled: bool) -> list[str]:
     return [*(kind for kind in args.caches if kind == "dynamic"), "static"]
 
 
-def command(args: argparse.Namespace) -> str:
-    """A command that repeats the run, paths by their last name."""
+def command(args: argparse.Namespace, attention: str, compiled: bool) -> str:
+    """A command that repeats one setting, paths by their last name."""
     words = ["python", "benchmarks/speed.py"]
-    for name, value in vars(args).items():
+    setting = {"attention": attention, "compile": "yes" if compiled else "no"}
+    for name, value in (vars(args) | setting).items():
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
             if args.shapes is not None:
                 for role in ("model", "original"):
                     document[role] |= {"name": args.shapes, "random_weights": True}
-            document["record"]["command"] = command(args)
+            document["record"]["command"] = command(args, attention, compiled)
             text = json.dumps(document, indent=1, allow_nan=False) + "\n"
             write_atomically(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
             print("\n".join(bench_lines(document)), flush=True)

@@ -166,7 +166,10 @@ def evaluation(seed=0, **changes):
             "not_measured": ["causality: needs the causality of the latent model"],
             "summary": "Found positional confusion (needle_exact_kept 0.71, threshold 0.8); not judged: non-causal.",
         },
-        "record": record("kvlatent eval tiny-stories-half --data valid.txt --against tiny-stories"),
+        "record": {
+            **record("kvlatent eval tiny-stories-half --data valid.txt --against tiny-stories"),
+            "text": {"name": "valid.txt", "sha256": "ab" * 32},
+        },
     }
     return {**document, **changes}
 
@@ -230,6 +233,8 @@ def bench():
         "original": MODEL,
         "device": "cpu",
         "dtype": "float32",
+        "attention": "sdpa",
+        "compile": False,
         "rows": rows,
         "ratios": ratios,
         "stacked": stacked,

@@ -298,7 +298,12 @@ def test_the_table_repeats_the_document(document):
     for cells_, row in zip(table[1:], document["rows"], strict=True):
         assert cells_[:4] == [str(row["batch"]), str(row["context"]), row["cache"], row["model"]]
         assert cells_[4] == f"{row['prefill_s']:.3g} s"
-        assert bool(cells_[-1]) == (row["model"] == "latent")
+        assert bool(cells_[-1]) == ((row["model"], row["cache"]) != ("original", "dynamic"))
+    stacked = {(r["batch"], r["context"], r["cache"], r["model"]): r for r in document["stacked"]}
+    for cells_, row in zip(table[1:], document["rows"], strict=True):
+        if (row["model"], row["cache"]) == ("original", "quantized-fp8"):
+            bound = stacked[row["batch"], row["context"], row["cache"], "original"]["predicted_decode"]
+            assert bound > 1 and cells_[-1] == f"{bound:.2f}"
     ratio = document["ratios"][0]
     assert table[2][-1] == f"{ratio['predicted_decode']:.2f}"
     assert table[2][-2].startswith(f"{ratio['decode']:.2f} (")
@@ -307,6 +312,12 @@ def test_the_table_repeats_the_document(document):
     assert any("longest context in 2 MB" in line for line in lines)
     rows = lines[lines.index("") + 2 :][: len(document["rows"])]
     assert len({line.index(row["model"]) for line, row in zip(rows, document["rows"], strict=True)}) == 1
+
+
+def test_the_table_of_one_model_compares_its_caches(pair):
+    found = bench(pair[1], caches=("dynamic", "quantized-fp8"), contexts=(8,), new_tokens=2, repeats=3)
+    table = bench_table(found)
+    assert table[1][-2:] == ["", ""] and all(table[2][-2:])
 
 
 def test_a_number_that_is_not_finite_is_no_json(document):

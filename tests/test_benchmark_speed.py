@@ -74,7 +74,9 @@ def test_the_script_writes_a_file_a_setting_and_repeats_none(speed, tmp_path, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eager.json", "sdpa.json"]
     found = json.loads((tmp_path / "eager.json").read_text())
     assert found["attention"] == "eager" and found["model"]["name"] == "tiny"
-    assert str(tmp_path) not in found["record"]["command"] and "--shapes tiny" in found["record"]["command"]
+    command = found["record"]["command"]
+    assert str(tmp_path) not in command and "--shapes tiny" in command
+    assert "--attention eager --compile no" in command and "sdpa" not in command
 
 
 def test_the_script_asks_for_one_pair(speed, tmp_path, capsys):

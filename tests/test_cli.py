@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config
 from typer.testing import CliRunner
 
+from kvlatent.bench import CACHES
+from kvlatent.bench.cells import ATTENTIONS
+from kvlatent.evaluation import catalogue
 from kvlatent_cli.main import app
 from kvlatent_cli.session import sentence_of, session
 from on_disk import SETTINGS, TOKENS, snapshot, write_checkpoint, write_text
@@ -126,6 +130,42 @@ def test_eval_measures_both(place):
     )
     done = call(*words)
     assert "±" in done.stdout and "256" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--contexts", "64,300"], "got 300 tokens, max_position_embeddings=128; ask for 128"),
+        (["--contexts", "many"], "--contexts is a whole number or a list such as 32,32,16: got 'many'"),
+        (["--block-size", 4096], "got --block-size 4096, the model's context has 128; give 128"),
+        (["--checks", ""], "got 0 checks and 0 tasks; name some of perplexity"),
+        (["--checks", "needles"], "unknown check 'needles'; choose of perplexity"),
+        (["--checks", "fidelity"], "got --checks with fidelity and no --against"),
+        (["--tasks", ","], "--tasks names at least one task: got 0"),
+        (["--limit", 5], "--limit is for tasks only: got 5"),
+        (["--checks", "needle", "--stride", 8], "--stride is for perplexity only: got 8"),
+        (["--checks", "needle", "--batch-size", 0], "got batch_size=0; raise it or leave it out"),
+        (["--seed", -1], "a seed is between 0 and 4294967295: got -1"),
+    ],
+)
+def test_mistakes_in_an_evaluation(place, words, sentence):
+    assert sentence in mistake("eval", place / "latent", "--data", place / "text.txt", *words)
+
+
+def test_a_mistaken_task_is_told_its_near_matches(place, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    made = catalogue._manager
+    monkeypatch.setattr(catalogue, "_manager", lambda path, defaults, metadata: made(path, False, metadata))
+    (tmp_path / "colours.yaml").write_text("task: colours\noutput_type: multiple_choice\n")
+    words = ("eval", place / "latent", "--data", place / "text.txt", "--tasks", "colour")
+    sentence = mistake(*words, "--include-path", tmp_path)
+    assert "there is no task 'colour'; names like it: colours; correct the name" in sentence
+
+
+def test_help_names_what_can_be_chosen():
+    options = {option.name: option for option in typer.main.get_command(app).commands["bench"].params}
+    assert options["caches"].help == f"Of {', '.join(CACHES)}."
+    assert options["attention"].metavar == "|".join(ATTENTIONS)
 
 
 def test_train_in_place_and_beside(place, tmp_path):

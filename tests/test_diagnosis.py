@@ -153,7 +153,7 @@ def test_forgetting_is_perplexity_and_divergence():
         ({"ratio": 1.23, "fidelity__kl": 0.19}, "none"),
         ({"ratio": 1.23, "ratio_standard_error": 0.01, "fidelity__kl": 0.45}, "none"),  # not sure enough
         ({"ratio": 1.5, "fidelity__kl": 0.21, "fidelity__kl_standard_error": 0.01}, "none"),
-        ({"ratio": 1.5, "ratio_standard_error": None, "fidelity__kl": 0.45}, "forgetting"),
+        ({"ratio": 1.5, "ratio_standard_error": None, "fidelity__kl": 0.45}, "none"),  # nobody knows how sure
         ({"ratio": 1.5, "fidelity": None}, "forgetting"),  # judged by the one there is
         ({"ratio": None, "fidelity__kl": 0.45}, "none"),  # the two perplexities stand in
         ({"ratio": None, "latent__perplexity": None, "fidelity__kl": 0.45}, "forgetting"),
@@ -162,6 +162,41 @@ def test_forgetting_is_perplexity_and_divergence():
 )
 def test_thresholds_of_forgetting(change, expected):
     assert names(changed(**change)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kl", "shown"),
+    [
+        (1.3, 0.15, "perplexity_ratio 1.3 (threshold 1.22), kl 0.15 (threshold 0.2)"),
+        (1.1, 0.3, "perplexity_ratio 1.1 (threshold 1.22), kl 0.3 (threshold 0.2)"),
+    ],
+)
+def test_one_of_the_two_up_is_not_judged(ratio, kl, shown):
+    report = diagnose(changed(ratio=ratio, fidelity__kl=kl))
+    (sentence,) = report["not_measured"]
+    assert sentence == f"forgetting: {shown}: one is up and the other is not; measure on more text"
+    assert report["summary"].endswith("; not judged: forgetting.")
+    assert "no sign of: forgetting" not in report["summary"].lower()
+    # Nor is ordinary text predicted as before then.
+    report = diagnose(changed(**NEEDLE_GONE, ratio=ratio, fidelity__kl=kl))
+    assert report["not_measured"][1] == "positional confusion: needle fell, but so may have ordinary text"
+    assert report["summary"].endswith("; not judged: forgetting, positional confusion.")
+
+
+def test_one_block_has_no_error_and_no_verdict():
+    figures = {"fidelity": {"kl": 3.0, "kl_standard_error": None, "layers": []}}
+    report = diagnose(figures)
+    assert report["findings"] == [] and "not judged: forgetting" in report["summary"].lower()
+    assert (
+        "forgetting: kl 3 (threshold 0.2): kl of one block has no standard error; measure on more text"
+        in (report["not_measured"])
+    )
+    report = diagnose(figures | {"ratio": 9.0, "ratio_standard_error": None})
+    assert any("perplexity_ratio and kl of one block has" in sentence for sentence in report["not_measured"])
+    report = diagnose(changed(**NEEDLE_GONE, fidelity__kl=3.0, fidelity__kl_standard_error=None))
+    assert report["summary"].endswith("; not judged: forgetting, positional confusion.")
+    figures["fidelity"]["kl"] = 0.1  # below the threshold there is nothing to be sure of
+    assert diagnose(figures)["summary"].startswith("No sign of: forgetting")
 
 
 def test_positional_confusion_is_needle_or_order_while_perplexity_holds():

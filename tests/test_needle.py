@@ -258,7 +258,7 @@ def test_drop_is_latent_minus_original_with_paired_errors(tiny_llama, tiny_token
     ("options", "message"),
     [
         ({"contexts": [64, 300]}, "got 300 tokens, max_position_embeddings=256; ask for 256"),
-        ({"contexts": [20, 64]}, "they take 24 tokens, the context has 20"),
+        ({"contexts": [20, 64]}, "24 tokens, the context has 20; ask for contexts of 24 tokens or more"),
         ({"contexts": [64], "needle_tokens": 40}, "they take 88 tokens, the context has 64"),
         ({"contexts": []}, "a context and a depth: got 0 and 5"),
         ({"depths": []}, "a context and a depth: got 2 and 0"),

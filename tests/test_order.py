@@ -250,7 +250,7 @@ def test_mode_is_restored_and_progress_told(tiny_llama):
         ({"depths": (0.5, 1.1)}, "0 to 1: got 1.1"),
         ({"depths": (math.nan,)}, "0 to 1: got nan"),
         ({"length": 300}, "got length=300, max_position_embeddings=256; pass length=256"),
-        ({"length": 81}, "too short for one window of 81 tokens: got 80"),
+        ({"length": 81}, "of 81 tokens: got 80; give more text, a shorter window, or leave order out"),
         ({"trials": 0}, "got trials=0"),
         ({"permutations": 0}, "got permutations=0"),
         ({"batch_size": 0}, "got batch_size=0"),

@@ -10,6 +10,8 @@ import pytest
 
 from kvlatent.report import report
 from kvlatent.report.cells import frontier
+from kvlatent.report.documents import read_documents
+from kvlatent.report.measured import measured_models, one_text
 from report_page import Page, read_number
 from report_setup import (
     CONFIG,
@@ -171,6 +173,59 @@ def test_layers_and_losses_equal_the_json(whole):
     assert all(second[int(row.replace(",", ""))] == value for row, value in drawn.items())
 
 
+def ends(page, table, row, column):
+    """The ends of a band, as its table has them."""
+    return [page.number(table, row, f"{column}, {end}") for end in ("lower", "upper")]
+
+
+def test_every_band_has_its_numbers(whole):
+    page, _ = whole
+    document = bench()
+    for row in document["rows"]:
+        cells = f"decode-{row['batch']}-results/bench.json", f"{row['context']:,}"
+        assert ends(page, *cells, f"{row['model']}, {row['cache']}") == row["decode_ms_per_token_quartiles"]
+    for ratio in document["ratios"]:
+        cells = f"faster-{ratio['batch']}-results/bench.json", f"{ratio['context']:,}"
+        assert ends(page, *cells, f"measured, {ratio['cache']}") == ratio["decode_quartiles"]
+    margins = evaluation()["figures"]["latent"]["order"]["margin"]
+    for span, row in zip(SPANS, margins, strict=True):
+        assert ends(page, "order-margin", str(span), LATENT["name"]) == [min(row), max(row)]
+    tables = [table.short for layer in CONFIG.tables for table in layer]
+    curves = [sum(math.cos(100 * f) for f in table) / len(table) for table in tables]
+    drawn = ends(page, "attenuation-models", "100", LATENT["name"])
+    assert drawn == pytest.approx([min(curves), max(curves)], abs=1e-9)
+
+
+def test_every_kind_of_cache_has_its_bound_and_its_bytes(whole):
+    page, _ = whole
+    document = bench()
+    assert len(document["stacked"]) == 32
+    for one in document["stacked"]:
+        row = f"{one['model']}, {one['cache']}, context {one['context']:,}"
+        cells = f"stacked-{one['batch']}-results/bench.json", row
+        assert page.number(*cells, "times faster") == one["decode"]
+        found = [page.number(*cells, end) for end in ("lower", "upper")]
+        assert found == one["decode_quartiles"]
+        assert page.number(*cells, "predicted by bytes") == one["predicted_decode"]
+        assert page.number(*cells, "share of the cache") == one["cache_bytes"]
+    assert "original, quantized-int4, predicted" in page.text  # drawn, too
+
+
+def test_a_bench_says_what_ran(page_of):
+    document = {**bench(), "rows": bench()["rows"][:1], "ratios": [], "stacked": []}
+    setup = "cpu, float32, sdpa attention, step not compiled"
+    page, _ = page_of(document)
+    assert f"Measured: {setup}." in page.text and page.text.count(setup) == 2
+    assert "random weights" not in page.text
+    compiled = {**document, "compile": True, "model": {**LATENT, "random_weights": True}}
+    page, _ = page_of(document, compiled)
+    other = "cpu, float32, sdpa attention, step compiled, random weights"
+    assert f"Measured: {setup}; {other}." in page.text
+    for name in ("attention", "compile"):
+        del document[name]
+    assert "Measured: cpu, float32." in page_of(document)[0].text
+
+
 def test_speed_equals_the_json(whole):
     page, _ = whole
     document = bench()
@@ -314,7 +369,10 @@ def test_sections_are_there_with_their_data_only(page_of):
     alone["figures"] = {"latent": {"perplexity": 8.5, "standard_error": 0.2}}
     page, said = page_of(alone)
     assert said["sections"] == ["At a glance"]
-    assert page.tables["headline"] == {("perplexity", MODEL["name"]): ("8.50 ± 0.20", 8.5, 0.2)}
+    assert page.tables["headline"] == {
+        ("perplexity", MODEL["name"]): ("8.50 ± 0.20", 8.5, 0.2),
+        ("text", MODEL["name"]): ("valid.txt", None, None),
+    }
 
 
 def test_figures_may_lie_flat_as_evaluate_returns_them(page_of):
@@ -348,6 +406,112 @@ def test_models_of_one_name_are_told_apart(page_of):
     assert columns == {f"{LATENT['name']} ({i}.json)" for i in (0, 1)} | {
         f"{MODEL['name']} ({i}.json)" for i in (0, 1)
     }
+
+
+def test_models_of_one_name_in_one_file_say_what_they_are(page_of):
+    same = {"name": "model"}
+    twins = evaluation(model={**LATENT, **same, "latent": CONFIG.to_dict()}, original={**MODEL, **same})
+    page, _ = page_of(twins)
+    columns = {column for _, column in page.tables["headline"]}
+    assert columns == {"model (0.json), original", "model (0.json), latent"}
+    assert page.number("headline", "cache, bytes per token", "model (0.json), latent") == 4096
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    files = [write(tmp_path / name / "x.json", evaluation(seed)) for seed, name in enumerate("ab")]
+    report(files, tmp_path / "report.html")
+    columns = {column for _, column in Page((tmp_path / "report.html").read_text()).tables["headline"]}
+    name = LATENT["name"]
+    assert {f"{name} (x.json)", f"{name} (x.json) (2)"} < columns and len(columns) == 4
+
+
+def perplexity_alone(seed=0):
+    """An evaluation of nothing else."""
+    document = evaluation(seed)
+    for figures in document["figures"].values():
+        for name in ("needle", "order", "fidelity", "tasks"):
+            figures.pop(name, None)
+    return document
+
+
+def other_text(**changes):
+    """An evaluation of another text, or of the same one read in another way."""
+    document = perplexity_alone(seed=1)
+    document["record"]["text"] = {"name": "valid.txt", "sha256": "ab" * 32} | changes.pop("text", {})
+    for figures in document["figures"].values():
+        figures["perplexity"] |= changes
+    return document
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"text": {"name": "copy.txt"}}, True),
+        ({"text": {"sha256": "cd" * 32}}, False),
+        ({"text": {"sha256": None, "name": None}}, False),
+        ({"tokens": 29_557}, False),
+        ({"window": 256}, False),
+        ({"stride": 128}, False),
+    ],
+)
+def test_one_text_is_one_that_was_read_in_one_way(tmp_path, changes, same):
+    documents = evaluation(), other_text(**changes)
+    files = [write(tmp_path / f"{i}.json", document) for i, document in enumerate(documents)]
+    assert one_text(measured_models(read_documents(files))) == same
+    assert one_text(measured_models(read_documents(files[1:])))
+
+
+def test_texts_that_nobody_wrote_down_may_differ(tmp_path):
+    nameless = {"sha256": None, "name": None}
+    files = [write(tmp_path / f"{i}.json", other_text(text=nameless)) for i in range(2)]
+    assert one_text(measured_models(read_documents(files[:1])))
+    files[1].write_text(files[1].read_text().replace("8.7611", "8.8"))
+    assert not one_text(measured_models(read_documents(files)))
+
+
+def test_the_headline_says_whether_all_read_one_text(page_of):
+    differ = "The texts differ, or how they were read: columns compare only within one file."
+    page, _ = page_of(perplexity_alone())
+    assert "on the same text" in page.text and differ not in page.text
+    page, _ = page_of(perplexity_alone(), other_text(tokens=1000, text={"name": "b.txt", "sha256": "cd"}))
+    assert "on the same text" not in page.text and differ in page.text
+    for i, text, tokens in ((0, "valid.txt", 29558), (1, "b.txt", 1000)):
+        label = f"{LATENT['name']} ({i}.json)"
+        assert page.tables["headline"]["text", label].text == text
+        assert page.number("headline", "tokens scored", label) == tokens
+
+
+def test_quality_says_where_texts_differ(page_of):
+    sentence = "points compare only within one source"
+    cells = [study("widths", "a", {"preset": "paper", "d_qk": 8, "d_vo": 8}, cost(3.0, 0.5))]
+    alike = perplexity_alone()
+    alike["figures"]["original"]["perplexity"]["perplexity"] = 8.68
+    assert sentence not in page_of(alike, *cells)[0].text
+    longer = {**cost(2.0, 0.25), "tokens": 50_000, "original_perplexity": 9.1}
+    page, _ = page_of(alike, *cells, study("widths", "b", {"preset": "paper"}, longer))
+    wanted = "29,558 to 50,000 tokens scored, the original's perplexity there 8.68 to 9.1"
+    assert f"The texts differ, or how they were read ({wanted}): {sentence}." in page.text
+    assert (
+        f"or how they were read: {sentence}"
+        in page_of(perplexity_alone(), other_text(text={"sha256": "cd"}))[0].text
+    )
+
+
+def test_an_original_evaluated_alone_is_one(page_of):
+    alone = evaluation(original=None, model=MODEL)
+    alone["figures"] = {"latent": alone["figures"]["original"]}
+    alone["diagnosis"] = {"findings": [], "not_measured": ["needle: needs figures of both models"]}
+    page, said = page_of(alone)
+    assert "Diagnosis" not in said["sections"] and "Not measured" not in page.text
+    assert "The original, on the same text" in page.text
+    assert "times the original's perplexity" not in page.text and "of needles found" not in page.text
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page.html, flags=re.DOTALL))
+    assert "var(--original)" in drawn and "var(--c1)" not in drawn  # word order, in the original's colour
+    alone["model"] = {**MODEL, "latent": CONFIG.to_dict()}
+    page, said = page_of(alone)
+    assert "Diagnosis" in said["sections"] and "Not measured. needle" in page.text
+    assert "of needles found" in page.text
 
 
 def test_hostile_names_are_text(page_of):

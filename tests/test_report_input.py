@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import product
 
 import pytest
 
@@ -13,6 +14,7 @@ from kvlatent.report.making import thinned
 from kvlatent.report.tables import number, plain
 from report_page import Page
 from report_setup import (
+    CONFIG,
     FINGERPRINT,
     LATENT,
     MODEL,
@@ -48,7 +50,7 @@ def of_train(model, **changes):
         ('{"kind": "evaluation", "figures": {"latent": {"perplexity": NaN}}}', "it holds NaN"),
         (
             '{"kind": "evaluation", "figures": {"latent": {"perplexity": 1e999}}}',
-            "it holds a number beyond 1e308",
+            "numbers are 0 or between 1e-150 and 1e150 in size: it holds 1e999",
         ),
         ("[" * 100_000, "nested too deeply"),
         ({"kind": "card"}, "no result that a report knows: kind 'card'"),
@@ -57,7 +59,7 @@ def of_train(model, **changes):
         ({"kind": "evaluation", "model": MODEL}, "figures: Field required"),
         (
             evaluation(model={"name": "a", "latent": {"widths": 3}}),
-            "model: Value error, kv_latent in config.json is damaged",
+            "model: kv_latent in config.json is damaged",
         ),
         ({**bench(), "rows": []}, "rows: List should have at least 1 item"),
         ({**bench(), "rows": [{"batch": "one"}]}, "rows.0.batch: Input should be a valid integer"),
@@ -69,13 +71,68 @@ def of_train(model, **changes):
             evaluation(
                 figures={"latent": {"needle": {"contexts": [8], "depths": [0.5], "exact": [[1], [0]]}}}
             ),
-            "figures.latent.needle: Value error, exact must have 1 rows of 1: got [1, 1]",
+            "figures.latent.needle: exact must have 1 rows of 1: got [1, 1]",
         ),
         (
             study("rope", "c", {}, {"attenuation": {"positions": [0, 1], "latent": [1.0]}}),
             "latent must have 2 numbers: got 1",
         ),
+        (study("widths", "c", {}, {"ratio": 10**400}), "1e150 in size: it holds 10000000000000000000"),
+        ('{"kind": "study", "figures": {"x": [-1%s]}}' % (5000 * "0"), "between 1e-150 and 1e150 in size"),
+        (study("widths", "c", {"d_qk": 10**400}, {"ratio": 1.5}), "between 1e-150 and 1e150 in size"),
+        (
+            study("widths", "c", {}, {"ratio": 1.5, "ratio_standard_error": -0.1}),
+            "figures.ratio_standard_error must not be negative: got -0.1",
+        ),
+        (
+            study("widths", "c", {}, {"order": {"margin_stderr": [[0.1], [-0.2]]}}),
+            "figures.order.margin_stderr must not be negative: got -0.2",
+        ),
+        (
+            study("rope", "c", {}, {"inv_freq": [[]]}),
+            "must hold 1 frequency or more in every table: got [[]]",
+        ),
+        (study("rope", "c", {}, {"inv_freq": []}), "must hold 1 frequency or more in every table: got []"),
+        (study("widths", "c", {}, {"ratio": "high"}), "figures.ratio must be a number: got 'high'"),
+        (
+            study("widths", "c", {}, {"any": {"thing": [True]}}),
+            "figures.any.thing must be a number: got True",
+        ),
+        (study("widths", "c", {}, {"ratio": [1.5]}), "figures.ratio must be a number: got [1.5]"),
+        (study("widths", "c", {}, {"ratio": 0}), "figures.ratio must be above 0: got 0"),
+        (study("widths", "c", {}, {"stage1_ratio": -1.5}), "figures.stage1_ratio must be above 0: got -1.5"),
+        (study("widths", "c", {}, {"perplexity": -2}), "figures.perplexity must be above 0: got -2"),
+        (
+            study("widths", "c", {}, {"decode_ms_per_token": -1.0}),
+            "figures.decode_ms_per_token must not be negative: got -1.0",
+        ),
+        (
+            study("widths", "c", {"stage1_tokens": "many"}, {"ratio": 1.5}),
+            "settings.stage1_tokens must be a number: got 'many'",
+        ),
+        (
+            {**bench(), "rows": [{**bench()["rows"][0], "decode_ms_per_token": -1}]},
+            "rows.0.decode_ms_per_token: Input should be greater than 0: got -1",
+        ),
+        (
+            evaluation(figures={"latent": {"perplexity": 8.0, "standard_error": -1.0}}),
+            "figures.latent.standard_error: Input should be greater than or equal to 0: got -1.0",
+        ),
+        (
+            {**conversion(), "cells": {"paper-32x32": {"ratio": 1.5, "ratio_standard_error": -1}}},
+            "cells.paper-32x32.ratio_standard_error must not be negative: got -1",
+        ),
+        (
+            {**conversion(), "cells": {"paper-32x32": {"ratio": 1.5, "command": ["python"]}}},
+            "command: Input should be a valid string",
+        ),
+        (
+            evaluation(model={**LATENT, "latent": {**CONFIG.to_dict(), "tables": [[{"short": []}]] * 4}}),
+            "a rotary table of latent has 1 frequency or more: got 0",
+        ),
+        ({"rows": {"original": 3}}, "no result that a report knows"),
     ],
+    ids=lambda one: one if isinstance(one, str) and len(one) < 100 else "",
 )
 def test_what_cannot_be_used_is_skipped_and_named(tmp_path, out, content, reason):
     write(tmp_path / "results" / "a<b>.json", content)
@@ -83,9 +140,31 @@ def test_what_cannot_be_used_is_skipped_and_named(tmp_path, out, content, reason
     said = report([tmp_path / "results"], out)
     (skipped,) = said["skipped"]
     assert skipped["file"] == "results/a<b>.json" and reason in skipped["reason"]
+    assert "\n" not in skipped["reason"] and "Value error" not in skipped["reason"]
     assert [one["kind"] for one in said["used"]] == ["comparison"]
     page = Page(out.read_text())
     assert f"results/a<b>.json: {skipped['reason']}" in page.text and "1 file could not be used" in page.text
+
+
+def test_no_setting_or_figure_of_a_cell_stops_the_page(tmp_path, out):
+    """Every entry of a cell in turn is something else; its file is used or skipped, and the others are used."""
+    figures = {"ratio": 1.5, "ratio_standard_error": 0.1, "tokens": 10, "inv_freq": [1.0], "cache_ratio": 0.5}
+    settings = {"preset": "paper", "d_qk": 8, "d_vo": 8, "stage1_tokens": 1, "stage2_tokens": 2}
+    junk = [None, "x", [], {"a": 1}, -1, 0, 10**140, "\x00\ud800\x1b$_{"]
+    entries = [("settings", name) for name in settings] + [("figures", name) for name in figures]
+    for kind in ("widths", "stages", "rope"):
+        for i, ((part, name), value) in enumerate(product(entries, junk)):
+            document = study(kind, f"c{i}", {**settings, "other": i % 7}, dict(figures))
+            document[part][name] = value
+            write(tmp_path / "results" / kind / f"{i}.json", document)
+    document = study("stages", "\x01\ud800 name", settings, {"perplexity": 2.0})
+    document["settings"]["seed"] = [0]
+    write(tmp_path / "results" / "name.json", document)
+    said = report([tmp_path / "results"], out)
+    assert len(said["used"]) + len(said["skipped"]) == 3 * 10 * len(junk) + 1
+    assert "results/name.json" in [one["file"] for one in said["used"]]
+    assert all("must" in one["reason"] or "should" in one["reason"] for one in said["skipped"])
+    assert len(Page(out.read_text()).tables) > 5
 
 
 def test_files_that_cannot_be_read(tmp_path, out):
@@ -290,10 +369,29 @@ def test_the_head_is_known_from_another_document(tmp_path, out):
 
 
 @pytest.mark.parametrize(
-    "values", [[1.0, 2.0], [5.0, 5.0], [0.0, 64.0], [1e-9, 1e9], [0.0, 0.0], [-3.0, 2e6]]
+    "values",
+    [
+        [1.0, 2.0],
+        [5.0, 5.0],
+        [0.0, 64.0],
+        [1e-9, 1e9],
+        [0.0, 0.0],
+        [-3.0, 2e6],
+        [1, 10**40],
+        [0, 10**140],
+        [1e-140, 1e150],
+    ],
 )
-def test_axes_of_any_range(values):
+@pytest.mark.parametrize("ticks", [True, False])
+def test_axes_of_any_range(values, ticks):
     chart = line_chart(
-        "x", [Line("$a_b$ <c>", values, values)], title="<t>", x_label="x", y_label="y", log_x=True
+        "x",
+        [Line("$a_b$ <c>", values, values, error=[None, abs(values[1])], band=(values, values))],
+        title="<t>",
+        x_label="x",
+        y_label="y",
+        log_x=True,
+        level=1.0,
+        x_ticks=values if ticks else (),
     )
     assert chart.svg.startswith('<svg viewBox="0 0 360') and 'aria-label="&lt;t&gt;"' in chart.svg

@@ -1,12 +1,14 @@
 """The evaluation behind `kvlatent eval`: what it holds, that both models read the same, what it refuses."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvlatent.config import LatentConfig
 from kvlatent.conversion import convert
+from kvlatent.evaluation import catalogue, door, standard
 from kvlatent.evaluation.sliding import read_documents, sliding_perplexity
 from kvlatent.evaluation.standard import CHECKS, standard_evaluation
 from kvlatent.hub import load_model, load_tokenizer, save
@@ -100,3 +102,171 @@ def test_mistakes(place, tiny_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="their vocabularies have 300 and 301 entries"):
         standard_evaluation(place / "latent", place / "text.txt", against=tmp_path / "other")
     assert "tasks" not in CHECKS
+
+
+MEASURING = ("measure_sliding", "fidelity", "needle", "order", "causality", "run_tasks")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Names of the measurements that began; none of them does anything."""
+    begun = []
+    for name in MEASURING:
+        monkeypatch.setattr(standard, name, lambda *_, name=name, **__: begun.append(name))
+    return begun
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contexts": [64, 300]}, "got 300 tokens, max_position_embeddings=128; ask for 128"),
+        ({"contexts": [64, 20]}, "the context has 20; ask for contexts of 24 tokens or more"),
+        ({"contexts": []}, "the grid needs a context and a depth: got 0 and 5"),
+        ({"template": "The number is {value}."}, "must name {key}: got 'The number is {value}.'"),
+        ({"seed": -1}, "a seed is between 0 and 4294967295: got -1; try 0"),
+        ({"seed": 2**32}, "got 4294967296; try 0"),
+        (
+            {"block_size": 4096},
+            "got --block-size 4096, the model's context has 128; give 128, or leave it out",
+        ),
+        ({"block_size": 1}, "got --block-size 1, the model's context has 128"),
+        ({"block_size": 16}, "a span of 8 needs 25 tokens, got length=16; take shorter spans or a longer"),
+        ({"stride": 600}, "the stride is between 1 and the window: got stride=600, window=128"),
+        ({"max_tokens": 0}, "max_tokens is at least 1: got 0; leave it out"),
+        (
+            {"batch_size": 0, "checks": ["needle"]},
+            "batch_size must be at least 1: got batch_size=0; raise it",
+        ),
+        ({"checks": []}, "got 0 checks and 0 tasks; name some of perplexity, fidelity, .* or leave --checks"),
+        ({"tasks": []}, "--tasks names at least one task: got 0; name one, such as arc_easy"),
+        (
+            {"limit": 5},
+            "--limit is for tasks only: got 5, and what is measured is perplexity, fidelity, needle,",
+        ),
+        (
+            {"include_path": "x"},
+            "--include-path is for tasks only: got x, .*; leave it out, or ask for tasks",
+        ),
+        (
+            {"contexts": [64, 128], "checks": ["order"]},
+            "--contexts is for needle only: got 64,128, .* is order;",
+        ),
+        ({"template": "{key}: {value}", "checks": ["order"]}, "--template is for needle only: got {key}: "),
+        (
+            {"stride": 8, "checks": ["fidelity"]},
+            "--stride is for perplexity only: got 8, .* is fidelity; leave",
+        ),
+        ({"max_tokens": 8, "checks": ["order"]}, "--max-tokens is for perplexity only: got 8"),
+        (
+            {"block_size": 32, "checks": ["needle"]},
+            "--block-size is for perplexity and fidelity and order only",
+        ),
+        (
+            {"batch_size": 2, "checks": ["causality"], "data": None},
+            "--batch-size is for .* tasks only: got 2",
+        ),
+        ({"checks": ["causality"]}, "--data is for perplexity and .* only: got .*text.txt, .* is causality"),
+        (
+            {"checks": ["needle", "fidelity"], "against": None},
+            "with fidelity and no --against; name the original",
+        ),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_measured(place, measured, options, message):
+    given = {"data": place / "text.txt", "against": place / "model"} | options
+    with pytest.raises(ValueError, match=message) as caught:
+        standard_evaluation(place / "latent", **given)
+    assert measured == [] and "\n" not in str(caught.value)
+
+
+def test_tasks_are_found_before_anything_is_measured(place, measured, monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval")
+    made = catalogue._manager
+    monkeypatch.setattr(catalogue, "_manager", lambda path, defaults, metadata: made(path, False, metadata))
+    (tmp_path / "colours.yaml").write_text("task: colours\noutput_type: multiple_choice\n")
+    options = {"include_path": tmp_path, "tasks": ["colour"]}
+    with pytest.raises(ValueError, match="no task 'colour'; names like it: colours"):
+        standard_evaluation(place / "latent", place / "text.txt", **options)
+    with pytest.raises(ValueError, match="limit is at least 1: got 0; raise it or leave it out"):
+        standard_evaluation(place / "latent", place / "text.txt", **options, limit=0)
+    with pytest.raises(ValueError, match="the task 'colours' cannot be read"):  # it has no data
+        standard_evaluation(place / "latent", checks=[], **options | {"tasks": ["colours"]})
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    with pytest.raises(ValueError, match="tasks need lm-eval, which is not installed"):
+        standard_evaluation(place / "latent", place / "text.txt", **options)
+    assert measured == []
+
+
+def test_a_short_text_is_refused_before_anything_is_measured(place, measured, tmp_path):
+    (tmp_path / "short.txt").write_text("A cat.")
+    with pytest.raises(
+        ValueError, match="one window of 128 tokens: got .*; give more text, a shorter window, or"
+    ):
+        standard_evaluation(place / "latent", tmp_path / "short.txt")
+    with pytest.raises(
+        ValueError, match="the text must fill a block: .*; give more text or a smaller block_size"
+    ):
+        standard_evaluation(
+            place / "latent",
+            tmp_path / "short.txt",
+            against=place / "model",
+            checks=["perplexity", "fidelity"],
+        )
+    assert measured == []
+
+
+def test_models_of_other_shapes_are_refused_before_anything_is_measured(
+    place, measured, tmp_path, tiny_tokenizer
+):
+    write_checkpoint(tmp_path / "deep", tiny_tokenizer, num_hidden_layers=3)
+    with pytest.raises(ValueError, match="must have the same num_hidden_layers: got 3 and 2"):
+        standard_evaluation(place / "latent", place / "text.txt", against=tmp_path / "deep")
+    write_checkpoint(tmp_path / "short", tiny_tokenizer, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="got --block-size 100, the model's context has 64"):
+        standard_evaluation(place / "latent", place / "text.txt", against=tmp_path / "short", block_size=100)
+    assert measured == []
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_batch_size_reaches_every_check(place, measured, monkeypatch, size):
+    seen = {}
+
+    def watch(name):
+        real = getattr(door, f"check_{name}", None)
+
+        def call(*given, **options):
+            seen.setdefault(name, set()).add(options.get("batch_size"))
+            return None if name == "tasks" else real(*given, **options)
+
+        return call
+
+    for name in ("window", "fidelity", "needle", "order", "tasks"):
+        monkeypatch.setattr(door, f"check_{name}", watch(name))
+    text = door.Text(place / "text.txt", None, "text", place / "unused", None)
+    models = {"latent": load_model(place / "latent"), "original": load_model(place / "model")}
+    given = dict.fromkeys(door._USERS) | {"batch_size": size}
+    options = door.options_of(models, given, None, 0)
+    tokenizer = load_tokenizer(place / "model", models["original"].config)
+    door.check_all(CHECKS, ["a"], models, tokenizer, text, options)
+    assert seen == {name: {size} for name in ("window", "fidelity", "needle", "order", "tasks")}
+    calls = {}
+    for name in ("needle", "order", "fidelity", "run_tasks"):
+        monkeypatch.setattr(
+            standard, name, lambda *_, name=name, **o: calls.update({name: o}) or {"tasks": {}}
+        )
+    bench = standard._Bench(models, tokenizer, text, options, None)
+    for name in ("needle", "order", "fidelity"):
+        getattr(bench, name)()
+    bench.tasks(["a"])
+    assert {name: o.get("batch_size") for name, o in calls.items()} == dict.fromkeys(calls, size)
+
+
+def test_a_model_of_a_very_short_context_can_be_asked_whether_it_looks_ahead(tmp_path, tiny_tokenizer):
+    write_checkpoint(tmp_path / "model", tiny_tokenizer, max_position_embeddings=16)
+    found = standard_evaluation(tmp_path / "model", checks=["causality"])
+    assert found["figures"]["latent"] == {"causality": 0.0}
+
+
+def test_windows_nobody_chose_fit_the_context(place):
+    found = standard_evaluation(place / "latent", place / "text.txt", checks=["perplexity"], max_tokens=300)
+    assert found["figures"]["latent"]["window"] == 128

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,18 @@ BAD = {
     "preset": ({"overrides": ["conversion.keys=stride"]}, "a study sets conversion.keys itself"),
     "no kvpress": ({"name": "token-eviction"}, "token eviction needs kvpress, whose releases pin"),
     "no interpreter": ({"name": "token-eviction", "python": "/nowhere"}, "/nowhere cannot import kvpress"),
+    "silent interpreter": (
+        {"name": "token-eviction", "python": shutil.which("false")},
+        "/false cannot import kvpress: it ended with exit status 1 and said nothing; token eviction needs",
+    ),
+    "interpreter without kvpress": (
+        {"name": "token-eviction", "python": sys.executable},
+        "cannot import kvpress: ModuleNotFoundError: No module named 'kvpress'; token eviction needs",
+    ),
+    "interpreter for nothing": (
+        {"python": "there"},
+        "--python is for the study token-eviction only: got --python there with widths; leave it out",
+    ),
 }
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +238,8 @@ def test_tasks_without_data_package_or_room_are_refused(folder, tiny_llama, tiny
     (folder / "needy.py").write_text("import a_package_nobody_has\n")
     write_task(folder, "needy", LENGTHS.replace("lengths.", "needy."), [{"query": "", "target": ""}])
     refused("needy", "needs the package a_package_nobody_has, .*; pip install a_package_nobody_has")
+    write_task(folder, "absent", LENGTHS.replace("lengths.", "nowhere."), [{"query": "", "target": ""}])
+    refused("absent", "an import failed: Cannot import module 'nowhere' .*: No module .*; correct its YAML")
     write_task(
         folder,
         "long",
@@ -244,6 +247,46 @@ def test_tasks_without_data_package_or_room_are_refused(folder, tiny_llama, tiny
         [{"query": "", "target": ""}],
     )
     refused("long", "the answers of 'long' take 128 tokens, max_length=128; take a model of longer context")
+
+
+@pytest.mark.parametrize(
+    ("module", "installs"),
+    [
+        ("sklearn.metrics", "scikit-learn"),
+        ("antlr4", '"lm_eval\\[math\\]"'),
+        ("wonderwords", '"lm_eval\\[ruler\\]"'),
+        ("plain", "plain"),
+    ],
+)
+def test_a_missing_module_is_named_as_pip_knows_it(
+    folder, tiny_llama, tiny_tokenizer, monkeypatch, module, installs
+):
+    monkeypatch.setattr(catalogue, "find_spec", lambda name: None)
+    monkeypatch.setattr(catalogue, "sys", SimpleNamespace(modules={}))
+    (folder / "needy.py").write_text(f"raise ModuleNotFoundError('no', name={module!r})\n")
+    write_task(folder, "needy", LENGTHS.replace("lengths.", "needy."), [{"query": "", "target": ""}])
+    name = module.partition(".")[0]
+    with pytest.raises(ValueError, match=f"needs the package {name}, .*; pip install {installs}$"):
+        run_tasks(tiny_llama, tiny_tokenizer, ["needy"], include_path=folder)
+
+
+def test_what_is_installed_is_not_to_be_installed(folder, tiny_llama, tiny_tokenizer):
+    (folder / "needy.py").write_text("from json import a_name_nobody_has\n")
+    write_task(folder, "needy", LENGTHS.replace("lengths.", "needy."), [{"query": "", "target": ""}])
+    with pytest.raises(ValueError, match="cannot import name 'a_name_nobody_has' from 'json'") as caught:
+        run_tasks(tiny_llama, tiny_tokenizer, ["needy"], include_path=folder)
+    assert "pip install" not in str(caught.value)
+    (folder / "needy.py").write_text("import json.a_module_nobody_has\n")
+    with pytest.raises(ValueError, match="No module named 'json.a_module_nobody_has'") as caught:
+        run_tasks(tiny_llama, tiny_tokenizer, ["needy"], include_path=folder)
+    assert "pip install" not in str(caught.value)
+
+
+def test_the_first_line_that_says_something_is_shown(folder, tiny_llama, tiny_tokenizer):
+    (folder / "needy.py").write_text("raise RuntimeError('\\n\\n  bad luck\\nand more')\n")
+    write_task(folder, "needy", LENGTHS.replace("lengths.", "needy."), [{"query": "", "target": ""}])
+    with pytest.raises(ValueError, match="the task 'needy' cannot be read: bad luck; correct"):
+        run_tasks(tiny_llama, tiny_tokenizer, ["needy"], include_path=folder)
 
 
 @pytest.mark.parametrize(

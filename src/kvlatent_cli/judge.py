@@ -30,7 +30,10 @@ def evaluate(
     against: Against = None,
     checks: Annotated[
         str | None,
-        typer.Option(help="All by default.", metavar="perplexity,fidelity,needle,order,causality"),
+        typer.Option(
+            help="All by default; fidelity needs --against.",
+            metavar="perplexity,fidelity,needle,order,causality",
+        ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="lm-eval tasks, e.g. arc_easy,hellaswag.", metavar="NAME,...")
@@ -39,14 +42,26 @@ def evaluate(
         Path | None, typer.Option(help="Folder of your own task files (YAML).", metavar="DIR")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task.", metavar="N")] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens a window.", metavar="N")] = 512,
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens a window; 512 by default, less where the context is.", metavar="N"),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens by which the window moves; a window by default.", metavar="N")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.", metavar="N")] = 8,
-    max_tokens: Annotated[int | None, typer.Option(help="Score that many tokens; all by default.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences at a time; 4 to 16 by default, by check.", metavar="N")
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens scored for perplexity; by default all of --data, 50,000 of the standard library.",
+            metavar="N",
+        ),
+    ] = None,
     contexts: Annotated[
-        str | None, typer.Option(help="Context lengths of the needle.", metavar="N,...")
+        str | None,
+        typer.Option(help="Contexts of the needle; 128 and the model's own by default.", metavar="N,..."),
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="A needle in words, with {key} and {value}.", metavar="TEXT")
@@ -62,7 +77,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, needles, word order and tasks, beside the original's with --against, and name what is wrong."""
     with session(as_json) as run:
-        from kvlatent.evaluation.standard import CHECKS, standard_evaluation
+        from kvlatent.evaluation.standard import standard_evaluation
         from kvlatent.record import command_line
         from kvlatent.settings import choose_device
 
@@ -70,8 +85,8 @@ def evaluate(
             directory,
             data,
             against=against,
-            checks=CHECKS if checks is None else o.names(checks),
-            tasks=[] if tasks is None else o.names(tasks),
+            checks=None if checks is None else o.names(checks),
+            tasks=None if tasks is None else o.names(tasks),
             include_path=include_path,
             limit=limit,
             block_size=block_size,
@@ -111,13 +126,19 @@ def bench(
     contexts: Annotated[str | None, typer.Option(help="Prompt lengths.", metavar="N,...")] = None,
     batches: Annotated[str, typer.Option(help="Sequences at once.", metavar="N,...")] = "1",
     caches: Annotated[
-        str, typer.Option(help="Kinds of cache.", metavar="NAME,...")
+        str,
+        typer.Option(
+            help="Of dynamic, static, quantized-int4, quantized-int2, quantized-fp8, quantized-int8-hqq, "
+            "quantized-int4-hqq, quantized-int2-hqq.",
+            metavar="NAME,...",
+        ),
     ] = "dynamic,quantized-int4",
     new_tokens: Annotated[int, typer.Option(help="Tokens added to a prompt.", metavar="N")] = 16,
     repeats: Annotated[int, typer.Option(help="Timed rounds; 3 or more.", metavar="N")] = 5,
     memory: o.Memory = None,
     attention: Annotated[
-        str | None, typer.Option(help="Attention kernel.", metavar="eager|sdpa|flex_attention")
+        str | None,
+        typer.Option(help="Attention kernel.", metavar="eager|sdpa|flex_attention|flash_attention_2"),
     ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="Compile the step that adds a token.")] = False,
     seed: o.Seed = None,

@@ -50,7 +50,9 @@ _ROWS = {
     "needle, reciprocal rank": lambda f: _grid_mean(f, "needle", "rank"),
     "true order likelier by": lambda f: _grid_mean(f, "order", "margin", " nats"),
     "true order preferred": lambda f: _grid_mean(f, "order", "preferred"),
+    "past logits moved by the future": lambda f: f"{f['causality']:.3g}" if "causality" in f else "",
 }
+_UNDECIDED = ("forgetting:", "positional confusion:")
 
 
 def _metrics(figures: Figures) -> list[tuple[str, str]]:
@@ -89,7 +91,8 @@ def _diagnosis(diagnosis: Figures) -> list[str]:
     lines += [
         f"{found['name']}: {found['advice']}" for found in diagnosis["findings"] if found["name"] != "none"
     ]
-    return lines
+    undecided = [sentence for sentence in diagnosis["not_measured"] if sentence.startswith(_UNDECIDED)]
+    return [*lines, *(f"not judged: {sentence}" for sentence in undecided)]
 
 
 def study_tables(document: Figures) -> list[Any]:
@@ -97,6 +100,11 @@ def study_tables(document: Figures) -> list[Any]:
     lines = [f"{len(document['finished'])} of {len(document['cells'])} cells finished in {document['out']}"]
     for what in ("redone", "failed", "impossible"):
         lines += [f"{what}: {cell}: {why}" for cell, why in document.get(what, {}).items()]
+    lines += [f"being measured by another process: {cell}" for cell in document.get("elsewhere", ())]
+    damaged = document.get("summary", {}).get("damaged", {})
+    lines += [
+        f"damaged: {cell}: {why}" for cell, why in damaged.items() if cell not in document.get("redone", {})
+    ]
     if "summary" not in document:
         return [*document["cells"], *lines]
     rows = document["summary"]["rows"]

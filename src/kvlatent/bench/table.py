@@ -45,7 +45,8 @@ def bench_card(document: dict[str, Any]) -> list[str]:
         *lines,
         f"{document['device']} ({where}), {document['dtype']}, {document['attention']}{compiled}",
         f"medians and quartiles of {settings['repeats']} rounds by turns, {settings['new_tokens']} tokens added",
-        "times faster: a step, against the original with the same cache; by bytes: its bound",
+        "times faster: a step, against the original with the same cache (the original: with the first)",
+        "by bytes: the bound of it",
         f"peak memory: {document['peak_memory']}",
     ]
 
@@ -61,13 +62,23 @@ def _range(widths: Sequence[int]) -> str:
 
 
 def bench_table(document: dict[str, Any]) -> list[list[str]]:
-    """Header and rows; the columns "times faster" (of a step, with quartiles) and "by bytes" (its bound) are the latent model's."""
-    ratios = {(row["batch"], row["context"], row["cache"]): row for row in document["ratios"]}
+    """Header and rows.
+
+    The columns "times faster" (of a step, with quartiles) and "by bytes" (its bound) compare a latent model with the
+    original under the same cache, and the original, or a model measured alone, with itself under the first cache.
+    """
+    first, single = document["settings"]["caches"][0], document["original"] is None
+    ratios = {(row["batch"], row["context"], row["cache"], "latent"): row for row in document["ratios"]}
+    ratios |= {
+        (row["batch"], row["context"], row["cache"], row["model"]): row
+        for row in document["stacked"]
+        if row["cache"] != first and (single or row["model"] == "original")
+    }
     table = [list(_COLUMNS)]
     for row in document["rows"]:
-        ratio = ratios.get((row["batch"], row["context"], row["cache"]))
+        ratio = ratios.get((row["batch"], row["context"], row["cache"], row["model"]))
         faster, bound = "", ""
-        if ratio is not None and row["model"] == "latent":
+        if ratio is not None:
             low, high = ratio["decode_quartiles"]
             faster, bound = (
                 f"{ratio['decode']:.2f} ({low:.2f} to {high:.2f})",

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+import sys
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 __all__ = ["find_tasks", "load_task"]
 
 _ANSWER = 256  # tokens of an answer where the task does not say, lm-eval's own number
+
+_EXTRAS = {
+    "acpbench": ("lark", "tarski", "pddl", "kstar_planner"),
+    "ifeval": ("langdetect", "immutabledict"),
+    "japanese_leaderboard": ("emoji", "neologdn", "fugashi"),
+    "longbench": ("fuzzywuzzy", "jieba", "rouge"),
+    "math": ("antlr4", "math_verify", "sympy"),
+    "multilingual": ("nagisa", "pycountry"),
+    "ruler": ("nltk", "wonderwords"),
+}
+"""lm-eval's extras, each with the modules of it that tasks import."""
+
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "bs4": "beautifulsoup4"} | {
+    module: f'"lm_eval[{extra}]"' for extra, modules in _EXTRAS.items() for module in modules
+}
+"""What pip installs, where it is not called as the module is."""
 
 
 def find_tasks(names: list[str], include_path: str | Path | None, metadata: str) -> Any:
@@ -68,9 +86,17 @@ def load_task(manager: Any, name: str, length: int) -> list[Any]:
     try:
         found = manager.load(name)
     except ImportError as error:
-        missing = getattr(error.__cause__ or error, "name", None) or error
+        module = _missing(error)
+        # lm-eval says so of a file that should lie beside the YAML, which no package replaces.
+        if module is None or f"Cannot import module '{module}" in str(error):
+            why = ": ".join(dict.fromkeys(_line(one) for one in (error, error.__cause__) if one is not None))
+            raise ValueError(
+                f"the task {name!r} cannot be read, an import failed: {why}; correct its YAML, or the installation of "
+                "what it names"
+            ) from error
         raise ValueError(
-            f"the task {name!r} needs the package {missing}, which is not installed; pip install {missing}"
+            f"the task {name!r} needs the package {module}, which is not installed; pip install "
+            f"{_DISTRIBUTIONS.get(module, module)}"
         ) from error
     except OSError as error:
         raise ValueError(
@@ -92,5 +118,17 @@ def load_task(manager: Any, name: str, length: int) -> list[Any]:
     return list(found["tasks"].values()) if group is None else [group]
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _missing(error: BaseException | None) -> str | None:
+    """The top-level module that is not installed, where that is why an import failed."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            module = error.name.partition(".")[0]
+            if module not in sys.modules and find_spec(module) is None:
+                return module
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what an error says that is not empty, else its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

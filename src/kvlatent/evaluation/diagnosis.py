@@ -99,8 +99,8 @@ def _check_finite(value: Any, where: str) -> None:
         raise ValueError(f"figures must be finite: got {value} in {where}; measure again, in float32")
 
 
-def _forgetting(figures: Mapping[str, Any], missing: list[str]) -> Answer:
-    """Perplexity and KL, as far as they were measured, are both up."""
+def _ordinary(figures: Mapping[str, Any], missing: list[str]) -> dict[str, dict[str, Any]]:
+    """What is known of ordinary text."""
     evidence = {}
     ratio = _ratio(figures)
     if ratio is None:
@@ -113,11 +113,26 @@ def _forgetting(figures: Mapping[str, Any], missing: list[str]) -> Answer:
         missing.append("divergence: needs the fidelity of the two models")
     else:
         evidence["kl"] = _figure(fidelity["kl"], FORGETTING_NATS, fidelity.get("kl_standard_error"))
+    return evidence
+
+
+def _forgetting(figures: Mapping[str, Any], missing: list[str]) -> Answer:
+    """Perplexity and KL, as far as they were measured, are both up; not judged where only one is."""
+    evidence = _ordinary(figures, missing)
+    up = {name: _surely_above(figure) for name, figure in evidence.items()}
+    if len(set(up.values())) > 1 or None in up.values():
+        shown = [
+            f"{name} {one['value']:.3g} (threshold {one['threshold']:.3g})" for name, one in evidence.items()
+        ]
+        unsure = " and ".join(name for name, sure in up.items() if sure is None)
+        why = f"{unsure} of one block has no standard error" if unsure else "one is up and the other is not"
+        missing.append(f"forgetting: {', '.join(shown)}: {why}; measure on more text")
+        return {}, None
     advice = (
         "Keep more of the cache (--kv; --d-vo alone if keys are wide enough), calibrate on more text of the kind that is "
         "measured (--data, --blocks), and train stage II on more tokens (--stages both --tokens N)."
     )
-    return evidence, advice if evidence and all(map(_surely_above, evidence.values())) else None
+    return evidence, advice if up and all(up.values()) else None
 
 
 def _positional(figures: Mapping[str, Any], missing: list[str]) -> Answer:
@@ -131,12 +146,13 @@ def _positional(figures: Mapping[str, Any], missing: list[str]) -> Answer:
         evidence |= found
         if any(map(_surely_fallen, found.values())):
             fallen.append(name)
-    ordinary, forgot = _forgetting(figures, [])
-    if evidence and not ordinary:
+    up = [_surely_above(figure) for figure in _ordinary(figures, []).values()]
+    if evidence and not up:
         missing.append("positional confusion: needs perplexity or fidelity, to tell it from forgetting")
         return {}, None
-    if fallen and forgot:
-        missing.append(f"positional confusion: {' and '.join(fallen)} fell, but so did ordinary text")
+    if fallen and any(sure is not False for sure in up):
+        so = "so did" if all(up) else "so may have"
+        missing.append(f"positional confusion: {' and '.join(fallen)} fell, but {so} ordinary text")
         return {}, None
     evidence = dict(sorted(evidence.items(), key=lambda item: item[1]["value"]))
     advice = "; ".join(_POSITIONAL[name] for name in fallen)
@@ -209,8 +225,12 @@ def _figure(value: float | None, threshold: float, error: float | None = None) -
     return {"value": value, "threshold": threshold, "standard_error": error}
 
 
-def _surely_above(figure: Mapping[str, Any]) -> bool:
-    return figure["value"] - _ERRORS * (figure["standard_error"] or 0.0) > figure["threshold"]
+def _surely_above(figure: Mapping[str, Any]) -> bool | None:
+    """None for a figure that is above and has no standard error."""
+    error = figure["standard_error"]
+    if error is None:
+        return None if figure["value"] > figure["threshold"] else False
+    return figure["value"] - _ERRORS * error > figure["threshold"]
 
 
 def _surely_fallen(figure: Mapping[str, Any]) -> bool:

@@ -19,8 +19,9 @@ from ..perplexity import ratio_error
 from ..sources import check_same_vocabulary
 from ..stage2 import IGNORED, Head
 from .layerwise import LayerSums, as_latent, in_lockstep, sampled_rows
+from .sequences import check_counts
 
-__all__ = ["fidelity"]
+__all__ = ["check_fidelity", "fidelity"]
 
 _CHUNK_TOKENS = 256  # logits of both models are held for that many tokens
 
@@ -67,7 +68,7 @@ def fidelity(
         ValueError: vocabularies or shapes that differ, blocks longer than the context, nothing to predict, no row that
             sees two keys, logits that are not finite, batch_size or rows below 1.
     """
-    _check(original, latent, batch_size, rows, layers)
+    check_fidelity(original, latent, batch_size=batch_size, rows=rows, seed=seed, layers=layers)
     pair = (as_latent(original), as_latent(latent)) if layers else (original, latent)
     sums = [LayerSums() for _ in pair[0].model.layers] if layers else []
     generator = torch.Generator().manual_seed(seed)
@@ -108,8 +109,11 @@ def fidelity(
     }
 
 
-def _check(original: Any, latent: Any, batch_size: int, rows: int, layers: bool) -> None:
-    """What can be refused before anything runs."""
+def check_fidelity(
+    original: Any, latent: Any, *, batch_size: int = 4, rows: int = 64, seed: int = 0, layers: bool = True
+) -> None:
+    """Raise what `fidelity`, which has the same arguments, raises before anything runs."""
+    check_counts(seed=(seed, 0))
     if batch_size < 1:
         raise ValueError(f"a batch holds at least one block: got batch_size={batch_size}; try 4")
     if rows < 1:

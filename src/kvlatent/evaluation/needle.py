@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .haystack import generated_text, planted_rows, random_needles, written_needles
+from .haystack import Needle, generated_text, planted_rows, random_needles, written_needles
 from .sequences import (
     at_the_ends,
     check_counts,
@@ -30,7 +30,9 @@ from .sequences import (
     token_stream,
 )
 
-__all__ = ["default_contexts", "needle", "needle_drop"]
+__all__ = ["check_needle", "default_contexts", "needle", "needle_drop"]
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _SHORTEST = 128
 _HAYSTACKS = 16  # so many contexts of a text are looked at, whatever other contexts are measured
@@ -49,7 +51,7 @@ def needle(
     *,
     haystack: Sequence[int] | Iterable[str] | None = None,
     contexts: Sequence[int] | None = None,
-    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    depths: Sequence[float] = DEPTHS,
     trials: int = 20,
     needle_tokens: int = 8,
     cue_tokens: int = 4,
@@ -84,15 +86,11 @@ def needle(
         ValueError: a context is longer than the model's or too short for the needle, a depth is outside 0 to 1, the
             template lacks {key} before {value}, there is no text or no cue, or a logit is not finite.
     """
-    lengths = _lengths(model.config, contexts, depths)
-    check_counts(trials=(trials, 1), needle_tokens=(needle_tokens, 1))
-    check_counts(batch_size=(batch_size, 1), seed=(seed, 0))
-    if template is None:
-        needles = random_needles(tokenizer, trials, needle_tokens, cue_tokens, seed)
-    else:
-        needles = written_needles(tokenizer, trials, needle_tokens, template, seed)
+    lengths, needles = check_needle(
+        model.config, tokenizer, contexts=contexts, depths=depths, trials=trials, needle_tokens=needle_tokens,
+        cue_tokens=cue_tokens, template=template, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
     lead = leading_ids(tokenizer)
-    _check_fits(lengths, len(lead) + max(one.size for one in needles))
     source = generated_text(2 * max(lengths), seed) if haystack is None else haystack
     stream = token_stream(source, tokenizer, _HAYSTACKS * max(lengths))
     advance = counter(progress, len(lengths) * len(depths) * trials)
@@ -119,6 +117,31 @@ def needle(
         "template": template,
         "seed": seed,
     }
+
+
+def check_needle(
+    config: Any,
+    tokenizer: Any,
+    *,
+    contexts: Sequence[int] | None = None,
+    depths: Sequence[float] = DEPTHS,
+    trials: int = 20,
+    needle_tokens: int = 8,
+    cue_tokens: int = 4,
+    template: str | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> tuple[list[int], list[Needle]]:
+    """The contexts and the needles of `needle`, which has the same arguments; raises what it raises, text aside."""
+    lengths = _lengths(config, contexts, depths)
+    check_counts(trials=(trials, 1), needle_tokens=(needle_tokens, 1))
+    check_counts(batch_size=(batch_size, 1), seed=(seed, 0))
+    if template is None:
+        needles = random_needles(tokenizer, trials, needle_tokens, cue_tokens, seed)
+    else:
+        needles = written_needles(tokenizer, trials, needle_tokens, template, seed)
+    _check_fits(lengths, len(leading_ids(tokenizer)) + max(one.size for one in needles))
+    return lengths, needles
 
 
 def needle_drop(original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +191,7 @@ def _check_fits(contexts: Sequence[int], needed: int) -> None:
     if min(contexts) < needed:
         raise ValueError(
             f"needle, question and answer must fit the context: they take {needed} tokens, the context has "
-            f"{min(contexts)}; shorten the needle or ask for longer contexts"
+            f"{min(contexts)}; ask for contexts of {needed} tokens or more"
         )
 
 

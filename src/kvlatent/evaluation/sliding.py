@@ -13,34 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import text
-from ..modeling import latent_config_of
 from ..perplexity import Perplexity, summarise
 from ..stage2 import IGNORED, token_losses
+from .windows import Window, batches_of, check_window, windows_of
 
 __all__ = ["measure_sliding", "read_documents", "sliding_perplexity"]
-
-_LONGEST = 2048  # tokens in a window that nobody chose: memory grows with it
-
-
-class _Window(NamedTuple):
-    """Ids `begin` to `end` - 1 of a stream are read; the tokens behind ids `first` to `end` - 1 are scored."""
-
-    document: int
-    begin: int
-    first: int
-    end: int
-
-    def length(self) -> int:
-        return self.end - self.begin
 
 
 def sliding_perplexity(
@@ -85,10 +70,12 @@ def measure_sliding(
             lacks, or a loss that is NaN, infinite or above 700.
         TypeError: one string in place of several.
     """
-    window, stride = _check(model.config, window, stride, batch_size, max_tokens)
+    window, stride = check_window(
+        model.config, window=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens
+    )
     streams, size = _encode(tokenizer, documents, _lead(tokenizer, lead), model.config.vocab_size, max_tokens)
-    windows = [w for number, ids in enumerate(streams) for w in _windows(number, len(ids), window, stride)]
-    batches = _batches(windows, batch_size, _switch(model.config))
+    windows = [w for number, ids in enumerate(streams) for w in windows_of(number, len(ids), window, stride)]
+    batches = batches_of(windows, batch_size, model.config)
     losses = _losses(model, streams, batches, progress)
     parts = [part for document in losses for part in document.split(window)]
     result = summarise([part.double().sum().item() for part in parts], list(map(len, parts)))
@@ -121,30 +108,6 @@ def read_documents(
         if piece.last:
             yield "".join(parts)
             parts = []
-
-
-def _check(
-    config: Any, window: int | None, stride: int | None, batch_size: int, max_tokens: int | None
-) -> tuple[int, int]:
-    context = getattr(config, "max_position_embeddings", None)
-    window = min(context or _LONGEST, _LONGEST) if window is None else window
-    if window < 1:
-        raise ValueError(f"a window reads at least 1 token: got window={window}; try 512")
-    if context is not None and window > context:
-        raise ValueError(
-            f"a window cannot be longer than the model's context: got window={window}, "
-            f"max_position_embeddings={context}; use window={context} or less"
-        )
-    stride = window if stride is None else stride
-    if not 1 <= stride <= window:
-        raise ValueError(
-            f"the stride is between 1 and the window: got stride={stride}, window={window}; use {window} or less"
-        )
-    if batch_size < 1:
-        raise ValueError(f"a batch holds at least one window: got batch_size={batch_size}; try 8")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens is at least 1: got {max_tokens}; leave it out to score all of the text")
-    return window, stride
 
 
 def _lead(tokenizer: Any, lead: int | None) -> int:
@@ -187,37 +150,12 @@ def _encode(
     return streams, size
 
 
-def _windows(document: int, ids: int, window: int, stride: int) -> Iterator[_Window]:
-    """The windows of a stream of `ids`; the last one reaches back as far as the others."""
-    first = 0
-    while first < ids - 1:
-        end = min(ids - 1, first + (stride if first else window))
-        yield _Window(document, max(0, end - window), first, end)
-        first = end
-
-
-def _switch(config: Any) -> float:
-    """Length beyond which longrope turns everything in a batch by its other table; infinity without longrope."""
-    if getattr(config, "kv_latent", None):
-        return latent_config_of(config).tables[0][0].switch or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
-
-
-def _batches(windows: list[_Window], batch_size: int, switch: float) -> Iterator[list[_Window]]:
-    """Windows by length, the longest first: little padding, and a lack of memory shows at once."""
-    ordered = sorted(windows, key=_Window.length, reverse=True)
-    for _, group in groupby(ordered, key=lambda window: window.length() > switch):
-        members = list(group)
-        yield from (members[at : at + batch_size] for at in range(0, len(members), batch_size))
-
-
 # Not inference_mode: tables that latent attention builds at its first forward must stay usable in training.
 @torch.no_grad()
 def _losses(
     model: PreTrainedModel,
     streams: list[Tensor],
-    batches: Iterable[list[_Window]],
+    batches: Iterable[list[Window]],
     progress: Callable[[int, int], None] | None,
 ) -> list[Tensor]:
     """Nats of every token of every document, fp32."""
@@ -240,9 +178,9 @@ def _losses(
     return losses
 
 
-def _padded(streams: list[Tensor], batch: list[_Window]) -> tuple[Tensor, Tensor]:
+def _padded(streams: list[Tensor], batch: list[Window]) -> tuple[Tensor, Tensor]:
     """Ids and labels, int64 [B, T], padded on the right, where no token looks."""
-    shape = len(batch), max(map(_Window.length, batch))
+    shape = len(batch), max(map(Window.length, batch))
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
     for row, (document, begin, first, end) in enumerate(batch):
         ids[row, : end - begin] = streams[document][begin:end]

@@ -20,26 +20,18 @@ from ..record import environment
 from ..sources import check_same_vocabulary, named, opened
 from .causality import causality
 from .diagnosis import diagnose
+from .door import CHECKS, check_all, checks_of, options_of
 from .fidelity import fidelity
 from .needle import needle
 from .order import order
 from .quality import cache_bytes_per_token
 from .reading import Text
-from .sequences import context_limit
 from .sliding import measure_sliding
 from .tasks import compare_tasks, run_tasks
 
 __all__ = ["CHECKS", "standard_evaluation"]
 
-CHECKS = ("perplexity", "fidelity", "needle", "order", "causality")
-"""What is measured when nothing is asked for; "tasks" comes with names of tasks."""
-
 _CACHE_POSITIONS = 64
-_SHORT_CONTEXT = (
-    128  # of the needle, beside the longest; so that both checks of position take a minute, not five
-)
-_NEEDLE_TRIALS = 8
-_SPAN_WINDOW, _SPAN_TRIALS = 256, 16
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -50,13 +42,13 @@ def standard_evaluation(
     *,
     against: str | Path | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    checks: Sequence[str] = CHECKS,
-    tasks: Sequence[str] = (),
+    checks: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    block_size: int = 512,
+    block_size: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     max_tokens: int | None = None,
     contexts: Sequence[int] | None = None,
     template: str | None = None,
@@ -69,14 +61,20 @@ def standard_evaluation(
 ) -> dict[str, Any]:
     """Measure a model, beside its original when `against` is given, and say what is wrong.
 
+    Everything is checked before the first measurement, and an option that no check would look at is refused.
+
     Args:
         model, against: directories, hub ids or loaded models.
-        data: a text file or hub data set; None: the standard library text, `reading.STANDARD_TOKENS` of it.
+        data: a text file or hub data set; None: the standard library text.
         tokenizer: of the text; None takes the model's own (then `model` is a directory or hub id).
-        checks: of `CHECKS`; "fidelity" needs `against`, and is passed over without.
-        tasks, include_path, limit: see `tasks.run_tasks`.
-        block_size: tokens of a perplexity window (at most the context); stride: see `sliding.measure_sliding`.
-        max_tokens: score so many tokens; None scores all of `data`.
+        checks: of `CHECKS`; None takes them all, without `against` all but "fidelity", which needs it.
+        tasks, include_path, limit: see `tasks.run_tasks`; None runs no task.
+        block_size: tokens of a window of perplexity and fidelity, and at most of order; None takes 512, or the
+            context where that is shorter.
+        stride: see `sliding.measure_sliding`.
+        batch_size: sequences at a time, in every check; None takes each check's own.
+        max_tokens: of perplexity alone, so many tokens are scored; None scores all of `data`, of the standard library
+            text `reading.STANDARD_TOKENS`.
         contexts, template: see `needle.needle`; by default 128 tokens and the model's context.
         dtype, device: to load with.
         separator, text_field: how `data` splits into documents.
@@ -88,37 +86,33 @@ def standard_evaluation(
         "cache_ratio", "fidelity", "tasks"}, "diagnosis", "record"}; what was not measured is left out.
 
     Raises:
-        ValueError: an unknown check, models of different vocabularies, too little text, or what a check refuses.
+        ValueError: nothing to measure, an option without a use, models of different vocabularies, too little text, or
+            what a check refuses.
     """
-    _check_names(checks)
+    given: dict[str, Any] = {
+        "data": data,
+        "block_size": block_size,
+        "stride": stride,
+        "batch_size": batch_size,
+    }
+    given |= {"max_tokens": max_tokens, "contexts": contexts, "template": template}
+    given |= {"limit": limit, "include_path": include_path}
+    chosen = checks_of(checks, tasks, against is not None, given)
     start = time.perf_counter()
     models = {"latent": opened(model, dtype, device)}
     if against is not None:
         models["original"] = opened(against, dtype, device)
         check_same_vocabulary(models["latent"], models["original"])
     tokenizer = tokenizer or _tokenizer(model, models["latent"])
-    bench = _Bench(models, tokenizer, batch_size, seed, progress)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         text = Text(data, separator, text_field, Path(folder), max_tokens)
-        size = min(block_size, context_limit(models["latent"].config) or block_size)
-        if "perplexity" in checks:
-            bench.perplexity(text, size, stride)
-        if "fidelity" in checks and against is not None:
-            bench.fidelity(text, size)
-        if "needle" in checks:
-            contexts = contexts or _two_contexts(models["latent"])
-            bench.each("needle", lambda m, p: needle(
-                m, tokenizer, haystack=text.documents, contexts=contexts, template=template, trials=_NEEDLE_TRIALS, seed=seed, progress=p
-            ))  # fmt: skip
-        if "order" in checks:
-            length = min(_SPAN_WINDOW, size)
-            bench.each("order", lambda m, p: order(
-                m, text.documents, tokenizer, length=length, trials=_SPAN_TRIALS, seed=seed, progress=p
-            ))  # fmt: skip
-        if "causality" in checks:
-            bench.each("causality", lambda m, p: causality(m, seed=seed))
+        options = options_of(models, given, text.max_tokens, seed)
+        check_all(chosen, tasks, models, tokenizer, text, options)
+        bench = _Bench(models, tokenizer, text, options, progress)
+        for name in [name for name in CHECKS if name in chosen]:
+            getattr(bench, name)()
         if tasks:
-            bench.tasks(tasks, include_path, limit)
+            bench.tasks(tasks)
     sources = {"latent": model, "original": against}
     about = {role: _about(each, sources[role]) for role, each in models.items()}
     record = environment(models["latent"].device.type) | {"seed": seed, "text": text.about()}
@@ -139,33 +133,22 @@ class _Bench:
         self,
         models: dict[str, PreTrainedModel],
         tokenizer: Any,
-        batch_size: int,
-        seed: int,
+        text: Text,
+        options: dict[str, dict[str, Any]],
         progress: Progress | None,
     ) -> None:
-        self.models, self.tokenizer, self.batch_size, self.seed = models, tokenizer, batch_size, seed
+        self.models, self.tokenizer, self.text, self.options = models, tokenizer, text, options
         self.progress = progress
         self.figures: dict[str, Any] = {role: {} for role in models}
 
-    def each(self, name: str, check: Callable[[Any, Any], Any]) -> None:
-        """One check on every model."""
-        for role, model in self.models.items():
-            self.figures[role][name] = check(model, self._report(f"{name}, {role}"))
-
-    def perplexity(self, text: Text, size: int, stride: int | None) -> None:
+    def perplexity(self) -> None:
         """Perplexity and cache bytes of each, and what one is over the other."""
         found: dict[str, Perplexity] = {}
-        documents = text.documents
+        documents = self.text.documents
         for role, model in self.models.items():
+            report = self._report(f"perplexity, {role}")
             figures, found[role] = measure_sliding(
-                model,
-                self.tokenizer,
-                documents,
-                window=size,
-                stride=stride,
-                batch_size=self.batch_size,
-                max_tokens=text.max_tokens,
-                progress=self._report(f"perplexity, {role}"),
+                model, self.tokenizer, documents, progress=report, **self.options["perplexity"]
             )
             ids = self.tokenizer(documents[0], return_tensors="pt")["input_ids"][:, :_CACHE_POSITIONS]
             figures["cache_bytes_per_token"] = cache_bytes_per_token(model, ids)
@@ -176,24 +159,40 @@ class _Bench:
             both = [self.figures[role]["cache_bytes_per_token"] for role in ("latent", "original")]
             self.figures |= {"ratio": ratio, "ratio_standard_error": error, "cache_ratio": both[0] / both[1]}
 
-    def fidelity(self, text: Text, size: int) -> None:
+    def fidelity(self) -> None:
         """Distance of the latent model from its original."""
-        self.figures["fidelity"] = fidelity(
-            self.models["original"],
-            self.models["latent"],
-            text.blocks(self.tokenizer, size),
-            seed=self.seed,
-            progress=self._report("fidelity"),
-        )
+        blocks = self.text.blocks(self.tokenizer, self.options["perplexity"]["window"])
+        pair = [self.models[role] for role in ("original", "latent")]
+        report = self._report("fidelity")
+        self.figures["fidelity"] = fidelity(*pair, blocks, progress=report, **self.options["fidelity"])
 
-    def tasks(self, names: Sequence[str], include_path: str | Path | None, limit: int | None) -> None:
+    def needle(self) -> None:
+        """Needles in the text, found by each."""
+        for role, model in self.models.items():
+            report, options = self._report(f"needle, {role}"), self.options["needle"]
+            self.figures[role]["needle"] = needle(
+                model, self.tokenizer, haystack=self.text.documents, progress=report, **options
+            )
+
+    def order(self) -> None:
+        """The order of near tokens, as each knows it."""
+        for role, model in self.models.items():
+            report, options = self._report(f"order, {role}"), self.options["order"]
+            self.figures[role]["order"] = order(
+                model, self.text.documents, self.tokenizer, progress=report, **options
+            )
+
+    def causality(self) -> None:
+        """Whether each looks ahead."""
+        for role, model in self.models.items():
+            self.figures[role]["causality"] = causality(model, **self.options["causality"])
+
+    def tasks(self, names: Sequence[str]) -> None:
         """lm-eval's tasks on each, and their differences."""
         for number, (role, model) in enumerate(self.models.items()):
             if self.progress is not None:
                 self.progress("tasks", number, len(self.models), role)
-            self.figures[role]["tasks"] = run_tasks(
-                model, self.tokenizer, names, include_path=include_path, limit=limit, seed=self.seed
-            )
+            self.figures[role]["tasks"] = run_tasks(model, self.tokenizer, names, **self.options["tasks"])
         if "original" in self.models:
             pair = [self.figures[role]["tasks"] for role in ("original", "latent")]
             self.figures["tasks"] = compare_tasks(*pair)
@@ -201,18 +200,6 @@ class _Bench:
     def _report(self, step: str) -> Callable[[int, int], None] | None:
         report = self.progress
         return None if report is None else lambda done, total: report(step, done, total, "")
-
-
-def _two_contexts(model: PreTrainedModel) -> list[int] | None:
-    """A short context and the longest."""
-    limit = context_limit(model.config)
-    return None if limit is None else sorted({min(_SHORT_CONTEXT, limit), limit})
-
-
-def _check_names(checks: Sequence[str]) -> None:
-    for name in checks:
-        if name not in CHECKS:
-            raise ValueError(f"unknown check {name!r}; choose of {', '.join(CHECKS)}")
 
 
 def _tokenizer(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -7,29 +7,21 @@ is kept off the screen, and its results become a plain dict in which every numbe
 from __future__ import annotations
 
 import copy
-import io
-import json
-import logging
 import math
-import os
-import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .catalogue import find_tasks, load_task
+from .harness import lm_eval_modules, loaded_tasks
+from .sequences import check_counts
 
-__all__ = ["compare_tasks", "run_tasks"]
+__all__ = ["check_tasks", "compare_tasks", "run_tasks"]
 
 _RESAMPLES = 1000  # for errors without a closed form: 2 % off; lm-eval's 100,000 take hours on long data
 _HAYSTACK = 4096  # tokens of a synthetic haystack that nobody chose, lm-eval's own number
 _COUNTS = ("samples", "shots")
-_LOUD = ("lm_eval", "transformers", "datasets")
-_SERIAL = "DISABLE_MULTIPROC"  # lm-eval then resamples in this process; forking one that runs torch can hang
 
 
 def run_tasks(
@@ -70,18 +62,9 @@ def run_tasks(
         TypeError: one string in place of several names.
     """
     length, haystack = _check(model.config, tasks, limit, num_fewshot, batch_size, max_length)
-    try:
-        evaluator: Any = import_module("lm_eval.evaluator")
-        harness: Any = import_module("lm_eval.models.huggingface")
-    except ImportError as error:
-        raise ValueError(
-            'tasks need lm-eval, which is not installed; pip install "kvlatent[eval]"'
-        ) from error
+    evaluator, harness = lm_eval_modules()
     training = model.training
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder, _quiet():
-        metadata = {"max_seq_lengths": [haystack], "tokenizer": _tokenizer_folder(tokenizer, folder)}
-        manager = find_tasks(list(tasks), include_path, json.dumps(metadata))
-        loaded = [item for name in dict.fromkeys(tasks) for item in load_task(manager, name, length)]
+    with loaded_tasks(tokenizer, tasks, include_path, length, haystack) as (manager, loaded):
         try:
             own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
             results = evaluator.simple_evaluate(
@@ -106,6 +89,26 @@ def run_tasks(
         finally:
             model.train(training)
     return {"tasks": _figures(results), "lm_eval": results["lm_eval_version"]}
+
+
+def check_tasks(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Raise what `run_tasks`, which has the same arguments, raises before the model runs; the data are fetched."""
+    check_counts(seed=(seed, 0))
+    length, haystack = _check(config, tasks, limit, num_fewshot, batch_size, max_length)
+    lm_eval_modules()
+    with loaded_tasks(tokenizer, tasks, include_path, length, haystack):
+        pass
 
 
 def compare_tasks(original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def _check(
         ("batch_size", batch_size, 1),
     ):
         if value is not None and value < least:
-            raise ValueError(f"{name} is at least {least}: got {value}")
+            raise ValueError(f"{name} is at least {least}: got {value}; raise it or leave it out")
     context = getattr(config, "max_position_embeddings", None) or max_length or _HAYSTACK
     length = context if max_length is None else max_length
     if not 1 <= length <= context:
@@ -169,31 +172,6 @@ def _check(
             f"use {context} or less"
         )
     return length, min(length, _HAYSTACK) if max_length is None else length
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Keep progress bars, log and prints off the screen; errors are raised all the same."""
-    levels = {name: logging.getLogger(name).level for name in _LOUD}
-    serial = os.environ.get(_SERIAL)
-    os.environ[_SERIAL] = "1"
-    for name in _LOUD:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        os.environ.pop(_SERIAL) if serial is None else os.environ.update({_SERIAL: serial})
-
-
-def _tokenizer_folder(tokenizer: Any, folder: str) -> str:
-    """Where synthetic tasks find the tokenizer to measure their haystacks with; `folder` if nowhere else."""
-    if Path(tokenizer.name_or_path).is_dir() and tokenizer.name_or_path:
-        return str(tokenizer.name_or_path)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _figures(results: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .charts import MOST_LINES, Chart, Line, line_chart
 from .documents import Document
-from .tables import Cell, Table, cell, plain
+from .tables import Cell, Table, cell, distinct, plain
 
 __all__ = ["Block", "Section", "line_block", "line_table", "numbers_in"]
 
@@ -60,9 +60,11 @@ def line_block(
     Lines beyond `MOST_LINES` are in the table only, and the note says so. A logarithmic axis is kept where all numbers
     of it are above 0. `table` replaces the one made from the lines.
     """
-    lines = _distinct([line for line in lines if len(line.x)])
+    lines = [line for line in lines if len(line.x)]
     if not lines:
         return None
+    labels = distinct([line.label for line in lines])
+    lines = [replace(line, label=label) for line, label in zip(lines, labels, strict=True)]
     drawn = lines[:MOST_LINES]
     if len(lines) > len(drawn):
         left = len(lines) - len(drawn)
@@ -83,25 +85,17 @@ def line_block(
     return Block(title, (table,), chart, note, sources=tuple(sources))
 
 
-def _distinct(lines: list[Line]) -> list[Line]:
-    """Lines with labels of their own: what a table calls its columns."""
-    seen: dict[str, int] = {}
-    for index, line in enumerate(lines):
-        seen[line.label] = seen.get(line.label, 0) + 1
-        if seen[line.label] > 1:
-            lines[index] = replace(line, label=f"{line.label} ({seen[line.label]})")
-    return lines
-
-
 def line_table(name: str, corner: str, lines: Sequence[Line], *, caption: str = "") -> Table:
-    """The numbers of a line chart: a row for each x, a column for each line."""
-    columns: list[dict[float, Cell]] = []
+    """The numbers of a line chart: a row for each x, a column for each line; beside it two for the ends of its band."""
+    columns: dict[str, dict[float, Cell]] = {}
     for line in lines:
         errors = line.error or [None] * len(line.y)
-        columns.append({x: cell(y, error) for x, y, error in zip(line.x, line.y, errors, strict=True)})
-    places = sorted({x for column in columns for x in column})
-    rows = [(plain(x), [column.get(x, Cell("–")) for column in columns]) for x in places]
-    return Table.of(name, corner, [line.label for line in lines], rows, caption=caption)
+        columns[line.label] = {x: cell(y, error) for x, y, error in zip(line.x, line.y, errors, strict=True)}
+        for end, values in zip(("lower", "upper"), line.band or (), strict=False):
+            columns[f"{line.label}, {end}"] = {x: cell(y) for x, y in zip(line.x, values, strict=True)}
+    places = sorted({x for column in columns.values() for x in column})
+    rows = [(plain(x), [column.get(x, Cell("–")) for column in columns.values()]) for x in places]
+    return Table.of(name, corner, list(columns), rows, caption=caption)
 
 
 def numbers_in(value: Any) -> list[float]:

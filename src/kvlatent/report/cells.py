@@ -45,13 +45,13 @@ class Group:
     errors: dict[str, float]
     cells: tuple[Document, ...]
 
-    def by_seed(self, name: str) -> dict[Any, float]:
+    def by_seed(self, name: str) -> dict[str, float]:
         """The figure of each seed."""
         found = {}
         for one in self.cells:
             value = _numbers(one.content.figures).get(name)
             if value is not None:
-                found[one.content.settings.get(_SEED, one.record.seed)] = value
+                found[_key(one.content.settings.get(_SEED, one.record.seed))] = value
         return found
 
     def mean(self, name: str) -> float | None:

@@ -104,20 +104,25 @@ def line_chart(
 
 def _draw(axes: Any, line: Line, colour: str, mark: str) -> None:
     style = (0, (4, 3)) if line.dashed else "-"
+    x, y = _floats(line.x), _floats(line.y)
     if line.band is not None:
-        axes.fill_between(line.x, *line.band, color=colour, alpha=0.14, linewidth=0)
+        axes.fill_between(x, *map(_floats, line.band), color=colour, alpha=0.14, linewidth=0)
     drawn = {
         "drawstyle": "steps-mid" if line.steps else "default",
         "linewidth": 1.2 if len(line.x) > 60 else 1.7,
         "markersize": 5,
     }
-    axes.plot(line.x, line.y, color=colour, linestyle=style, marker=mark, **drawn)
+    axes.plot(x, y, color=colour, linestyle=style, marker=mark, **drawn)
     if line.error is not None:
-        points = zip(line.x, line.y, line.error, strict=True)
-        known = [(x, y, error) for x, y, error in points if error is not None]
+        known = [point for point in zip(x, y, line.error, strict=True) if point[2] is not None]
         if known:
             x, y, error = zip(*known, strict=True)
-            axes.errorbar(x, y, yerr=error, fmt="none", color=colour, elinewidth=1.1, capsize=2.5)
+            axes.errorbar(x, y, yerr=_floats(error), fmt="none", color=colour, elinewidth=1.1, capsize=2.5)
+
+
+def _floats(values: Sequence[float]) -> list[float]:
+    """Numbers as matplotlib wants them: numpy takes an integer beyond 64 bits for an object."""
+    return [float(value) for value in values]
 
 
 def dot_chart(
@@ -142,7 +147,7 @@ def dot_chart(
         axes = figure.add_subplot()
         if level is not None:
             axes.axvline(level, color=ROLES["original"], linewidth=1.2, linestyle=(0, (4, 3)))
-        spread = [error or 0.0 for error in errors]
+        values, spread = _floats(values), _floats([error or 0.0 for error in errors])
         axes.errorbar(values, rows, xerr=spread, fmt="o", color=ROLES["c1"], markersize=5.5, elinewidth=1.1)
         for y, lines in zip(rows, wrapped, strict=True):
             for number, line in enumerate(reversed(lines)):
@@ -188,7 +193,7 @@ def _scale(axes: Any, log_x: bool, log_y: bool, x_ticks: Sequence[float]) -> Non
             first = min((x for line in axes.get_lines() for x in line.get_xdata() if x > 0), default=1.0)
             getattr(axes, f"set_{axis.axis_name}scale")("symlog", linthresh=first, linscale=0.4)
             powers = range(math.ceil(math.log10(high / first)) + 1 if high > first else 1)
-            places = [0.0, *(place for power in powers if (place := first * 10**power) <= high)]
+            places = [0.0, *(place for power in powers if (place := first * 10.0**power) <= high)]
             axis.set_major_locator(ticker.FixedLocator(places))
         elif wanted:
             getattr(axes, f"set_{axis.axis_name}scale")("log")
@@ -219,7 +224,7 @@ def _apart(axes: Any, places: Sequence[float]) -> list[float]:
     axes.autoscale_view()
     low, high = axes.transData.transform([(x, 1.0) for x in axes.get_xlim()])[:, 0]
     kept: list[tuple[float, float]] = []
-    for place in sorted(places):
+    for place in sorted(_floats(places)):
         at = axes.transData.transform((place, 1.0))[0]
         if not kept or at - kept[-1][1] > 0.075 * (high - low):
             kept.append((place, at))

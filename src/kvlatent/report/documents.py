@@ -7,16 +7,15 @@ that was given; no path of the machine appears.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from pydantic import ValidationError
-
+from .bench_shapes import Bench
 from .figures import Record, Shape
-from .shapes import Bench, Comparison, Conversion, Evaluation, Run, Step, StudyCell
+from .reading import parsed, sentence, showable
+from .shapes import Comparison, Conversion, Evaluation, Run, Step, StudyCell
 
 __all__ = ["Document", "Documents", "read_documents"]
 
@@ -88,7 +87,7 @@ def read_documents(paths: Sequence[str | Path]) -> Documents:
         except _NoResultError:
             continue
         except (ValueError, OSError, RecursionError) as error:
-            documents.skipped.append((name, _sentence(error)))
+            documents.skipped.append((name, sentence(error)))
         else:
             documents.found.append(document)
     if not documents.found:
@@ -113,7 +112,8 @@ def _files(paths: Sequence[str | Path]) -> Iterator[tuple[Path, str]]:
                 continue
             seen.add(path.resolve())
             root = given.resolve()
-            yield path, f"{root.name}/{path.relative_to(given)}" if given.is_dir() else f"{path.name}"
+            name = f"{root.name}/{path.relative_to(given)}" if given.is_dir() else path.name
+            yield path, showable(name)
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -134,11 +134,10 @@ def _document(path: Path, name: str) -> Document:
     """Read and check one JSON file.
 
     Raises:
-        ValueError: not JSON, a number that is not finite, or no kind that is known.
+        ValueError: not JSON, a number that no figure can be, or no kind that is known.
         OSError: it cannot be read.
     """
-    data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite)
-    _check_finite(data)
+    data = parsed(path.read_text(encoding="utf-8"))
     kind = _kind(data)
     content = _KINDS[kind].model_validate(data)
     record = getattr(content, "record", None) or Record.model_validate(data)
@@ -151,9 +150,9 @@ def _journal(path: Path, name: str) -> Document:
     steps = []
     for number, line in enumerate(lines, 1):
         try:
-            steps.append(Step.model_validate(json.loads(line, parse_constant=_not_finite)))
-        except (ValidationError, ValueError) as error:
-            raise ValueError(f"line {number} of {len(lines)}: {_sentence(error)}") from error
+            steps.append(Step.model_validate(parsed(line)))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {len(lines)}: {sentence(error)}") from error
     if not steps:
         raise ValueError("it holds no steps")
     return Document(path, name, "metrics", steps, Record(), None, None)
@@ -171,7 +170,8 @@ def _kind(data: Any) -> str:
     if kind is None and isinstance(data.get("cells"), dict):
         return "conversion"
     rows = data.get("rows")
-    if kind is None and isinstance(rows, dict) and "perplexity" in (rows.get("original") or ()):
+    original = rows.get("original") if isinstance(rows, dict) else None
+    if kind is None and isinstance(original, dict) and "perplexity" in original:
         return "comparison"
     if kind is None and "versions" in data and ("training" in data or "figures" in data):
         return "run"
@@ -191,8 +191,7 @@ def _about(content: Any) -> tuple[str | None, str | None]:
         origin = getattr(content, "original", None) or content.model
         return origin.fingerprint or content.model.fingerprint, origin.name or content.model.name
     if isinstance(content, Run):
-        sources = content.earlier[0].get("sha256") if content.earlier else content.sha256
-        sources = sources if isinstance(sources, dict) else {}
+        sources = content.earlier[0].sha256 if content.earlier else content.sha256
         return sources.get("teacher") or sources.get("model"), None
     return getattr(content, "sha256", {}).get("model"), None
 
@@ -212,29 +211,3 @@ def _check_one_model(found: Sequence[Document]) -> None:
 def _called(document: Document) -> str:
     digest = f"{document.fingerprint}"[:12]
     return f"{document.model} ({digest})" if document.model else digest
-
-
-def _not_finite(word: str) -> NoReturn:
-    raise ValueError(f"it holds {word}, and figures are finite")
-
-
-def _check_finite(data: Any) -> None:
-    """Raise `ValueError` at a number that JSON can spell and a float cannot hold (1e999)."""
-    if isinstance(data, float) and not math.isfinite(data):
-        _not_finite("a number beyond 1e308")
-    for value in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
-        _check_finite(value)
-
-
-def _sentence(error: Exception) -> str:
-    """What is wrong with a file, without its path."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"no JSON: {error.msg} in line {error.lineno}"
-    if isinstance(error, UnicodeDecodeError):
-        return "no text in UTF-8"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return error.strerror or "cannot be read" if isinstance(error, OSError) else str(error)

@@ -6,13 +6,15 @@ afterwards. Fields that a report does not read are kept as they are; numbers are
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config import LatentConfig
+from .rules import Positive, Size, check_signs
 
-__all__ = ["Fidelity", "Figures", "Layer", "Needle", "Order", "Origin", "Record", "Shape"]
+__all__ = ["Fidelity", "Figures", "Layer", "Needle", "Order", "Origin", "Reading", "Record", "Shape"]
 
 Grid = list[list[float]]
 
@@ -24,16 +26,28 @@ class Shape(BaseModel):
 
 
 class Origin(Shape):
-    """A model by name and by the SHA-256 of its weights; `latent` is its `kv_latent`, if it has one."""
+    """A model by name and by the SHA-256 of its weights; `latent` is its `kv_latent`, if it has one.
+
+    With `random_weights`, `name` is that of a shape.
+    """
 
     name: str | None = None
     fingerprint: str | None = None
     latent: dict[str, Any] | None = None
+    random_weights: bool = False
 
-    @property
+    @cached_property
     def config(self) -> LatentConfig | None:
         """Widths and tables of a latent model; raises `ValueError` where they are damaged."""
-        return None if self.latent is None else LatentConfig.from_dict(self.latent)
+        if self.latent is None:
+            return None
+        try:
+            config = LatentConfig.from_dict(self.latent)
+        except (AttributeError, TypeError, LookupError) as error:
+            raise ValueError(f"latent is no config of a latent model: {error}") from error
+        if not all(table.short for layer in config.tables for table in layer):
+            raise ValueError("a rotary table of latent has 1 frequency or more: got 0")
+        return config
 
     @model_validator(mode="after")
     def _readable(self) -> Origin:
@@ -41,13 +55,21 @@ class Origin(Shape):
         return self
 
 
+class Reading(Shape):
+    """A text that was read, by its last name and SHA-256."""
+
+    name: str | None = None
+    sha256: str | None = None
+
+
 class Record(Shape):
-    """How a figure came about: command, seed, seconds, versions, machine; or why it could not."""
+    """How a figure came about: command, seed, seconds, text, versions, machine; or why it could not."""
 
     command: str | None = None
     seed: int | None = None
     seconds: float | None = None
     failed: str | None = None
+    text: Reading | None = None
     python: str | None = None
     versions: dict[str, str | None] = Field(default_factory=dict)
     machine: dict[str, str | int | float | None] = Field(default_factory=dict)
@@ -75,9 +97,9 @@ class Order(Shape):
     spans: list[int] = Field(min_length=1)
     depths: list[float] = Field(min_length=1)
     margin: Grid
-    margin_standard_error: list[list[float | None]] | None = None
+    margin_standard_error: list[list[Size | None]] | None = None
     after_margin: Grid | None = None
-    after_margin_standard_error: list[list[float | None]] | None = None
+    after_margin_standard_error: list[list[Size | None]] | None = None
     preferred: Grid | None = None
     trials: int | None = None
 
@@ -112,7 +134,7 @@ class Fidelity(Shape):
     """Distance of the latent model's predictions from the original's, nats a token."""
 
     kl: float | None = None
-    kl_standard_error: float | None = None
+    kl_standard_error: Size | None = None
     top1_agreement: float | None = None
     layers: list[Layer] = Field(default_factory=list)
 
@@ -120,13 +142,15 @@ class Fidelity(Shape):
 class Figures(Shape):
     """What was measured of one model; groups of figures ("perplexity", "cache") are lifted to this level."""
 
-    perplexity: float | None = None
-    standard_error: float | None = None
-    tokens: int | None = None
-    bits_per_byte: float | None = None
-    cache_bytes_per_token: float | None = None
-    ratio: float | None = None
-    ratio_standard_error: float | None = None
+    perplexity: Positive | None = None
+    standard_error: Size | None = None
+    tokens: int | None = Field(None, ge=0)
+    window: int | None = None
+    stride: int | None = None
+    bits_per_byte: Size | None = None
+    cache_bytes_per_token: Size | None = None
+    ratio: Positive | None = None
+    ratio_standard_error: Size | None = None
     causality: float | None = None
     fidelity: Fidelity | None = None
     needle: Needle | None = None
@@ -148,3 +172,8 @@ class Figures(Shape):
         if "fidelity" not in flat and ("kl" in flat or "top1_agreement" in flat):
             flat["fidelity"] = {key: flat[key] for key in Fidelity.model_fields if key in flat}
         return flat
+
+    @model_validator(mode="after")
+    def _signs(self) -> Figures:
+        check_signs(self.tasks, "tasks")
+        return self

@@ -13,8 +13,8 @@ from .blocks import Section
 from .charts import check_libraries
 from .comparisons import comparisons
 from .documents import Documents, read_documents
+from .headline import diagnoses, headline
 from .making import layers, training
-from .measured import diagnoses, headline
 from .positions import needles, word_order
 from .provenance import anchor, provenance, title_of
 from .quality import quality

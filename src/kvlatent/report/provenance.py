@@ -71,14 +71,8 @@ def _records(document: Document) -> Iterator[tuple[str, Record]]:
     cells = document.content.cells if document.kind == "conversion" else {}
     if not any("command" in one for one in cells.values()):
         yield document.name, document.record
-    for name, one in cells.items():
-        known = {key: one[key] for key in ("command", "seed", "machine") if key in one}
-        known["seconds"] = one.get("conversion_seconds")
-        shared = {"python": document.record.python, "versions": document.record.versions}
-        yield (
-            f"{document.name}: {name}",
-            Record.model_validate({"machine": document.record.machine, **shared, **known}),
-        )
+    for name in cells:
+        yield f"{document.name}: {name}", document.content.record_of(name, document.record)
 
 
 def _merged(rows: Sequence[tuple[str, str, str, str, str]]) -> Iterator[tuple[str, str, str, str, str]]:

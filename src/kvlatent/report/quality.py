@@ -14,17 +14,23 @@ from .cells import cache_share, flat, frontier, widths_of
 from .charts import MOST_LINES, Line
 from .documents import Document, Documents
 from .measured import measured_models
-from .tables import Table, cell, share
+from .tables import Table, cell, plain, share
 
 __all__ = ["quality"]
 
 _CLOSE = 1.5
 """Ratios up to here are shown a second time, on a scale of their own."""
 
+_SAME = 1.001
+"""Perplexities of one model on one text are equal up to this factor, whatever the machine."""
+
 
 @dataclass(frozen=True)
 class _Point:
-    """One conversion: by which method, at which widths, how much cache, what it cost."""
+    """One conversion: by which method, at which widths, how much cache, what it cost.
+
+    And on what, as far as that is known: the text, tokens scored, the original's perplexity there.
+    """
 
     method: str
     widths: str
@@ -33,6 +39,9 @@ class _Point:
     ratio: float
     error: float | None
     source: Document
+    text: str | None = None
+    tokens: float | None = None
+    original: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ def quality(documents: Documents) -> Section | None:
         blocks.append(line_block("quality-close", f"Those up to ×{_CLOSE:g}", close, **common))
     lead = (
         "What a conversion costs: 1 is the original's perplexity. Over several seeds a point is their mean and ± the "
-        "standard error over them; of one seed ± is that of the measurement."
+        f"standard error over them; of one seed ± is that of the measurement.{_apart(points)}"
     )
     found = tuple(block for block in blocks if block is not None)
     return Section("quality", "Quality against cache", lead, found)
@@ -90,7 +99,7 @@ def _cells(documents: Documents) -> list[_Point]:
         method = next(
             (settings[n] for n in ("preset", "method", "conversion.preset") if settings.get(n)), "calibrated"
         )
-        tokens = settings.get("stage1_tokens", 0) + settings.get("stage2_tokens", 0)
+        tokens = sum(settings.get(f"stage{stage}_tokens") or 0 for stage in (1, 2))
         trained = f", trained on {tokens:,} tokens" if tokens else ""
         points += _point(f"{method}{trained}", settings, figures, document)
     return points
@@ -106,7 +115,7 @@ def _benchmarks(documents: Documents) -> list[_Point]:
         head_dim = content.head_dim or (max(known) if known else _head_dim(documents))
         for name, one in content.cells.items():
             method = re.sub(r"-(\d+x\d+|seed\d+|\d+)(?=-|$)", "", name).replace("-", " ")
-            points += _point(method, {"head_dim": head_dim, **one}, one, document)
+            points += _point(method, {"head_dim": head_dim, **flat(one)}, flat(one), document)
     return points
 
 
@@ -131,6 +140,8 @@ def _point(method: str, settings: dict[str, Any], figures: dict[str, Any], sourc
             ratio,
             error if isinstance(error, (int, float)) else None,
             source,
+            tokens=figures.get("tokens"),
+            original=figures.get("original_perplexity"),
         )
     ]
 
@@ -151,8 +162,29 @@ def _models(documents: Documents) -> list[_Point]:
             ratio = own.perplexity / original.perplexity
         if ratio:
             kept = own.cache_bytes_per_token / original.cache_bytes_per_token
-            points.append(_Point(one.label, "", kept, None, ratio, own.ratio_standard_error, one.source))
+            on = {"text": one.text, "tokens": own.tokens, "original": original.perplexity}
+            points.append(
+                _Point(one.label, "", kept, None, ratio, own.ratio_standard_error, one.source, **on)
+            )
     return points
+
+
+def _apart(points: Sequence[_Point]) -> str:
+    """A sentence where the points are known to be of different texts, or of one text read in different ways."""
+    texts, tokens, originals = (
+        sorted({value for point in points if (value := getattr(point, name)) is not None})
+        for name in ("text", "tokens", "original")
+    )
+    said = [f"{plain(tokens[0])} to {plain(tokens[-1])} tokens scored"] if len(tokens) > 1 else []
+    if originals and originals[-1] > _SAME * originals[0]:
+        said.append(f"the original's perplexity there {plain(originals[0])} to {plain(originals[-1])}")
+    if not said and len(texts) < 2:
+        return ""
+    return (
+        " The texts differ, or how they were read"
+        + (f" ({', '.join(said)})" if said else "")
+        + ": points compare only within one source."
+    )
 
 
 def _entries(points: Sequence[_Point], by_share: bool) -> list[_Entry]:

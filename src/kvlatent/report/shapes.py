@@ -10,21 +10,18 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from .figures import Figures, Needle, Order, Origin, Record, Shape
+from .rules import Size, check_numbers, check_signs
 
 __all__ = [
     "Attenuation",
-    "Bench",
-    "BenchRatio",
-    "BenchRow",
     "Comparison",
     "Conversion",
     "ConvertedLayer",
     "Diagnosis",
+    "Earlier",
     "Evaluation",
     "Evidence",
     "Finding",
-    "LongestContext",
-    "LongestContexts",
     "Made",
     "Run",
     "Step",
@@ -32,15 +29,13 @@ __all__ = [
     "StudyFigures",
 ]
 
-Quartiles = Annotated[list[float], Field(min_length=2, max_length=2)]
-
 
 class Evidence(Shape):
     """A number behind a finding, and the threshold it was held against."""
 
     value: float | None = None
     threshold: float | None = None
-    standard_error: float | None = None
+    standard_error: Size | None = None
 
 
 class Finding(Shape):
@@ -83,66 +78,6 @@ class Evaluation(Shape):
         return {**data, "figures": {**both, "latent": {**shared, **both["latent"]}}}
 
 
-class BenchRow(Shape):
-    """One row of a bench: a model with a cache at a batch and a context; medians."""
-
-    batch: int
-    context: int
-    model: str
-    cache: str = "dynamic"
-    prefill_s: float | None = None
-    prefill_s_quartiles: Quartiles | None = None
-    decode_ms_per_token: float | None = None
-    decode_ms_per_token_quartiles: Quartiles | None = None
-    tokens_per_s: float | None = None
-    cache_bytes: float | None = None
-    peak_bytes: float | None = None
-
-
-class BenchRatio(Shape):
-    """How many times faster than another row, and by the bytes alone; share of its bytes."""
-
-    batch: int
-    context: int
-    cache: str = "dynamic"
-    model: str = "latent"
-    prefill: float | None = None
-    decode: float | None = None
-    decode_quartiles: Quartiles | None = None
-    cache_bytes: float | None = None
-    predicted_decode: float | None = None
-
-
-class LongestContext(Shape):
-    """Longest context in a memory; None: no limit."""
-
-    batch: int = 1
-    cache: str = "dynamic"
-    model: str
-    tokens: int | None = None
-
-
-class LongestContexts(Shape):
-    """Longest contexts of every model and cache."""
-
-    memory_bytes: float | None = None
-    rows: list[LongestContext] = Field(default_factory=list)
-
-
-class Bench(Shape):
-    """`kvlatent bench`: times and bytes over batch and context."""
-
-    model: Origin
-    original: Origin | None = None
-    device: str = ""
-    dtype: str = ""
-    rows: list[BenchRow] = Field(min_length=1)
-    ratios: list[BenchRatio] = Field(default_factory=list)
-    stacked: list[BenchRatio] = Field(default_factory=list)
-    largest_context: LongestContexts | None = None
-    record: Record = Record()
-
-
 class Attenuation(Shape):
     """Similarity of a vector to itself by distance: `positions`, and beside them one list a curve."""
 
@@ -175,6 +110,15 @@ class StudyFigures(Shape):
     needle: Needle | None = None
     original_needle: Needle | None = None
 
+    @model_validator(mode="after")
+    def _filled(self) -> StudyFigures:
+        for table in (self.inv_freq, *(self.inv_freq or ())):
+            if table == []:
+                raise ValueError(
+                    f"inv_freq must hold 1 frequency or more in every table: got {self.inv_freq}"
+                )
+        return self
+
 
 class StudyCell(Shape):
     """One cell of `kvlatent study`: settings in, figures out."""
@@ -193,6 +137,9 @@ class StudyCell(Shape):
 
     @model_validator(mode="after")
     def _readable(self) -> StudyCell:
+        check_numbers(self.figures, "figures")
+        check_signs(self.figures, "figures")
+        check_signs(self.settings, "settings")
         _ = self.known
         return self
 
@@ -212,6 +159,12 @@ class Made(Shape):
     layers: list[ConvertedLayer] = Field(default_factory=list)
 
 
+class Earlier(Shape):
+    """What a run says of the one that it went on from."""
+
+    sha256: dict[str, str | None] = Field(default_factory=dict)
+
+
 class Run(Shape):
     """`run.json`: how a checkpoint was made, and what it was worth after each step."""
 
@@ -220,14 +173,14 @@ class Run(Shape):
     conversion: Made | None = None
     training: dict[str, dict[str, Any]] = Field(default_factory=dict)
     figures: dict[str, Figures] = Field(default_factory=dict)
-    earlier: list[dict[str, Any]] = Field(default_factory=list)
+    earlier: list[Earlier] = Field(default_factory=list)
 
 
 class Step(Shape):
     """One line of `metrics.jsonl`."""
 
     stage: int
-    tokens: int
+    tokens: Annotated[int, Field(ge=0)]
     loss: float
 
 
@@ -237,6 +190,20 @@ class Conversion(Shape):
     cells: dict[str, dict[str, Any]] = Field(min_length=1)
     sha256: dict[str, str | None] = Field(default_factory=dict)
     head_dim: int | None = None
+
+    def record_of(self, name: str, shared: Record) -> Record:
+        """How one of the cells came about; what it does not say itself is as in `shared`."""
+        cell = self.cells[name]
+        known = {key: cell[key] for key in ("command", "seed", "machine") if key in cell}
+        common = {"python": shared.python, "versions": shared.versions, "machine": shared.machine}
+        return Record.model_validate({**common, **known, "seconds": cell.get("conversion_seconds")})
+
+    @model_validator(mode="after")
+    def _readable(self) -> Conversion:
+        check_signs(self.cells, "cells")
+        for name in self.cells:
+            self.record_of(name, Record())
+        return self
 
 
 class Comparison(Shape):

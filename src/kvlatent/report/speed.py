@@ -7,11 +7,11 @@ from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
+from .bench_shapes import BenchRatio, BenchRow
 from .blocks import Block, Section, line_block
-from .charts import Line
+from .charts import MOST_LINES, Line
 from .documents import Document, Documents
-from .shapes import BenchRatio, BenchRow
-from .tables import Table, cell, words
+from .tables import Table, cell, share, words
 
 __all__ = ["speed"]
 
@@ -34,6 +34,10 @@ def speed(documents: Documents) -> Section | None:
         "Original and latent model take turns in one process; medians, bands are quartiles. The prediction is the "
         "roofline's: a step of decoding reads the weights and the whole cache once, and nothing else counts."
     )
+    setups = "; ".join(
+        dict.fromkeys(document.content.setup for document in benches if document.content.setup)
+    )
+    lead += f" Measured: {setups}." if setups else ""
     found = tuple(block for block in blocks if block is not None)
     return Section("speed", "Speed against context", lead, found) if found else None
 
@@ -109,13 +113,30 @@ def _ratios(document: Document, ratios: Sequence[BenchRatio], name: str, title: 
 
 
 def _stacked(document: Document, stacked: Sequence[BenchRatio], name: str, title: str) -> Block | None:
-    """Every model with every cache against the first of them."""
+    """Every model with every cache against the first of them; predictions dashed, where there is room for them."""
     kinds = list(dict.fromkeys((ratio.model, ratio.cache) for ratio in stacked))
-    lines = [
-        _line(f"{model}, {cache}", [r for r in stacked if (r.model, r.cache) == (model, cache)], "decode")
-        for model, cache in kinds[1:]
-    ]
-    return _block(document, name, title, lines, f"times faster than {', '.join(kinds[0])}", level=1.0)
+    lines, predicted = [], []
+    for (model, cache), role in zip(kinds[1:], cycle(("c1", "c2", "c3", "c4", "c5")), strict=False):
+        rows = [ratio for ratio in stacked if (ratio.model, ratio.cache) == (model, cache)]
+        label, dashed = f"{model}, {cache}", {"role": role, "dashed": True, "marks": False}
+        lines.append(_line(label, rows, "decode", role=role))
+        predicted.append(replace(_line(f"{label}, predicted", rows, "predicted_decode"), **dashed))
+    lines += predicted if len(lines) + len(predicted) <= MOST_LINES else []
+    against = ", ".join(kinds[0])
+    table = _stacked_table(f"{name}-{document.name}", stacked, f"against {against}")
+    return _block(document, name, title, lines, f"times faster than {against}", level=1.0, table=table)
+
+
+def _stacked_table(name: str, stacked: Sequence[BenchRatio], caption: str) -> Table:
+    """What was measured of every kind of cache, what its bytes predict, and its share of the bytes."""
+    columns = ("times faster", "lower", "upper", "predicted by bytes", "share of the cache")
+    rows = []
+    for one in sorted(stacked, key=lambda one: one.context):
+        low, high = one.decode_quartiles or (None, None)
+        times = [cell(value) for value in (one.decode, low, high, one.predicted_decode)]
+        head = f"{one.model}, {one.cache}, context {one.context:,}"
+        rows.append((head, [*times, share(one.cache_bytes)]))
+    return Table.of(name, "model, cache", columns, rows, caption=caption)
 
 
 def _block(
@@ -143,9 +164,8 @@ def _everything(document: Document, where: str) -> Block:
         )
         for row in bench.rows
     ]
-    device = " ".join(part for part in (bench.device, bench.dtype) if part)
     table = Table.of(
-        f"bench-{document.name}", "model, cache", [label for label, _ in _COLUMNS], rows, caption=device
+        f"bench-{document.name}", "model, cache", [label for label, _ in _COLUMNS], rows, caption=bench.setup
     )
     return Block(f"All measurements{where}", (table,), sources=(document,), wide=True)
 

@@ -14,7 +14,7 @@ from .cells import FIRST, SHARE, SPLIT, TOKENS, grouped, telling
 from .documents import Document, Documents
 from .gains import gains
 from .study_charts import Plot, charts, is_number, label_of, setting_name
-from .tables import Cell, Row, Table, cell, plain, words
+from .tables import Cell, Row, Table, cell, distinct, plain, words
 
 __all__ = ["studies"]
 
@@ -128,11 +128,12 @@ def _table(name: str, cells: Sequence[Document]) -> Block:
     names = telling(varying, groups)
     first, *others = names or ["cell"]
     rows = []
-    for group in groups:
+    labels = distinct([label_of(group, names) for group in groups])
+    for label, group in zip(labels, groups, strict=True):
         numbers = [cell(group.mean(one), group.spread(one)) for one in columns]
         settings = [_setting(group.settings.get(one)) for one in others]
         head = _setting(group.settings.get(first)).text if names else group.cells[0].content.cell
-        rows.append(Row(label_of(group, names), (*settings, *numbers, cell(len(group.cells))), head))
+        rows.append(Row(label, (*settings, *numbers, cell(len(group.cells))), head))
     table = Table(
         f"study-{name}",
         "",

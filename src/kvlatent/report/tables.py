@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Cell", "Row", "Table", "cell", "exact", "number", "plain", "share", "words"]
+__all__ = ["Cell", "Row", "Table", "cell", "distinct", "exact", "number", "plain", "share", "words"]
 
 _MINUS, _TIMES = "\u2212", "\u00d7"
 
@@ -52,19 +52,32 @@ class Table:
         caption: str = "",
         heat: bool = False,
     ) -> Table:
-        made = tuple(Row(label, tuple(cells)) for label, cells in rows)
+        names = distinct([label for label, _ in rows])
+        made = tuple(Row(name, tuple(cells), head) for name, (head, cells) in zip(names, rows, strict=True))
         return cls(name, caption, corner, tuple(columns), made, heat)
+
+
+def distinct(labels: Sequence[str]) -> list[str]:
+    """Labels of their own, as a table calls rows and columns by them: those that come again are numbered."""
+    made: dict[str, None] = {}
+    for label in labels:
+        one, number = label, 1
+        while one in made:
+            number += 1
+            one = f"{label} ({number})"
+        made[one] = None
+    return list(made)
 
 
 def number(value: float, error: float | None = None, *, digits: int = 4) -> str:
     """A number as it is read: `digits` significant digits, or two of its error, but no more than six of its own."""
-    if error is not None and 0 < error < math.inf:
+    if error is not None and 0 < error < math.inf and max(abs(value), error) < 1e15:
         first = -math.floor(math.log10(error))  # the place of its first digit
         most = 5 - math.floor(math.log10(abs(value))) if value else 8
         places = max(min(first + 1, max(most, first)), 0)
         return _grouped(value, places) + f" ± {_grouped(error, places)}"
     text = exact(value, digits)
-    return text if error is None else f"{text} ± 0"
+    return text if error is None else f"{text} ± {exact(error, 2)}"
 
 
 def plain(value: float) -> str:
@@ -76,11 +89,11 @@ def plain(value: float) -> str:
 
 
 def exact(value: float, digits: int = 4) -> str:
-    """Whole numbers in full, others with so many significant digits, and very small ones in powers of ten."""
+    """Whole numbers in full, others with so many significant digits, very small and large ones in powers of ten."""
     if float(value).is_integer() and abs(value) < 1e15:
         return _grouped(value, 0)
     size = math.floor(math.log10(abs(value)))
-    if size < -4:
+    if not -5 < size < 15:
         mantissa, _, power = f"{value:.{digits - 2}e}".partition("e")
         return f"{mantissa} {_TIMES} 10^{int(power)}".replace("-", _MINUS)
     return _grouped(value, max(digits - 1 - size, 0))

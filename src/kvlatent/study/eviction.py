@@ -178,9 +178,13 @@ def _environment() -> dict[str, str]:
 
 
 def _last(error: Exception) -> str:
-    """The last line of what a process said, or of the error."""
-    said = str(getattr(error, "stderr", None) or error).strip()
-    return said.splitlines()[-1] if said else type(error).__name__
+    """The last line of what a process said, else how it ended; its command, a script of several lines, is no reason."""
+    if isinstance(error, subprocess.CalledProcessError):
+        said = (error.stderr or "").strip().splitlines()
+        return said[-1].strip() if said else f"it ended with exit status {error.returncode} and said nothing"
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return "it did not name its versions"
 
 
 EVICTION = Grid(

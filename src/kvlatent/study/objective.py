@@ -19,7 +19,7 @@ from .subject import Subject
 __all__ = ["OBJECTIVE"]
 
 OBJECTIVES = ("next_token", "kl", "mix")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def cells(scale: Scale) -> list[Cell]:

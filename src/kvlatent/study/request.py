@@ -15,7 +15,7 @@ from ..recipe import Conversion, Recipe
 from ..record import command_line
 from ..settings import choose_device
 from .cells import Cell, Grid, Scale, refusal
-from .grids import grid_of
+from .grids import STUDIES, grid_of
 from .subject import Source, source_of
 
 __all__ = ["Request", "request"]
@@ -83,6 +83,11 @@ def request(
         ValueError, FileNotFoundError: one sentence naming what is wrong and what to do.
     """
     grid, overrides = grid_of(name), list(overrides)
+    if python is not None and grid.requires is None:
+        users = " and ".join(study for study, one in STUDIES.items() if one.requires is not None)
+        raise ValueError(
+            f"--python is for the study {users} only: got --python {python} with {name}; leave it out"
+        )
     base, device = _recipe(recipe, overrides), choose_device(device)
     source = source_of(model, data, eval_data)
     config = source_config(source.model)
