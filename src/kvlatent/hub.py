@@ -99,7 +99,8 @@ def load_config(path: str) -> Any:
         if local.is_dir():
             raise ValueError(f"cannot read {path}/config.json: {_first_line(error)}") from error
         raise FileNotFoundError(
-            f"{path} is neither a local directory nor a model that the hub gives us: {_first_line(error)}"
+            f"{path} is neither a local directory nor a model that the hub gives us; check the path or the hub id "
+            f"({_first_line(error)})"
         ) from error
     except Exception as error:  # transformers' own validation raises classes of its own
         if type(error) is ValueError and "kv_latent" in str(error):
