@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from paper_tables import TABLES, Results  # noqa: E402
+from paper_tables import TABLES, Results
 
 
 @pytest.mark.parametrize("name", TABLES)
