@@ -55,7 +55,7 @@ def main() -> None:
             data.write_text(
                 "".join(json.dumps({"text": t}) + "\n" for t in stdlib_documents("held_out", False))
             )
-        blocks = evaluation_blocks(data, tokenizer, 512, cache_dir=folder)
+        blocks = evaluation_blocks(data, tokenizer, 512, cache_dir=folder, vocab_size=model.config.vocab_size)
         blocks = blocks.select(range(min(len(blocks), args.tokens // 512)))
         original = perplexity(model, blocks)
         rows = {"original": {"perplexity": original.perplexity, "tokens": original.tokens}}

@@ -92,7 +92,11 @@ class Setting:
     def eval_blocks(self) -> Any:
         """Blocks to measure on, about `--eval-tokens` of them from the start."""
         found = evaluation_blocks(
-            self.files["eval"], self.tokenizer, self.size, cache_dir=self.work / "blocks"
+            self.files["eval"],
+            self.tokenizer,
+            self.size,
+            cache_dir=self.work / "blocks",
+            vocab_size=self.model.config.vocab_size,
         )
         return found.select(range(min(len(found), max(1, self.args.eval_tokens // self.size))))
 
@@ -104,6 +108,7 @@ class Setting:
             block_size=self.size,
             held_out=0.0,
             cache_dir=self.work / "blocks",
+            vocab_size=self.model.config.vocab_size,
         ).train
         number = round(share * (number or self.args.blocks))
         order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))[:number]

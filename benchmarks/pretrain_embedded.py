@@ -359,7 +359,9 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
             dataloader_pin_memory=False,
             seed=args.seed,
         ),
-        train_dataset=MixedText(stream, ordinary_ids(tokenizer), tokenizer, args.seed, args.copy_share),
+        train_dataset=MixedText(
+            stream, ordinary_ids(tokenizer, VOCABULARY), tokenizer, args.seed, args.copy_share
+        ),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
     )
     checkpoint = newest_checkpoint(args.work / "checkpoints")

@@ -82,7 +82,9 @@ def tokens(options: argparse.Namespace, config: object) -> dict[str, torch.Tenso
         return {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
     tokenizer = load_tokenizer(options.model, config)
     with tempfile.TemporaryDirectory() as cache:
-        rows = evaluation_blocks(Path(options.data), tokenizer, options.block_size, cache_dir=cache)
+        rows = evaluation_blocks(
+            Path(options.data), tokenizer, options.block_size, cache_dir=cache, vocab_size=config.vocab_size
+        )
         return collate([rows[index] for index in range(options.batch)])
 
 

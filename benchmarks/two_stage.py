@@ -54,6 +54,7 @@ def main() -> None:
     original = load_model(args.model, dtype="float32").requires_grad_(False)
     tokenizer = load_tokenizer(args.model, original.config)
     common = {"block_size": recipe.data.block_size, "cache_dir": args.work / "data"}
+    common["vocab_size"] = original.config.vocab_size
     corpus = prepare(args.data, tokenizer, held_out=0.0, **common)
     blocks = evaluation_blocks(args.eval_data, tokenizer, **common)
     blocks = blocks.select(range(min(len(blocks), args.eval_tokens // recipe.data.block_size)))

@@ -71,7 +71,9 @@ def make_corpus(tiny_tokenizer, tmp_path):
 
     def call(source, **options):
         return prepare(
-            source, tiny_tokenizer, **{"block_size": 32, "cache_dir": tmp_path / "cache", **options}
+            source,
+            tiny_tokenizer,
+            **{"block_size": 32, "cache_dir": tmp_path / "cache", "vocab_size": 300, **options},
         )
 
     return call

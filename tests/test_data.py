@@ -66,7 +66,12 @@ def test_special_tokens_frame_each_document(make_corpus, tiny_tokenizer, corpus_
     tiny_tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer)
     assert tiny_tokenizer.eos_token_id is None
     without = prepare(
-        corpus_file, tiny_tokenizer, block_size=32, held_out=0, cache_dir=corpus_file.parent / "c"
+        corpus_file,
+        tiny_tokenizer,
+        block_size=32,
+        held_out=0,
+        vocab_size=300,
+        cache_dir=corpus_file.parent / "c",
     )
     assert EOS not in flat(without.train)
     assert flat(without.train)[:100] == [token for token in ids if token != EOS][:100]
@@ -84,7 +89,9 @@ def test_a_beginning_of_text_token_is_added_where_the_tokenizer_adds_it(
         single="<bos> $A", special_tokens=[("<bos>", number)]
     )
     adding = type(tiny_tokenizer)(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-    part = prepare(corpus_file, adding, block_size=32, held_out=0, cache_dir=tmp_path / "c").train
+    part = prepare(
+        corpus_file, adding, block_size=32, held_out=0, vocab_size=301, cache_dir=tmp_path / "c"
+    ).train
     starts = [row["input_ids"][row["position_ids"] == 0] for row in part]
     ids = flat(part)
     assert ids[0] == number
@@ -118,7 +125,11 @@ def test_other_content_options_or_tokenizer_are_another_entry(make_corpus, tiny_
     ):
         seen.add(make_corpus(corpus_file, **options).fingerprint)
     other = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer)
-    seen.add(prepare(corpus_file, other, block_size=32, cache_dir=corpus_file.parent / "cache").fingerprint)
+    seen.add(
+        prepare(
+            corpus_file, other, block_size=32, vocab_size=300, cache_dir=corpus_file.parent / "cache"
+        ).fingerprint
+    )
     corpus_file.write_text(corpus_file.read_text() + "!")
     seen.add(make_corpus(corpus_file).fingerprint)
     assert len(seen) == 8
@@ -141,9 +152,11 @@ def test_evaluation_uses_everything_up_to_the_limit(make_corpus, tiny_tokenizer,
     whole = make_corpus(corpus_file, held_out=0)
     assert whole.held_out is None
     assert whole.held_out_tokens == 0
-    blocks = evaluation_blocks(corpus_file, tiny_tokenizer, 32, cache_dir=tmp_path / "cache")
+    blocks = evaluation_blocks(corpus_file, tiny_tokenizer, 32, vocab_size=300, cache_dir=tmp_path / "cache")
     assert flat(blocks) == flat(whole.train)
-    few = evaluation_blocks(corpus_file, tiny_tokenizer, 32, cache_dir=tmp_path / "cache", max_tokens=330)
+    few = evaluation_blocks(
+        corpus_file, tiny_tokenizer, 32, vocab_size=300, cache_dir=tmp_path / "cache", max_tokens=330
+    )
     assert flat(few) == flat(blocks)[:320]
 
 

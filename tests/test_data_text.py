@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_nothing(corpus_file, tiny_tokenizer, tmp_path):
         tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
-            prepare({str(corpus_file)!r}, tokenizer, block_size=32, cache_dir={str(tmp_path / "cache")!r})
+            prepare({str(corpus_file)!r}, tokenizer, block_size=32, vocab_size=300, cache_dir={str(tmp_path / "cache")!r})
         except OSError as error:
             print("refused", error.errno)
     """)

@@ -375,7 +375,12 @@ class Place:
         text = folder / "text.txt"
         text.write_text("\n<|endoftext|>\n".join(self.documents))
         self.blocks = evaluation_blocks(
-            text, self.tokenizer, 256, cache_dir=folder / "cache", max_tokens=2048
+            text,
+            self.tokenizer,
+            256,
+            vocab_size=self.original.config.vocab_size,
+            cache_dir=folder / "cache",
+            max_tokens=2048,
         )
         self.own = self.alone(self.original)
 

@@ -45,7 +45,11 @@ def test_a_model_against_itself_is_one_without_spread(place):
 def test_perplexity_equals_the_mean_over_dense_logits(place, tmp_path):
     model = load_model(place / "latent")
     blocks = evaluation_blocks(
-        place / "text.txt", load_tokenizer(place / "model", model.config), 32, cache_dir=tmp_path
+        place / "text.txt",
+        load_tokenizer(place / "model", model.config),
+        32,
+        vocab_size=300,
+        cache_dir=tmp_path,
     )
     total, count = 0.0, 0
     for block in blocks:
@@ -130,11 +134,11 @@ def test_a_loaded_model_needs_a_tokenizer_or_blocks(place, tmp_path, tiny_tokeni
     with pytest.raises(ValueError, match="without its tokenizer"):
         evaluate(model, place / "text.txt", block_size=32)
     named = evaluate(model, place / "text.txt", tokenizer=tiny_tokenizer, block_size=32)
-    blocks = evaluation_blocks(place / "text.txt", tiny_tokenizer, 32, cache_dir=tmp_path)
+    blocks = evaluation_blocks(place / "text.txt", tiny_tokenizer, 32, vocab_size=300, cache_dir=tmp_path)
     assert evaluate(model, blocks) == named
 
 
 def test_blocks_longer_than_the_context_are_refused(place, tmp_path, tiny_tokenizer):
-    blocks = evaluation_blocks(place / "text.txt", tiny_tokenizer, 256, cache_dir=tmp_path)
+    blocks = evaluation_blocks(place / "text.txt", tiny_tokenizer, 256, vocab_size=300, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="got data.block_size=256, max_position_embeddings=128"):
         evaluate(load_model(place / "latent"), blocks)

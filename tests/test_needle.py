@@ -109,7 +109,7 @@ def test_a_cell_does_not_depend_on_its_neighbours(tiny_tokenizer):
         alone == [row for row in rows(contexts=[200, 64], depths=[0, 0.5], trials=3) if len(row) == 63][1:4:2]
     )
     assert alone != rows(contexts=[64], depths=[0.5], trials=2, seed=1)
-    needles = random_needles(tiny_tokenizer, 3, 8, 4, seed=0)
+    needles = random_needles(tiny_tokenizer, 300, 3, 8, 4, seed=0)
     texts = [planted_rows(needles, np.array(IDS), [], 64, [0.5], seed=seed)[:, :20] for seed in (0, 1)]
     assert (texts[0] != texts[1]).any()  # the same needles in other text
 
@@ -118,7 +118,7 @@ def test_exact_is_what_greedy_generation_writes(embedded):
     model, tokenizer = embedded
     ids, trials = tokenizer(generated_text(40), add_special_tokens=False)["input_ids"], 16
     found = needle(model, tokenizer, haystack=ids, contexts=[96], depths=[0.3], trials=trials)
-    needles = random_needles(tokenizer, trials, 8, 4, seed=0)
+    needles = random_needles(tokenizer, len(tokenizer), trials, 8, 4, seed=0)
     rows = torch.from_numpy(planted_rows(needles, np.array(ids), [], 96, [0.3], seed=0))
     written = model.generate(
         rows[:, :-8], attention_mask=torch.ones_like(rows[:, :-8]), max_new_tokens=8, do_sample=False
@@ -312,5 +312,7 @@ def test_broken_weights_are_refused(tiny_llama, tiny_tokenizer):
 
 
 def test_needles_are_of_ordinary_tokens(tiny_tokenizer):
-    tokens = {token for one in random_needles(tiny_tokenizer, 200, 8, 4, seed=0) for token in one.planted}
-    assert tokens <= set(ordinary_ids(tiny_tokenizer).tolist()) and len(tokens) > 250
+    tokens = {
+        token for one in random_needles(tiny_tokenizer, 300, 200, 8, 4, seed=0) for token in one.planted
+    }
+    assert tokens <= set(ordinary_ids(tiny_tokenizer, 300).tolist()) and len(tokens) > 250

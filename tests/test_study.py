@@ -49,7 +49,7 @@ def by_hand(place, *stages, **recipe):
     """Ratio of the paper's preset at half width, without any code of the studies."""
     original = load_model(place / "model", dtype="float32").requires_grad_(False)
     tokenizer = load_tokenizer(place / "model", original.config)
-    options = {"block_size": 32, "cache_dir": place / "by-hand"}
+    options = {"block_size": 32, "cache_dir": place / "by-hand", "vocab_size": 300}
     blocks = evaluation_blocks(place / "valid.txt", tokenizer, **options).select(range(512 // 32))
     latent = convert(original, d_qk=8, d_vo=8, preset="paper")
     if stages:

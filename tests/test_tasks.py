@@ -311,3 +311,14 @@ def test_missing_lm_eval_is_one_command(tiny_llama, tiny_tokenizer, monkeypatch)
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(ValueError, match='pip install "kvlatent\\[eval\\]"'):
         run_tasks(tiny_llama, tiny_tokenizer, ["choice"])
+
+
+def test_padding_above_the_embedding_is_not_looked_up(folder, tiny_llama, tiny_tokenizer):
+    """A pad token that somebody added, one above the embedding: answers of unequal length are padded all the same."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = None
+    plain = run_tasks(tiny_llama, tokenizer, ["generate"], include_path=folder, batch_size=3)
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    assert tokenizer.pad_token_id == tiny_llama.config.vocab_size
+    assert run_tasks(tiny_llama, tokenizer, ["generate"], include_path=folder, batch_size=3) == plain
+    assert tokenizer.pad_token == "<added>"

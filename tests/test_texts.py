@@ -66,7 +66,7 @@ def test_another_text_leaves_all_of_the_first(read, corpus_file, tmp_path, tiny_
     other.write_text("<|endoftext|>".join(stories(30, start=500)))
     texts = read(corpus_file, other)
     everything = prepare(
-        corpus_file, tiny_tokenizer, block_size=32, cache_dir=tmp_path / "c", held_out=0.0
+        corpus_file, tiny_tokenizer, block_size=32, vocab_size=300, cache_dir=tmp_path / "c", held_out=0.0
     ).train
     assert flat(texts.train) == flat(everything)[: 32 * len(texts.train)]
     assert len(texts.held_out) <= 10 and flat(texts.held_out) != flat(texts.train)[: 32 * len(texts.held_out)]

@@ -14,7 +14,7 @@ from .config import LatentConfig
 from .families import family_of, head_dim_of
 from .modeling import latent_classes
 
-__all__ = ["assemble", "full_width"]
+__all__ = ["assemble", "full_width", "has_tied_head"]
 
 
 def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mapping[str, Tensor]]) -> Any:
@@ -30,7 +30,7 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
     """
     latent.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
     config_type, _, causal_type = latent_classes(family_of(model.config).model_type)
-    config = config_type(**_config_fields(model.config, latent))
+    config = config_type(**_config_fields(model, latent))
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         made = causal_type(config)
@@ -57,11 +57,24 @@ def full_width(model: Any) -> Any:
     )
 
 
-def _config_fields(config: Any, latent: LatentConfig) -> dict[str, Any]:
+def has_tied_head(model: Any) -> bool:
+    """Whether the head is the embedding, as loaded: a config may say so of weights that differ, and upstream then
+    leaves them apart."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+_NOT_CARRIED = (
+    *("model_type", "architectures", "transformers_version", "auto_map", "head_dim"),
+    "transformers_weights",  # names a file of the source's
+)
+
+
+def _config_fields(model: Any, latent: LatentConfig) -> dict[str, Any]:
     """Fields of the latent transformers config: the source's, with plain rotary parameters and our own."""
-    fields = config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "auto_map", "head_dim"):
+    fields = model.config.to_dict()
+    for name in _NOT_CARRIED:
         fields.pop(name, None)
+    fields["tie_word_embeddings"] = has_tied_head(model)
     fields["original_rope_parameters"] = fields["rope_parameters"]
     fields["rope_parameters"] = {
         "rope_type": "default",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .remote_code import NEEDS
+
 __all__ = ["model_card"]
 
 _STEPS = {
@@ -25,12 +27,14 @@ its cache. Made by kvlatent with preset `{preset}`; stages trained: {stages}.{ma
 
 {measured}
 
+It needs {needs}.
+
 ```python
-import kvlatent  # or, without it: from_pretrained(..., trust_remote_code=True)
+import kvlatent  # or, without it, for the model: from_pretrained(..., trust_remote_code=True)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory", trust_remote_code=False)  # no code of its own
 ```
 
 How it was made: `recipe.yaml` (every setting), `run.json` (command, versions, machine, hashes of model and text),
@@ -60,6 +64,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         made=_conversion(record),
         measured=measured,
         command=record["command"],
+        needs=NEEDS,
     )
 
 

@@ -92,10 +92,10 @@ def _source_files(root: Path) -> Iterable[Path]:
         yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
-def ordinary_ids(tokenizer: Any) -> np.ndarray:
-    """Token ids that are not special, ascending: int64 array of at most ``len(tokenizer)`` ids."""
+def ordinary_ids(tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """Token ids that are not special and that an embedding of so many rows has, ascending: int64 [N]."""
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    return np.array([i for i in range(len(tokenizer)) if i not in special], dtype=np.int64)
+    return np.array([i for i in range(min(len(tokenizer), vocab_size)) if i not in special], dtype=np.int64)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -186,7 +186,7 @@ def copy_accuracy(
         documents = _encode(tokenizer, stdlib_documents("held_out"))
         filler = np.array([token for document in documents for token in document], dtype=np.int64)
     limit = getattr(model.config, "max_position_embeddings", None)
-    ids, device, training = ordinary_ids(tokenizer), model.device, model.training
+    ids, device, training = ordinary_ids(tokenizer, model.config.vocab_size), model.device, model.training
     result: dict[int, float] = {}
     model.eval()
     try:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .tokenizer_files import check_token_ids
+
 __all__ = ["continuation"]
 
 
@@ -35,6 +37,7 @@ def continuation(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("the prompt is empty: got 0 tokens; give at least one word")
+    check_token_ids(int(inputs["input_ids"].max()), model.config.vocab_size, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length + max_new_tokens > limit:
         raise ValueError(

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from .assembly import has_tied_head
+from .checkpoint_files import check_weights, first_line, weights_dtype
 from .families import FAMILIES, LATENT_PREFIX, family_of
 from .modeling import latent_classes
 from .output import atomic_directory
 from .remote_code import MODULE_NAME, remote_code
+from .tokenizer_files import load_tokenizer, write_tokenizer
 
 __all__ = ["check_block_size", "load_config", "load_model", "load_tokenizer", "register", "save"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -58,7 +59,7 @@ def load_model(
     config = load_config(path)
     family_of(config)
     if Path(path).is_dir():
-        _check_weights(Path(path))
+        check_weights(Path(path), config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -70,7 +71,7 @@ def load_model(
         model, info = loaded
     except (SafetensorError, RuntimeError, OSError, KeyError) as error:
         raise ValueError(
-            f"cannot load the weights of {path}: {_first_line(error)}; download the checkpoint again"
+            f"cannot load the weights of {path}: {first_line(error)}; download the checkpoint again"
         ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info.get(kind) or ())
@@ -79,11 +80,13 @@ def load_model(
                 f"the weights of {path} do not fit its config: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; "
                 "download or convert the checkpoint again"
             )
+    # What is saved from it later must be tied or not as it was loaded, whatever the file said.
+    model.config.tie_word_embeddings = has_tied_head(model)
     return model.to(device).eval()
 
 
 def load_config(path: str) -> Any:
-    """The transformers config of a local directory or hub id."""
+    """The transformers config of a local directory or hub id; where it names no dtype, with the weights' own."""
     local = Path(path)
     if local.exists() and not local.is_dir():
         raise ValueError(
@@ -94,83 +97,24 @@ def load_config(path: str) -> Any:
             f"{path} holds no config.json, so it is no model directory; give a checkpoint's directory"
         )
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, json.JSONDecodeError) as error:
         if local.is_dir():
-            raise ValueError(f"cannot read {path}/config.json: {_first_line(error)}") from error
+            raise ValueError(f"cannot read {path}/config.json: {first_line(error)}") from error
         raise FileNotFoundError(
             f"{path} is neither a local directory nor a model that the hub gives us; check the path or the hub id "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     except Exception as error:  # transformers' own validation raises classes of its own
         if type(error) is ValueError and "kv_latent" in str(error):
             raise
         raise ValueError(
-            f"cannot use {path}: its config.json is not that of a supported model ({_first_line(error)}); supported "
+            f"cannot use {path}: its config.json is not that of a supported model ({first_line(error)}); supported "
             f"are {', '.join(FAMILIES)}"
         ) from error
-
-
-def _check_weights(path: Path) -> None:
-    """Raise `ValueError` unless every shard of a local checkpoint is there and its header and size agree."""
-    shards = [path / _SINGLE]
-    if (path / _INDEX).is_file():
-        shards = [path / name for name in _shard_names(path / _INDEX)]
-    elif not shards[0].is_file():
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-        if pickled:
-            raise ValueError(
-                f"{path} has pickled weights only ({pickled[0]}), which can run code when loaded; convert them to "
-                "safetensors first"
-            )
-        raise ValueError(f"{path} holds no weights: expected {_SINGLE} or {_INDEX}")
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise ValueError(
-            f"{path} lacks {len(missing)} of {len(shards)} weight shards, e.g. {missing[0]}; download it again"
-        )
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{shard} is truncated or damaged ({_first_line(error)}); download it again"
-            ) from error
-
-
-def _shard_names(index: Path) -> list[str]:
-    """Files that a weight index lists, sorted."""
-    try:
-        data = json.loads(index.read_text())
-        names = sorted(set(data["weight_map"].values()))
-        data["metadata"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is damaged ({type(error).__name__}: {_first_line(error)}); download it again"
-        ) from error
-    if not names:
-        raise ValueError(f"{index} lists no weights; download it again")
-    return names
-
-
-def load_tokenizer(path_or_id: str | os.PathLike[str], config: Any) -> Any:
-    """Load a tokenizer and check it against the embedding.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it can produce ids that the embedding lacks.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise FileNotFoundError(f"{path_or_id} has no tokenizer that loads: {_first_line(error)}") from error
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer's vocabulary exceeds the embedding: {len(tokenizer)} tokens, {config.vocab_size} rows; "
-            "use the tokenizer that belongs to the model"
-        )
-    return tokenizer
+    if config.dtype is None:
+        config.dtype = weights_dtype(path, config) or torch.float32
+    return config
 
 
 def check_block_size(config: Any, block_size: int) -> None:
@@ -207,9 +151,9 @@ def save(
         try:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
-            raise OSError(f"cannot write the weights to {out}: {_first_line(error)}") from error
+            raise OSError(f"cannot write the weights to {out}: {first_line(error)}") from error
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            write_tokenizer(tokenizer, folder)
         for name, text in {**({} if card is None else {"README.md": card}), **(files or {})}.items():
             (folder / name).write_text(text)
     return out
@@ -224,7 +168,3 @@ def _add_code(folder: str | os.PathLike[str], config: Any) -> None:
     data["auto_map"] = {auto: f"{MODULE_NAME}.{made.__name__}" for auto, made in names}
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
     (Path(folder) / f"{MODULE_NAME}.py").write_text(remote_code(model_type))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

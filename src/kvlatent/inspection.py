@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import LatentConfig
 from .families import family_of
 from .hub import load_config
@@ -32,7 +30,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     family = family_of(config)
     saved = getattr(config, "kv_latent", None)
     heads, layers = config.num_key_value_heads, config.num_hidden_layers
-    dtype = config.dtype or torch.float32
+    dtype = config.dtype
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     document: dict[str, Any] = {
         "model_type": config.model_type,

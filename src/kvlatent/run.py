@@ -61,6 +61,7 @@ class Run:
         check_block_size(self.original.config, section.block_size)
         shared: dict[str, Any] = {
             "cache_dir": self.workspace.path / "data",
+            "vocab_size": self.original.config.vocab_size,
             "block_size": section.block_size,
             "separator": section.separator,
             "isolate": section.isolate,

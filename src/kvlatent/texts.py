@@ -141,6 +141,7 @@ def _reading(recipe: Recipe, config: Any, cache_dir: str | Path) -> dict[str, An
     return {
         "block_size": min(section.block_size, limit),
         "cache_dir": cache_dir,
+        "vocab_size": config.vocab_size,
         "separator": section.separator,
         "isolate": section.isolate,
         "text_field": section.text_field,

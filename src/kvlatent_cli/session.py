@@ -45,6 +45,8 @@ def session(as_json: bool = False) -> Generator[Session]:
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), current.progress:
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module="kvlatent")  # our own; a library's are not for users
+            warnings.showwarning = lambda message, *_, **__: current.say(f"warning: {message}")
             _silence()
             yield current
             current.close()

@@ -18,6 +18,7 @@ from datasets import Dataset
 from kvlatent.data import text
 from kvlatent.data.packing import Documents, hold_out, write_blocks
 from kvlatent.data.tokenise import tokenise, tokenizer_identity
+from kvlatent.tokenizer_files import check_token_ids
 
 _FORMAT = 1
 _PARTS = ("train", "held_out")
@@ -44,6 +45,7 @@ def prepare(
     *,
     block_size: int,
     cache_dir: str | Path,
+    vocab_size: int,
     separator: str | None = "<|endoftext|>",
     held_out: float = 0.02,
     least_held_out: int = 0,
@@ -62,6 +64,7 @@ def prepare(
         source: a .txt, .jsonl, .json or .parquet file, or a dataset `name[:config[:split]]`.
         block_size: tokens per block.
         cache_dir: where blocks are kept between calls.
+        vocab_size: rows of the embedding that the ids are for.
         separator: cuts a .txt file into documents; None leaves it whole.
         held_out: share of the tokens kept out of training, in [0, 1]; whole documents chosen by their
             content, copies on one side; the end of the longest one where all are too long.
@@ -74,7 +77,8 @@ def prepare(
 
     Raises:
         FileNotFoundError: no such file or dataset.
-        ValueError: the text is empty, binary or shorter than a block, or a part is.
+        ValueError: the text is empty, binary or shorter than a block, or a part is; or it has a token beyond
+            `vocab_size`.
     """
     _check(block_size, held_out, max_tokens)
     origin = text.resolve(source)
@@ -88,7 +92,9 @@ def prepare(
     if not _is_complete(directory):
         stream = text.pieces(origin, separator=separator, text_field=text_field)
         _build(directory, stream, tokenizer, origin.name, options, progress)
-    return _open(directory, fingerprint)
+    about = json.loads((directory / "meta.json").read_text())
+    check_token_ids(about.get("largest_id", 0), vocab_size, tokenizer)
+    return _open(directory, about["tokens"], fingerprint)
 
 
 def evaluation_blocks(
@@ -117,12 +123,11 @@ def _is_complete(directory: Path) -> bool:
         return False
 
 
-def _open(directory: Path, fingerprint: str) -> Corpus:
+def _open(directory: Path, tokens: dict[str, int], fingerprint: str) -> Corpus:
     parts: dict[str, Dataset | None] = dict.fromkeys(_PARTS)
     for part in _PARTS:
         if (directory / f"{part}.arrow").exists():
             parts[part] = Dataset.from_file(str(directory / f"{part}.arrow")).with_format("torch")
-    tokens = json.loads((directory / "meta.json").read_text())["tokens"]
     return Corpus(parts["train"], parts["held_out"], tokens["train"], tokens["held_out"], fingerprint)
 
 
@@ -166,6 +171,8 @@ def _write(directory: Path, documents: Documents, name: str, options: dict[str, 
         if segments is not None:
             path = directory / f"{part}.arrow"
             counts[part] = block_size * write_blocks(path, tokens, segments, block_size, options["isolate"])
+    largest = int(tokens.max())
     flat.unlink()
     sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
-    (directory / "meta.json").write_text(json.dumps({"files": sizes, "tokens": counts, "options": options}))
+    about = {"files": sizes, "tokens": counts, "largest_id": largest, "options": options}
+    (directory / "meta.json").write_text(json.dumps(about))

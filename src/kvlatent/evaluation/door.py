@@ -154,7 +154,7 @@ def check_all(
             check_order(config, text.documents, tokenizer, **options["order"])
     if "fidelity" in measured:
         check_fidelity(models["original"], models["latent"], **options["fidelity"])
-        text.blocks(tokenizer, options["perplexity"]["window"])
+        text.blocks(tokenizer, models["latent"].config.vocab_size, options["perplexity"]["window"])
     if tasks:
         shortest = min(configs, key=lambda config: context_limit(config) or 0)
         check_tasks(shortest, tokenizer, tasks, **options["tasks"])

@@ -61,7 +61,9 @@ def generated_text(sentences: int, seed: int = 0) -> str:
     return " ".join(lines)
 
 
-def random_needles(tokenizer: Any, trials: int, length: int, cue_length: int, seed: int) -> list[Needle]:
+def random_needles(
+    tokenizer: Any, vocab_size: int, trials: int, length: int, cue_length: int, seed: int
+) -> list[Needle]:
     """A needle a trial of random ordinary tokens: `cue_length` that the question repeats, then `length` of value.
 
     Raises:
@@ -71,7 +73,7 @@ def random_needles(tokenizer: Any, trials: int, length: int, cue_length: int, se
         raise ValueError(
             f"the question repeats the needle's cue, so no cue is too short: got cue_tokens={cue_length}; try 4"
         )
-    ids, needles = ordinary_ids(tokenizer), []
+    ids, needles = ordinary_ids(tokenizer, vocab_size), []
     for trial in range(trials):
         tokens = np.random.default_rng([seed, trial]).choice(ids, size=cue_length + length).tolist()
         needles.append(Needle(tokens, tokens[:cue_length], tokens[cue_length:]))

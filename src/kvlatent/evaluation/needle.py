@@ -137,7 +137,7 @@ def check_needle(
     check_counts(trials=(trials, 1), needle_tokens=(needle_tokens, 1))
     check_counts(batch_size=(batch_size, 1), seed=(seed, 0))
     if template is None:
-        needles = random_needles(tokenizer, trials, needle_tokens, cue_tokens, seed)
+        needles = random_needles(tokenizer, config.vocab_size, trials, needle_tokens, cue_tokens, seed)
     else:
         needles = written_needles(tokenizer, trials, needle_tokens, template, seed)
     _check_fits(lengths, len(leading_ids(tokenizer)) + max(one.size for one in needles))

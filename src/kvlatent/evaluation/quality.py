@@ -145,6 +145,7 @@ def evaluate(
                 tokenizer,
                 block_size=min(block_size, limit),
                 cache_dir=cache,
+                vocab_size=loaded.config.vocab_size,
                 separator=separator,
                 text_field=text_field,
                 max_tokens=max_tokens,

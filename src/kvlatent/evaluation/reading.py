@@ -44,7 +44,7 @@ class Text:
             raise ValueError(f"{Path(self.source).name} holds no text; give a text that can be scored")
         return found
 
-    def blocks(self, tokenizer: Any, size: int) -> Any:
+    def blocks(self, tokenizer: Any, vocab_size: int, size: int) -> Any:
         """Blocks for fidelity, a few of them."""
         source = self.source
         if source is None:
@@ -56,6 +56,7 @@ class Text:
             tokenizer,
             size,
             cache_dir=self.folder / "blocks",
+            vocab_size=vocab_size,
             separator=self.separator,
             text_field=self.field,
             max_tokens=_FIDELITY_BLOCKS * size,

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..tokenizer_files import check_token_ids
+
 __all__ = [
     "at_the_ends",
     "check_counts",
@@ -113,11 +115,7 @@ def at_the_ends(
         ValueError: a token is outside the model's vocabulary, or a logit is NaN or infinite.
     """
     for token in (int(rows.min()), int(rows.max())):
-        if not 0 <= token < model.config.vocab_size:
-            raise ValueError(
-                f"token ids lie between 0 and {model.config.vocab_size - 1}, the model's vocabulary: got {token}; "
-                "use the tokenizer that belongs to the model"
-            )
+        check_token_ids(token, model.config.vocab_size)
     training, found = model.training, []
     model.eval()
     try:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import text
 from ..perplexity import Perplexity, summarise
 from ..stage2 import IGNORED, token_losses
+from ..tokenizer_files import check_token_ids
 from .windows import Window, batches_of, check_window, windows_of
 
 __all__ = ["measure_sliding", "read_documents", "sliding_perplexity"]
@@ -143,10 +144,7 @@ def _encode(
     if not streams:
         raise ValueError("perplexity needs text: the documents hold 0 tokens; give at least one word")
     largest = max(int(stream.max()) for stream in streams)
-    if largest >= vocabulary:
-        raise ValueError(
-            f"the tokenizer makes ids that the model lacks: {largest} of a vocabulary of {vocabulary}; use the model's own"
-        )
+    check_token_ids(largest, vocabulary, tokenizer)
     return streams, size
 
 

@@ -161,7 +161,9 @@ class _Bench:
 
     def fidelity(self) -> None:
         """Distance of the latent model from its original."""
-        blocks = self.text.blocks(self.tokenizer, self.options["perplexity"]["window"])
+        blocks = self.text.blocks(
+            self.tokenizer, self.models["latent"].config.vocab_size, self.options["perplexity"]["window"]
+        )
         pair = [self.models[role] for role in ("original", "latent")]
         report = self._report("fidelity")
         self.figures["fidelity"] = fidelity(*pair, blocks, progress=report, **self.options["fidelity"])

@@ -67,6 +67,8 @@ def run_tasks(
     with loaded_tasks(tokenizer, tasks, include_path, length, haystack) as (manager, loaded):
         try:
             own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
+            if own.pad_token_id is not None and own.pad_token_id >= model.config.vocab_size:
+                own.pad_token = own.eos_token  # padding is masked, but the embedding must have its row
             results = evaluator.simple_evaluate(
                 model=harness.HFLM(
                     pretrained=model,

@@ -182,6 +182,7 @@ class Subject:
         wanted = 2 * self.eval_tokens + 2 * size
         shared: dict[str, Any] = {
             "cache_dir": self.folder.work / "blocks",
+            "vocab_size": self.model.config.vocab_size,
             "block_size": size,
             "separator": section.separator,
             "isolate": isolate,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from .. import hub
@@ -76,7 +75,7 @@ def plan_training(
         recipe=recipe,
         stages=(stage,),
         device=device,
-        stored_dtype=config.dtype or torch.float32,
+        stored_dtype=config.dtype,
         seconds=estimate_seconds(recipe, (stage,), *layer_size(config), config.num_hidden_layers, device),
     )
 
@@ -184,7 +183,12 @@ def _run(
     tokenizer = hub.load_tokenizer(model, student.config)
     original = None if teacher is None else hub.load_model(teacher)
     corpus = prepare(
-        data, tokenizer, cache_dir=space.path / "data", seed=recipe.seed, **recipe.data.model_dump()
+        data,
+        tokenizer,
+        cache_dir=space.path / "data",
+        vocab_size=student.config.vocab_size,
+        seed=recipe.seed,
+        **recipe.data.model_dump(),
     )
     prepare_for_training(student, recipe)
     work_dir = space.path / f"stage{stage}"

@@ -1,0 +1,108 @@
+"""Which weight files of a local checkpoint are read, chosen as upstream chooses them, and whether they are whole.
+
+transformers takes the file that the config names, else `model.safetensors`, else the shards of the index; whatever else
+lies in the directory (the index of an earlier, sharded save) it never opens, so neither do we.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
+
+__all__ = ["check_weights", "first_line", "weights_dtype"]
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def check_weights(path: Path, config: Any) -> None:
+    """Raise `ValueError` unless every file that upstream reads is there and its header and size agree."""
+    shards = _weight_files(path, config)
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of {len(shards)} weight shards, e.g. {missing[0]}; download it again"
+        )
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{shard} is truncated or damaged ({first_line(error)}); download it again"
+            ) from error
+
+
+def weights_dtype(source: str, config: Any) -> torch.dtype | None:
+    """What upstream's dtype="auto" takes where the config names no dtype: that of the first floating tensor.
+
+    Args:
+        source: a local directory or a hub id; of a hub model only the headers are fetched.
+
+    Returns:
+        None where the files cannot be read: loading them says why.
+    """
+    cached = None if Path(source).is_dir() else try_to_load_from_cache(source, "config.json")
+    try:
+        names = _dtypes_in(Path(cached).parent if isinstance(cached, str) else Path(source), config)
+    except (OSError, ValueError, SafetensorError):
+        try:
+            headers = {} if Path(source).is_dir() else get_safetensors_metadata(source).files_metadata
+        except (OSError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError):
+            return None
+        names = [tensor.dtype for name in sorted(headers) for tensor in headers[name].tensors.values()]
+    return next((_DTYPES[name] for name in names if name in _DTYPES), None)
+
+
+def _dtypes_in(folder: Path, config: Any) -> list[str]:
+    """Types of the tensors of the first weight file, in its order."""
+    with safe_open(_weight_files(folder, config)[0], framework="pt") as file:
+        return [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - not a dict
+
+
+def _weight_files(path: Path, config: Any) -> list[Path]:
+    """The files upstream reads, in the order of their names.
+
+    Raises:
+        ValueError: there are none, or pickled ones only, or the index is damaged.
+    """
+    named = getattr(config, "transformers_weights", None)
+    name = named or next((each for each in (_SINGLE, _INDEX) if (path / each).is_file()), None)
+    if name is None:
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+        if pickled:
+            raise ValueError(
+                f"{path} has pickled weights only ({pickled[0]}), which can run code when loaded; convert them to "
+                "safetensors first"
+            )
+        raise ValueError(f"{path} holds no weights: expected {_SINGLE} or {_INDEX}")
+    if not str(name).endswith(".index.json"):
+        return [path / name]
+    return [path / shard for shard in _shard_names(path / name)]
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Files that a weight index lists, sorted."""
+    try:
+        data = json.loads(index.read_text())
+        names = sorted(set(data["weight_map"].values()))
+        data["metadata"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is damaged ({type(error).__name__}: {first_line(error)}); download it again"
+        ) from error
+    if not names:
+        raise ValueError(f"{index} lists no weights; download it again")
+    return names
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its class."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
