@@ -51,11 +51,12 @@ def words_of(command, place, model, data, out) -> list:
     return [command, *subject, "--data", data, "--device", "cpu", *options]
 
 
-def refused(words, place) -> str:
-    before = snapshot(place)
+def refused(words, *places) -> str:
+    """The sentence of a call that must fail, and leave these folders as they were."""
+    before = [snapshot(place) for place in places]
     done = call(*words)
     assert done.exit_code == 2, (done.stdout, done.stderr, done.exception)
-    assert snapshot(place) == before
+    assert [snapshot(place) for place in places] == before
     return done.stderr.splitlines()[-1]
 
 
@@ -63,7 +64,7 @@ def refused(words, place) -> str:
 def test_the_option_that_is_named_is_the_command_s_own(place, tmp_path, command):
     model = place / ("latent" if command in ("train", "eval") else "model")
     words = words_of(command, place, model, place / "body.jsonl", tmp_path / "out")
-    sentence = refused(words, place)
+    sentence = refused(words, place, tmp_path)
     general, ours = re.search(r"e\.g\. (--set \S+) \(kvlatent eval: (--text-field \S+)\)$", sentence).groups()
     done = call(*words, *shlex.split(ours if command == "eval" else general))
     assert done.exit_code == 0, done.stderr
@@ -74,7 +75,9 @@ def test_conversations_are_read_once_the_model_has_a_template(place, tmp_path, c
     model = tmp_path / "model"
     shutil.copytree(place / ("latent" if command in ("train", "eval") else "model"), model)
     words = words_of(command, place, model, place / "talks.jsonl", tmp_path / "out")
-    assert "put a template into the model's directory as chat_template.jinja" in refused(words, place)
+    assert "put a template into the model's directory as chat_template.jinja" in refused(
+        words, place, tmp_path
+    )
     (model / "chat_template.jinja").write_text(TEMPLATE)
     done = call(*words)
     assert done.exit_code == 0, done.stderr
