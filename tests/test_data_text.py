@@ -47,6 +47,19 @@ def test_a_dataset_name_is_loaded_by_datasets(make_corpus, corpus_file, tmp_path
         make_corpus("stories:default:nosuch")
 
 
+def test_a_dataset_of_several_configurations_needs_one(make_corpus, tmp_path, monkeypatch):
+    (tmp_path / "two").mkdir()
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "two" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in "ab":
+        rows = [json.dumps({"text": document}) for document in stories(60)]
+        (tmp_path / "two" / f"{name}.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"several configurations; give one as two:CONFIG: .*\['a', 'b'\]"):
+        make_corpus("two::train", held_out=0)
+    assert make_corpus("two:a", held_out=0).train_tokens
+
+
 def test_long_documents_are_read_in_pieces(make_corpus, tiny_tokenizer, corpus_file, tmp_path, monkeypatch):
     whole = flat(make_corpus(corpus_file, held_out=0, separator=None).train)
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 300)
@@ -125,7 +138,11 @@ def test_a_full_disk_leaves_nothing(corpus_file, tiny_tokenizer, tmp_path):
             "record 2 of .* is not valid Unicode .*character 3",
         ),
         ("broken.json", b'[{"text": "a"},\n', "not valid JSON at line"),
-        ("fields.jsonl", b'{"body": "a", "id": 1}\n', "'text': record 1 of .* has body, id; set text_field"),
+        (
+            "fields.jsonl",
+            b'{"body": "a", "id": 1}\n',
+            "'text': record 1 of .* has body, id; name the field to read, e.g. --set data.text_field=body ",
+        ),
         ("array.jsonl", b"[1, 2]\n", "'text': record 1 of .* has list"),
         ("number.jsonl", b'{"text": "a"}\n{"text": 5}\n', "must hold text: record 2 of .* holds a int"),
         ("broken.parquet", b"PAR1 nothing", "not a readable Parquet file"),
@@ -140,7 +157,9 @@ def test_bad_text_is_refused_and_leaves_nothing(make_corpus, tmp_path, name, con
 
 def test_parquet_without_the_field_is_refused(make_corpus, tmp_path):
     pa.parquet.write_table(pa.table({"body": ["a"]}), tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match="has body; set text_field"):
+    with pytest.raises(
+        ValueError, match="has body; name the field to read, e.g. --set data.text_field=body "
+    ):
         make_corpus(tmp_path / "d.parquet")
 
 

@@ -17,7 +17,7 @@ from kvlatent.hub import load_model, load_tokenizer
 from kvlatent.perplexity import perplexity, perplexity_ratio
 from kvlatent.recipe import Recipe
 from kvlatent.study import STUDIES, study
-from kvlatent.study.folder import read_cell
+from kvlatent.study.folder import Folder, read_cell
 from kvlatent.training import merged_copy, prepare_for_training, train_stage
 from on_disk import write_checkpoint, write_text
 from study_worker import RANKS, SETTINGS, STEP, ranks, run
@@ -254,3 +254,18 @@ def test_texts_of_a_study_are_checked(place, tmp_path):
     with pytest.raises(ValueError, match="reported, which leaves none; give a longer --eval-data or fewer"):
         run(place, "objective", tmp_path / "out", tokens=STEP, eval_tokens=10**6)
     assert not list((tmp_path / "out").glob("*rate*"))
+
+
+def test_a_study_that_cannot_begin_takes_back_its_folder_alone(tmp_path):
+    folder = Folder(tmp_path / "out", "widths", {"a": 1})
+    assert folder.open() and not folder.open()
+    with folder.claim("cell"):
+        folder.abandon()  # another process is at a cell
+    assert not folder.open()
+    folder.file("cell").write_text("{}")
+    folder.abandon()  # there is a result
+    assert not folder.open()
+    folder.file("cell").unlink()
+    (tmp_path / "out" / "note").write_text("")
+    folder.abandon()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]

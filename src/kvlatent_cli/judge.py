@@ -68,7 +68,7 @@ def evaluate(
     ] = None,
     separator: Annotated[str, typer.Option(help="Splits a .txt into documents.")] = "<|endoftext|>",
     text_field: Annotated[
-        str, typer.Option(help="Field of a .jsonl or .parquet that holds the text.")
+        str, typer.Option(help="Field of a record that holds the text, or a conversation.")
     ] = "text",
     seed: o.Seed = None,
     device: o.Device = "auto",

@@ -12,7 +12,10 @@ import typer
 Model = Annotated[str, typer.Argument(help="Checkpoint: a directory or a hub id.", metavar="MODEL")]
 Directory = Annotated[str, typer.Argument(help="Latent checkpoint: a directory or a hub id.", metavar="DIR")]
 Data = Annotated[
-    str, typer.Option(help="Text: .txt, .jsonl, .json, .parquet, or a hub data set.", metavar="FILE")
+    str,
+    typer.Option(
+        help="Text or conversations: .txt, .jsonl, .json, .parquet, or a hub data set.", metavar="FILE"
+    ),
 ]
 TextToCalibrate = Annotated[
     str | None,

@@ -20,10 +20,10 @@ def evaluation_tables(document: Figures) -> list[Any]:
     if document["original"] is not None:
         names.insert(0, "original")
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for name in names:
         label = name if name == "original" or "latent" in document["model"] else document["model"]["name"]
-        table.add_column(label, justify="right", no_wrap=True)
+        table.add_column(label, justify="right")
     for label, show in _ROWS.items():
         cells = [show(figures[name]) for name in names]
         if any(cells):
@@ -116,7 +116,7 @@ def study_tables(document: Figures) -> list[Any]:
     for name in varying:
         table.add_column(name)
     for name in [*shown, "seeds"]:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for row in rows:
         figures = [row["figures"].get(name) for name in shown]
         cells = ["-" if f is None else plus_minus(f["mean"], f["standard_error"], 4) for f in figures]

@@ -19,9 +19,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from .tables import duration
+from .whole import answer_console, print_table, progress_bar
 
 _DISK = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file is larger than this system allows"}
 _DISK_SIGNS = (
@@ -41,7 +42,7 @@ _LINE_EVERY_S = 15.0
 def session(as_json: bool = False) -> Generator[Session]:
     """Run a command's work: stdout is kept for its answer, mistakes become a sentence and exit code 2."""
     stdout = sys.stdout
-    current = Session(as_json, Console(file=stdout, highlight=False, soft_wrap=True))
+    current = Session(as_json, answer_console(stdout))
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), current.progress:
             warnings.simplefilter("ignore")
@@ -75,15 +76,7 @@ class Session:
     def __init__(self, as_json: bool, console: Console) -> None:
         self.as_json, self.console = as_json, console
         self.answer: list[Any] = []
-        self.progress = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
+        self.progress = progress_bar()
         self._step, self._since, self._note, self._task = "", time.monotonic(), "", None
         self._first, self._said = 0, self._since
 
@@ -114,9 +107,9 @@ class Session:
         """A line for people, on stderr."""
         self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def show(self, document: Any, *renderables: Any) -> None:
-        """Set the answer: the document under --json, what can be rendered otherwise."""
-        self.answer = [document] if self.as_json else list(renderables)
+    def show(self, document: Any, *parts: str | Table) -> None:
+        """Set the answer: the document under --json, lines and tables otherwise."""
+        self.answer = [document] if self.as_json else list(parts)
 
     def flush(self) -> None:
         """Print the answer on stdout."""
@@ -126,7 +119,7 @@ class Session:
             elif isinstance(part, str):
                 self.console.file.write(part + "\n")  # as it is: rich would read markup in a model's words
             else:
-                self.console.print(part)
+                print_table(self.console, part)
 
     def close(self) -> None:
         """End the current step."""

@@ -60,9 +60,9 @@ def figures_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row a step of the run: perplexity, its ratio to the original's, cache bytes."""
     dtypes = {row["cache_dtype"] for row in figures.values()}
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for name in ("perplexity", "ratio", f"cache bytes/token ({', '.join(sorted(dtypes))})"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for name, label in LABELS.items():
         if name in figures:
             row = figures[name]
@@ -100,7 +100,7 @@ def strategies_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     names = list(layers[0]["errors"])
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("layer", "d_qk", "d_vo", *names):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for row in layers:
         errors = ("-" if row["errors"][name] is None else f"{row['errors'][name]:.4f}" for name in names)
         table.add_row(*(str(row[name]) for name in ("layer", "d_qk", "d_vo")), *errors)
@@ -112,7 +112,7 @@ def budget_tables(document: Mapping[str, Any]) -> list[Any]:
     plan, serving = document["plan"], document["serving"]
     curve = Table(box=box.SIMPLE_HEAD)
     for name in ("cache kept", "d_qk", "d_vo", "predicted error", "d_qk = d_vo", "its error"):
-        curve.add_column(name, justify="right", no_wrap=True)
+        curve.add_column(name, justify="right")
     for row in document["curve"]:
         curve.add_row(
             f"{row['kv']:.1%}",
@@ -150,8 +150,8 @@ def _context(tokens: int | None) -> str:
 def pairs_table(pairs: Mapping[str, Any]) -> Table:
     """Names and values, one a row."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column()
+    table.add_column()
     for name, value in pairs.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     return table

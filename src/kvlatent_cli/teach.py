@@ -97,7 +97,7 @@ def _demo_answer(report: dict[str, Any]) -> list[Any]:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in ("original", "latent"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     sides = (report["original"], report["latent"])
     table.add_row(
         "cache bytes per token (measured)", *(f"{side['cache_bytes_per_token']:,.0f}" for side in sides)

@@ -5,8 +5,9 @@ counted from 0, which is how transformers recognises packed documents and keeps 
 (`find_packed_sequence_indices`; only with no attention mask and no cache). Labels are already shifted:
 `labels[i]` is the token to predict at position i, or -100 where the document ends.
 
-Reading order: `text` (documents of a file), `tokenise` (ids of the documents), `packing` (which are held
-out, and the blocks), `corpus` (all of it, once per content, tokenizer and options).
+Reading order: `text` (documents of a file), `fields` and `chat` (text of a record), `tokenise` (ids of the
+documents), `packing` (which are held out, and the blocks), `corpus` (all of it, once per content, tokenizer and
+options).
 """
 
 from kvlatent.data.corpus import Corpus, evaluation_blocks, prepare

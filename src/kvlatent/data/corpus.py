@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from kvlatent.data import text
 from kvlatent.data.packing import Documents, hold_out, write_blocks
-from kvlatent.data.tokenise import tokenise, tokenizer_identity
+from kvlatent.data.tokenise import template_identity, tokenise, tokenizer_identity
 from kvlatent.tokenizer_files import check_token_ids
 
 _FORMAT = 1
@@ -58,7 +58,8 @@ def prepare(
     """Tokenise and pack `source`, or reuse what an earlier call with the same arguments wrote.
 
     A document is what the tokenizer makes of it, after the tokenizer's own beginning-of-text token if it
-    adds one, and before its end-of-text token if it has one. The last, incomplete block is dropped.
+    adds one, and before its end-of-text token if it has one; a conversation is what the model's chat template makes of
+    it, and nothing else. The last, incomplete block is dropped.
 
     Args:
         source: a .txt, .jsonl, .json or .parquet file, or a dataset `name[:config[:split]]`.
@@ -70,7 +71,8 @@ def prepare(
             content, copies on one side; the end of the longest one where all are too long.
         least_held_out: tokens that a share above 0 is raised to, within a quarter of the text.
         isolate: keep documents apart in attention; otherwise positions run through the block.
-        text_field: where other files than .txt hold the text.
+        text_field: where other files than .txt hold the text; :mod:`kvlatent.data.chat` says which conversations are
+            read where a record lacks it.
         max_tokens: read no more tokens than this.
         seed: varies which documents are held out.
         progress: called with the number of tokens read so far.
@@ -87,10 +89,12 @@ def prepare(
         "least_held_out": least_held_out, "text_field": text_field, "max_tokens": max_tokens, "seed": seed, "format": _FORMAT,
     }  # fmt: skip
     identity = [origin.fingerprint(), tokenizer_identity(tokenizer), options]
+    if not origin.is_plain() and (template := template_identity(tokenizer)) is not None:
+        identity.append(template)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     directory = Path(cache_dir) / fingerprint[:32]
     if not _is_complete(directory):
-        stream = text.pieces(origin, separator=separator, text_field=text_field)
+        stream = text.pieces(origin, separator=separator, text_field=text_field, tokenizer=tokenizer)
         _build(directory, stream, tokenizer, origin.name, options, progress)
     about = json.loads((directory / "meta.json").read_text())
     check_token_ids(about.get("largest_id", 0), vocab_size, tokenizer)

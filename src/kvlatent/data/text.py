@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvlatent.data.chat import FIELDS
+from kvlatent.data.fields import Document, documents
+
 PIECE_CHARACTERS = 1 << 18
 _READ_CHARACTERS = 1 << 20
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -23,11 +26,15 @@ _HUB_NAME = re.compile(r"^(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[^:]*))?(
 
 
 class Piece(NamedTuple):
-    """Part of a document: `first` and `last` say whether the document starts and ends with it."""
+    """Part of a document: `first` and `last` say whether the document starts and ends with it.
+
+    `is_rendered`: a chat template wrote it, and with it the special tokens around it.
+    """
 
     text: str
     first: bool
     last: bool
+    is_rendered: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class Source:
     path: Path | None = None
     builder: Any = None
     split: str = ""
+
+    def is_plain(self) -> bool:
+        """Whether it is a text without records, so without conversations."""
+        return self.path is not None and self.path.suffix == ".txt"
 
     def fingerprint(self) -> str:
         """Return a hash of the content: SHA-256 of a file, the builder's own hash of a dataset."""
@@ -52,7 +63,8 @@ def resolve(source: str | Path) -> Source:
 
     Raises:
         FileNotFoundError: there is neither such a file nor such a dataset.
-        ValueError: it is a directory, or the file's extension is none of .txt, .jsonl, .json, .parquet.
+        ValueError: it is a directory, the file's extension is none of .txt, .jsonl, .json, .parquet, or the dataset
+            has several configurations and none is named.
     """
     path = Path(source)
     if path.is_dir():
@@ -60,7 +72,7 @@ def resolve(source: str | Path) -> Source:
     if path.is_file():
         if path.suffix not in _SUFFIXES:
             raise ValueError(
-                f"a data file must end in {', '.join(_SUFFIXES)}: got {path}; rename or convert it"
+                f"a data file must end in {', '.join(_SUFFIXES)}: got {path}; convert it, or rename a plain text to .txt"
             )
         return Source(str(source), path=path)
     match = _HUB_NAME.match(str(source))
@@ -71,23 +83,27 @@ def resolve(source: str | Path) -> Source:
     return _resolve_dataset(str(source), match["name"], match["config"] or None, match["split"] or "train")
 
 
-def pieces(source: Source, *, separator: str | None, text_field: str) -> Iterator[Piece]:
+def pieces(
+    source: Source, *, separator: str | None, text_field: str, tokenizer: Any = None
+) -> Iterator[Piece]:
     """Yield the documents of `source` in order, without blank ones.
 
     Args:
         separator: a `.txt` file is cut into documents at this string, and line breaks next to it are
             dropped; None takes the file as one document. Other sources have a document per record.
-        text_field: the column that holds the text in all sources but `.txt`.
+        text_field: the column that holds the text, or conversations, in all sources but `.txt`.
+        tokenizer: its chat template writes conversations as text.
 
     Raises:
-        ValueError: binary or undecodable text, broken JSON or Parquet, a record without the field.
+        ValueError: binary or undecodable text, broken JSON or Parquet, a record without the field, a conversation
+            that no template writes.
     """
     if source.path is None:
-        return _cut(_fields(_dataset_records(source), source.name, text_field))
-    if source.path.suffix == ".txt":
+        return _cut(documents(_dataset_records(source), source.name, text_field, tokenizer))
+    if source.is_plain():
         return _split(source.path, separator)
     reader = _parquet_records if source.path.suffix == ".parquet" else _json_records
-    return _cut(_fields(reader(source.path, text_field), str(source.path), text_field))
+    return _cut(documents(reader(source.path, text_field), str(source.path), text_field, tokenizer))
 
 
 def _resolve_dataset(source: str, name: str, config: str | None, split: str) -> Source:
@@ -96,7 +112,11 @@ def _resolve_dataset(source: str, name: str, config: str | None, split: str) -> 
     try:
         builder = load_dataset_builder(name, config)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason, *more = str(error).splitlines()
+        if reason == "Config name is missing.":
+            raise ValueError(
+                f"dataset {name} has several configurations; give one as {name}:CONFIG: {' '.join(more[:1])}"
+            ) from error
         raise FileNotFoundError(
             f"there is neither a file nor a dataset {source}; check the name and the network: {reason}"
         ) from error
@@ -144,15 +164,15 @@ def _split(path: Path, separator: str | None) -> Iterator[Piece]:
     yield from _chop(buffer.rstrip("\n"), first)
 
 
-def _chop(text: str, first: bool = True) -> Iterator[Piece]:
+def _chop(text: str, first: bool = True, is_rendered: bool = False) -> Iterator[Piece]:
     """Cut a document, or what is left of one, into pieces; a blank document has none."""
     if first and (not text or text.isspace()):
         return
     while len(text) > PIECE_CHARACTERS:
         cut = _cut_point(text)
-        yield Piece(text[:cut], first, False)
+        yield Piece(text[:cut], first, False, is_rendered)
         text, first = text[cut:], False
-    yield Piece(text, first, True)
+    yield Piece(text, first, True, is_rendered)
 
 
 def _cut_point(text: str) -> int:
@@ -164,39 +184,9 @@ def _cut_point(text: str) -> int:
     return PIECE_CHARACTERS
 
 
-def _cut(texts: Iterable[str]) -> Iterator[Piece]:
-    for text in texts:
-        yield from _chop(text)
-
-
-def _fields(records: Iterator[tuple[int, Any]], name: str, text_field: str) -> Iterator[str]:
-    """Take the text out of numbered records; a record whose text is null is passed over."""
-    for number, record in records:
-        if not isinstance(record, dict) or text_field not in record:
-            found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(
-                f"every record needs the field {text_field!r}: record {number} of {name} has {found}; set text_field"
-            )
-        text = record[text_field]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(
-                f"the field {text_field!r} must hold text: record {number} of {name} holds a "
-                f"{type(text).__name__}; set text_field"
-            )
-        if text:
-            _check_unicode(text, number, name)
-            yield text
-
-
-def _check_unicode(text: str, number: int, name: str) -> None:
-    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"record {number} of {name} is not valid Unicode (half a surrogate pair, character {error.start + 1}); "
-            "repair or remove it"
-        ) from error
+def _cut(texts: Iterable[Document]) -> Iterator[Piece]:
+    for text, is_rendered in texts:
+        yield from _chop(text, is_rendered=is_rendered)
 
 
 def _json_records(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
@@ -230,6 +220,7 @@ def _parquet_records(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
     with file:
-        columns = [text_field] if text_field in file.schema_arrow.names else None
+        found = file.schema_arrow.names
+        columns = [name for name in found if name in (text_field, *FIELDS)] if text_field in found else None
         batches = file.iter_batches(batch_size=256, columns=columns)
         yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)

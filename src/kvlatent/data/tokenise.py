@@ -28,8 +28,17 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
+def template_identity(tokenizer: Any) -> str | None:
+    """Hash what decides how conversations are written as text; None without a chat template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return None
+    described = json.dumps([template, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids put before and after every document."""
+    """Return the ids put before and after every document that no chat template has written."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_begin = begin is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [begin]
     return [begin] if adds_begin else [], [] if end is None else [end]
@@ -60,7 +69,9 @@ def tokenise(
                     digest = hashlib.blake2b(array("i", ids).tobytes(), digest_size=8, salt=salt).digest()
                     keys.append(int.from_bytes(digest, "little"))
                     lengths.append(0)
-                framed = array("i", [*(before if piece.first else ()), *ids, *(after if piece.last else ())])
+                begin = before if piece.first and not piece.is_rendered else ()
+                end = after if piece.last and not piece.is_rendered else ()
+                framed = array("i", [*begin, *ids, *end])
                 framed = framed[: int(min(len(framed), limit - total))]
                 file.write(framed.tobytes())
                 lengths[-1] += len(framed)

@@ -30,8 +30,10 @@ class Text:
         field: str,
         folder: Path,
         max_tokens: int | None,
+        tokenizer: Any = None,
     ) -> None:
         self.source, self.separator, self.field, self.folder = source, separator, field, folder
+        self.tokenizer = tokenizer  # its chat template writes conversations
         self.max_tokens = max_tokens if source is not None or max_tokens is not None else STANDARD_TOKENS
 
     @cached_property
@@ -39,7 +41,8 @@ class Text:
         """All of it, one string a document; raises `ValueError` where there is none."""
         if self.source is None:
             return stdlib_documents("held_out")
-        found = list(read_documents(self.source, separator=self.separator, text_field=self.field))
+        options: dict[str, Any] = {"separator": self.separator, "text_field": self.field}
+        found = list(read_documents(self.source, tokenizer=self.tokenizer, **options))
         if not any(document.strip() for document in found):
             raise ValueError(f"{Path(self.source).name} holds no text; give a text that can be scored")
         return found

@@ -95,17 +95,28 @@ def measure_sliding(
 
 
 def read_documents(
-    source: str | Path, *, separator: str | None = "<|endoftext|>", text_field: str = "text"
+    source: str | Path,
+    *,
+    separator: str | None = "<|endoftext|>",
+    text_field: str = "text",
+    tokenizer: Any = None,
 ) -> Iterator[str]:
     """Yield the documents of a .txt, .jsonl, .json or .parquet file, or of a data set, as :mod:`kvlatent.data` cuts them.
 
+    Conversations are written by the chat template of `tokenizer`, less its beginning-of-text token: measurements put
+    that before a document themselves.
+
     Raises:
         FileNotFoundError: no such file or data set.
-        ValueError: binary or undecodable text, broken JSON or Parquet, a record without the field.
+        ValueError: binary or undecodable text, broken JSON or Parquet, a record without the field, a conversation
+            that no template writes.
     """
     parts: list[str] = []
-    for piece in text.pieces(text.resolve(source), separator=separator, text_field=text_field):
-        parts.append(piece.text)
+    begin = getattr(tokenizer, "bos_token", None) or ""
+    origin = text.resolve(source)
+    for piece in text.pieces(origin, separator=separator, text_field=text_field, tokenizer=tokenizer):
+        starts = piece.is_rendered and piece.first
+        parts.append(piece.text.removeprefix(begin) if starts else piece.text)
         if piece.last:
             yield "".join(parts)
             parts = []

@@ -105,7 +105,7 @@ def standard_evaluation(
         check_same_vocabulary(models["latent"], models["original"])
     tokenizer = tokenizer or _tokenizer(model, models["latent"])
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
-        text = Text(data, separator, text_field, Path(folder), max_tokens)
+        text = Text(data, separator, text_field, Path(folder), max_tokens, tokenizer)
         options = options_of(models, given, text.max_tokens, seed)
         check_all(chosen, tasks, models, tokenizer, text, options)
         bench = _Bench(models, tokenizer, text, options, progress)

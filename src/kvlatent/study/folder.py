@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Folder:
         self.study = study
         self.decides = json.loads(json.dumps(decides))
 
-    def open(self) -> None:
-        """Make the directory, or go on in it.
+    def open(self) -> bool:
+        """Make the directory, or go on in it; returns whether it was made.
 
         Raises:
             FileExistsError: it holds what is no study.
@@ -60,10 +61,26 @@ class Folder:
                 )
         self.work.mkdir(parents=True, exist_ok=True)
         with self.lock("folder"):
-            if not (self.out / ABOUT).is_file():
+            made = not (self.out / ABOUT).is_file()
+            if made:
                 about = {"kind": "study-folder", "study": self.study, "decides": self.decides}
                 write_text(self.out / ABOUT, json.dumps(about, indent=2) + "\n")
         self._compare()
+        return made
+
+    def abandon(self) -> None:
+        """Take back what `open` made, unless there is a result or another process is at a cell: for a study that cannot begin."""
+        with self.lock("folder"):
+            if cell_files(self.out) or any(map(self._is_claimed, (self.work / "claims").glob("*.lock"))):
+                return
+            (self.out / ABOUT).unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        with suppress(OSError):  # something else is in it
+            self.out.rmdir()
+
+    def _is_claimed(self, path: Path) -> bool:
+        with self.claim(path.stem) as free:
+            return not free
 
     def _compare(self) -> None:
         try:

@@ -100,9 +100,14 @@ def study(
     folder = Folder(out, asked.grid.name, asked.decides(tools))
     run = Run(asked, folder, tools, progress or (lambda *_: None))
     if not dry_run:
-        folder.open()
-        with _threads(threads):
-            run.until_done(limit)
+        made = folder.open()
+        try:
+            with _threads(threads):
+                run.until_done(limit)
+        except BaseException:
+            if made and not run.begun:
+                folder.abandon()
+            raise
     return run.report()
 
 
@@ -135,6 +140,7 @@ class Run:
     ) -> None:
         self.asked, self.folder, self.tools, self.progress = asked, folder, tools, progress
         self.subject: Subject | None = None
+        self.begun = False
         self.measured: list[str] = []
         self.busy: set[str] = set()
         self.redone: dict[str, str] = {}
@@ -166,12 +172,12 @@ class Run:
             self.failed[cell.name] = document["record"]["failed"]
         return document is not None
 
-    def _measure(self, cell: Cell) -> None:
-        """Measure one cell and write its result."""
-        asked, source = self.asked, self.asked.source
+    def _subject(self) -> Subject:
+        """Model and texts, loaded and checked by the first cell; a text that cannot be read ends the study, not a cell."""
         if self.subject is None:
+            asked = self.asked
             self.subject = Subject(
-                source,
+                asked.source,
                 self.folder,
                 asked.recipe,
                 eval_tokens=asked.eval_tokens,
@@ -179,15 +185,21 @@ class Run:
                 device=asked.device,
                 python=None if self.tools is None else self.tools["python"],
             )
-            self.subject.original()  # a text that cannot be read ends the study, not a cell
+            self.subject.original()
             if asked.grid.check is not None:
                 asked.grid.check(self.subject)
+        self.begun = True
+        return self.subject
+
+    def _measure(self, cell: Cell) -> None:
+        """Measure one cell and write its result."""
+        asked, subject = self.asked, self._subject()
         place = f"{asked.cells.index(cell) + 1}/{len(asked.cells)} {cell.name}"
         wall, cpu = time.monotonic(), _cpu_seconds()
         failed: dict[str, str] = {}
         try:
             figures = asked.grid.figures(
-                self.subject,
+                subject,
                 cell,
                 lambda step, done, total, note: self.progress(f"{place}: {step}", done, total, note),
             )
@@ -199,7 +211,7 @@ class Run:
             "seed": cell.seed,
             "seconds": round(time.monotonic() - wall, 2),
             "cpu_seconds": round(_cpu_seconds() - cpu, 2),
-            "cache_dtype": str(self.subject.dtype).removeprefix("torch."),
+            "cache_dtype": str(subject.dtype).removeprefix("torch."),
             **({} if self.tools is None else {"tools": self.tools["versions"]}),
             **failed,
         }
@@ -208,13 +220,13 @@ class Run:
                 "kind": "study",
                 "study": asked.grid.name,
                 "cell": cell.name,
-                "model": {"name": source.name, "fingerprint": self.folder.decides["model"]},
+                "model": {"name": asked.source.name, "fingerprint": self.folder.decides["model"]},
                 "settings": cell.settings,
                 "figures": figures,
                 "record": record,
             }
         )
-        forget(self.subject, cell)
+        forget(subject, cell)
         self.measured.append(cell.name)
         if failed:
             self.failed[cell.name] = failed["failed"]

@@ -1,0 +1,177 @@
+"""Every table of every command is printed whole, in terminals of any width and in files."""
+
+import ast
+import io
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+import kvlatent_cli
+from kvlatent_cli import results, tables, teach, whole
+from kvlatent_cli.session import session
+
+LONG = 123456.789012345
+BYTES = 98765432109
+
+
+def figures() -> dict:
+    row = {"perplexity": LONG, "standard_error": LONG, "cache_dtype": "bfloat16"}
+    row |= {"cache_bytes_per_token": BYTES, "ratio": LONG, "ratio_standard_error": LONG}
+    return dict.fromkeys(tables.LABELS, row)
+
+
+def strategies() -> list[dict]:
+    errors = {"stride": LONG, "matched": None, "energy": LONG, "gram": LONG}
+    return [{"layer": layer, "d_qk": 1234567, "d_vo": 7654321, "errors": errors} for layer in (9, 1234567)]
+
+
+def budget() -> dict:
+    row = {"kv": LONG, "d_qk": 1234567, "d_vo": 7654321, "error": LONG, "symmetric_width": 1234567}
+    plan = {
+        "d_qk": list(range(1000, 1064)),
+        "d_vo": [7654321],
+        "head_dim": 128,
+        "engines": {"head": ["vllm"]},
+    }
+    plan["predicted_error"] = dict.fromkeys(("total", "keys", "values"), LONG)
+    size = {"latent": BYTES, "original": BYTES, "share": LONG}
+    serving = {
+        "cache_bytes_per_token": size,
+        "decode_speedup": [{"context": BYTES, "batch": BYTES, "speedup": LONG}],
+    }
+    serving["maximum_context"] = [{"batch": BYTES, "original": BYTES, "latent": None}]
+    return {"plan": plan, "serving": serving, "curve": [row | {"symmetric_error": LONG}] * 2, "figure": None}
+
+
+def evaluation() -> dict:
+    grid = {"exact": [[LONG]], "rank": [[LONG]], "margin": [[LONG]], "preferred": [[LONG]]}
+    row = figures()["latent"] | {"bits_per_byte": LONG, "needle": grid, "order": grid, "causality": LONG}
+    row["tasks"] = {"tasks": {"arc_challenge_of_123456": {"acc": LONG, "acc_stderr": LONG}}}
+    diagnosis = {"summary": "fine", "findings": [], "not_measured": []}
+    return {"model": {"name": "small [bold] :dog:"}, "original": {}, "figures": {"latent": row, "original": row}, "diagnosis": diagnosis}  # fmt: skip
+
+
+def study() -> dict:
+    figure = {"mean": LONG, "standard_error": LONG}
+    rows = [
+        {
+            "settings": {"d_qk": width, "objective": f"[a] {width}"},
+            "seeds": [0],
+            "figures": dict.fromkeys(("perplexity", "ratio", "cache_ratio"), figure),
+        }
+        for width in (1234567, 7654321)
+    ]
+    return {"finished": ["a"], "cells": ["a"], "out": "o", "summary": {"rows": rows}}
+
+
+def demo() -> dict:
+    side = {"cache_bytes_per_token": BYTES, "perplexity": LONG, "copy_accuracy": {BYTES: LONG}}
+    both = {"original": side | {"continuation": "a"}, "latent": side | {"continuation": "b"}}
+    return {**both, "prompt": "p", "out": "o", "minutes": 1.0}
+
+
+FACTS = {
+    "tokens": BYTES,
+    "a.very.long.name.of.a.figure.of.0123456789": "[16, 16]",
+    "sha256": "0123456789" * 7,
+}
+MAKERS = {
+    "figures_table": lambda: [tables.figures_table(figures())],
+    "strategies_table": lambda: [tables.strategies_table(strategies())],
+    "budget_tables": lambda: tables.budget_tables(budget()),
+    "pairs_table": lambda: [tables.pairs_table(FACTS)],
+    "evaluation_tables": lambda: results.evaluation_tables(evaluation()),
+    "study_tables": lambda: results.study_tables(study()),
+    "_demo_answer": lambda: teach._demo_answer(demo()),
+}
+
+
+class Terminal(io.StringIO):
+    """A stdout that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def printed(table: Table, monkeypatch, stdout: io.StringIO) -> str:
+    """What a command writes on stdout whose answer is that table."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setenv("TERM", "dumb")  # no colours, which would stand between the characters
+    with session() as run:
+        run.show({}, table)
+    return stdout.getvalue()
+
+
+def cells(table: Table) -> list[list[str]]:
+    """Rows, the header first."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    return rows if table.show_header else rows[1:]
+
+
+def characters(text: str) -> Counter:
+    return Counter(text) - Counter({char: text.count(char) for char in " \n─"})
+
+
+def table_of(name: str) -> list[Table]:
+    return [part for part in MAKERS[name]() if isinstance(part, Table)]
+
+
+@pytest.mark.parametrize("width", [1, 10, 20, 40, 80, 200])
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_character_is_lost_in_a_terminal(name, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for table in table_of(name):
+        text = printed(table, monkeypatch, Terminal())
+        assert "…" not in text
+        assert characters(text) == characters("".join(map("".join, cells(table))))
+        words = [
+            word
+            for c in table.columns
+            if c.justify == "right"
+            for cell in c.cells
+            for word in str(cell).split()
+        ]
+        assert [word for word in words if word not in text] == []  # no figure is broken in two
+        assert width < 80 or name == "strategies_table" or max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("columns", ["1", "20", "80"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_row_is_a_line_in_a_file(name, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    for table in table_of(name):
+        lines = printed(table, monkeypatch, io.StringIO()).splitlines()
+        for row in cells(table):
+            assert any(all(cell in line for cell in row) for line in lines)
+
+
+def test_a_bar_of_progress_keeps_its_figures(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    note = "123,456 tokens/s, loss 12.3456"
+    for width in (20, 40, 60, 80, 120):
+        bar = whole.progress_bar()
+        bar.add_task("measure the original", total=7654321, completed=1234567, note=note)
+        console = bar.console
+        console.width = width
+        with console.capture() as capture:
+            console.print(bar.get_renderable())
+        text = capture.get()
+        assert "…" not in text
+        assert not characters(f"measure the original 1234567/7654321 {note}") - characters(text)
+
+
+def test_nothing_else_makes_or_prints_tables():
+    """A new table belongs in `MAKERS`, and is printed by the session."""
+    makers, consoles = set(), set()
+    for path in Path(kvlatent_cli.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef):
+                called = {ast.unparse(n.func) for n in ast.walk(function) if isinstance(n, ast.Call)}
+                makers |= {function.name} if {"Table", "Table.grid"} & called else set()
+                consoles |= {path.stem} if "Console" in called or "rich.print" in called else set()
+    assert makers == set(MAKERS)
+    assert consoles == {"whole"}
