@@ -90,7 +90,7 @@ def ids_of(tokenizer, conversations) -> list[int]:
 
 
 def blocks(tokenizer, source, tmp_path, **options) -> list[int]:
-    options = {"block_size": 32, "held_out": 0, "cache_dir": tmp_path / "cache", **options}
+    options = {"block_size": 32, "held_out": 0, "vocab_size": 400, "cache_dir": tmp_path / "cache", **options}
     return flat(prepare(source, tokenizer, **options).train)
 
 
@@ -187,7 +187,7 @@ def test_a_long_conversation_is_read_in_pieces(chatty, tmp_path, monkeypatch):
 
 
 def test_another_template_is_another_entry_of_the_cache(chatty, tmp_path):
-    options = {"block_size": 32, "cache_dir": tmp_path / "cache"}
+    options = {"block_size": 32, "vocab_size": 400, "cache_dir": tmp_path / "cache"}
     talks, plain = write(tmp_path, "a.jsonl", [{"messages": m} for m in TALKS]), tmp_path / "a.txt"
     plain.write_text("\n".join(stories(20)))
     other = type(chatty)(
