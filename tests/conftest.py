@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # sums in one order: bit-exact comparisons, and no fight for two cores
+# One thread unless the environment asks for another number: xdist's workers would fight for the cores.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 SENTENCES = (
     "Once upon a time there was a small cat who lived near the river and liked the sun.",
