@@ -3,14 +3,16 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread unless another number is asked for: workers would fight for the cores. Processes that tests start inherit
+# it, since bits are equal only where sums are split alike.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# One thread unless the environment asks for another number: xdist's workers would fight for the cores.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch may have been imported before
 
 SENTENCES = (
     "Once upon a time there was a small cat who lived near the river and liked the sun.",

@@ -171,7 +171,7 @@ def saved(made, tmp_path_factory):
         latent = convert(model, **{"d_qk": 16, "d_vo": 8, "align": 2, "statistics": statistics, **options})
         folder = tmp_path_factory.mktemp("calibrated") / name
         save(latent, folder)
-        torch.save((tokens(), logits(latent, tokens())), folder / "expected.pt")
+        torch.save((tokens(), logits(latent, tokens()), latent.state_dict()), folder / "expected.pt")
         config = latent_config_of(latent.config)
         layers = config.tables if config.one_table else [config.tables_at(i) for i in range(3)]
         folders[name] = folder, [torch.tensor([t.short for t in ts]).flatten().tolist() for ts in layers]
@@ -181,25 +181,22 @@ def saved(made, tmp_path_factory):
 def test_a_fresh_process_without_kvlatent_gives_the_same_logits_and_tables(saved, tmp_path):
     """Through the checkpoint's own modelling file."""
     code = LOAD.format(prelude="", trust=", trust_remote_code=True")
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", code, *(str(folder) for folder, _ in saved.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for line, (name, (_, tables)) in zip(done.stdout.splitlines(), saved.items(), strict=True):
-        difference, loaded, has_kvlatent = json.loads(line)
-        assert difference == 0.0, name
+        same_weights, difference, loaded, has_kvlatent = json.loads(line)
+        assert same_weights and difference <= ROUNDING, name  # a mapped file rounds otherwise: tolerances.py
         assert loaded == tables, name
         assert not has_kvlatent
 
 
 def test_a_saved_model_loads_with_the_same_logits(saved):
     for folder, _ in saved.values():
-        ids, expected = torch.load(folder / "expected.pt")
-        assert torch.equal(logits(load_model(folder), ids), expected)
+        ids, expected, weights = torch.load(folder / "expected.pt")
+        loaded = load_model(folder)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+        assert_close_to_scale(logits(loaded, ids), expected, ROUNDING)
 
 
 def test_what_a_checkpoint_says_about_its_conversion(saved):

@@ -1,7 +1,6 @@
 """Flex attention on a CPU: inference at unequal widths; training is refused with a sentence."""
 
 import pytest
-import torch
 
 from kvlatent.conversion import convert
 from tiny import logits, padded, tiny_model, tokens
