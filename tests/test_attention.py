@@ -16,6 +16,8 @@ from kvlatent.table import RotaryTable
 from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale
 
+pytestmark = pytest.mark.numerics
+
 NARROW = {"d_qk": 16, "d_vo": 8}
 EXACT = {"rtol": 0, "atol": 0}
 

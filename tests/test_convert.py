@@ -19,6 +19,8 @@ from kvlatent.rope import frequency_aware_exponents
 from tiny import FAMILIES, HEAD_DIM, logits, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale, assert_same_model
 
+pytestmark = pytest.mark.numerics
+
 
 def digest(model):
     state = model.state_dict()

@@ -6,6 +6,8 @@ import torch
 from kvlatent.factor import best_outputs, output_error, value_basis, value_errors
 from tolerances import assert_close_to_scale
 
+pytestmark = pytest.mark.numerics
+
 D, SIZE, SAMPLES = 20, 12, 200
 
 

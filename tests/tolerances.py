@@ -18,10 +18,9 @@ def assert_close_to_scale(actual, expected, tolerance, scale=None) -> None:
     """Every entry differs by at most `tolerance` times `scale`, which is the largest entry of `expected` unless given.
 
     Args:
-        actual, expected: tensors of one shape and dtype, or two numbers.
+        actual, expected: tensors of one shape and dtype.
         scale: the magnitude (or energy) that the computation sums up, where the result may cancel down to 0.
     """
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     scale = float(expected.abs().max() if scale is None else scale)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
