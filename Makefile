@@ -1,5 +1,6 @@
 # make demo   set everything up and compress the embedded model
 # make test   set everything up and run the tests
+# make test-numerics   the tests of numbers again, with other kernels and numbers of threads
 # Both need Python 3.11 or newer and the package index, nothing else. VENV=path chooses the environment.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # installed from another checkout is installed again.
 STAMP := $(VENV)/.kvlatent-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 
-.PHONY: install demo test lint types imports check clean
+.PHONY: install demo test test-numerics lint types imports check clean
 
 install: $(STAMP)
 
@@ -24,9 +25,30 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/kvlatent demo
 
-# One torch thread a process: the tests compare bits, and two workers share the cores.
+# One thread a process unless OMP_NUM_THREADS says otherwise, since two workers share the cores. Threads that wait sleep:
+# by default they spin, on a core that another thread needs.
+test test-numerics: export OMP_NUM_THREADS ?= 1
+test test-numerics: export OMP_WAIT_POLICY ?= passive
+test test-numerics: export HF_HUB_OFFLINE = 1
+
 test: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2
+
+# The numerics with the kernels of other processors, with sums split over two threads, and with kernels that each round
+# in a way of their own (tests/rounding.py). ATEN_CPU_CAPABILITY is torch's own choice of kernels.
+test-numerics: install
+	best=$$(env -u ATEN_CPU_CAPABILITY $(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())'); \
+	for kernels in default avx2; do \
+		case $$kernels-$$best in \
+			default-*|avx2-AVX*) ;; \
+			*) echo "$$kernels left out: the best that this processor has is $$best"; continue ;; \
+		esac; \
+		for threads in 1 2; do \
+			echo "numerics with $$kernels kernels and OMP_NUM_THREADS=$$threads"; \
+			ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -m numerics -n 2 || exit 1; \
+		done; \
+	done
+	$(BIN)/python -m pytest -q -m numerics -n 2 --rounding 1
 
 lint: install
 	$(BIN)/ruff check .
@@ -38,7 +60,7 @@ types: install
 imports: install
 	$(BIN)/lint-imports
 
-check: lint types imports test
+check: lint types imports test test-numerics
 
 clean:
 	rm -rf .venv dist build .pytest_cache .ruff_cache .import_linter_cache

@@ -1,15 +1,35 @@
 """Shared fixtures: tiny models and a tiny tokenizer, made here, without network or files."""
 
 import os
+from contextlib import nullcontext
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread unless another number is asked for: workers would fight for the cores. Processes that tests start inherit
+# it, since bits are equal only where sums are split alike.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # sums in one order: bit-exact comparisons, and no fight for two cores
+from rounding import Rounding
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch may have been imported before
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--rounding", type=int, metavar="SEED", help="every kernel rounds otherwise: rounding.py"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    seed = item.config.getoption("--rounding")
+    with nullcontext() if seed is None else Rounding(seed):
+        return (yield)
+
 
 SENTENCES = (
     "Once upon a time there was a small cat who lived near the river and liked the sun.",

@@ -14,10 +14,12 @@ from kvlatent.families import effective_table, family_of
 from kvlatent.modeling import latent_config_of
 from kvlatent.table import RotaryTable
 from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
+from tolerances import ROUNDING, assert_close_to_scale
+
+pytestmark = pytest.mark.numerics
 
 NARROW = {"d_qk": 16, "d_vo": 8}
 EXACT = {"rtol": 0, "atol": 0}
-CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,7 @@ def test_narrow_attention_against_a_slow_oracle(name, preset):
                 model.model.layers[layer].self_attn, hidden, latent_config, layer, scale
             )
             caught = run_layer_attention(latent, layer, hidden)
-        torch.testing.assert_close(caught, expected, rtol=1e-4, atol=1e-5)
+        assert_close_to_scale(caught, expected, ROUNDING)
 
 
 def run_layer_attention(latent, layer, hidden):
@@ -192,7 +194,7 @@ def test_tables_and_widths_per_layer_and_head_run_everywhere(name):
     x = tokens()
     full = logits(latent, x)
     latent.set_attn_implementation("eager")
-    torch.testing.assert_close(logits(latent, x), full, **CLOSE)
+    assert_close_to_scale(logits(latent, x), full, ROUNDING)
     out = latent(x, use_cache=True)
     expected = latent_config_of(latent.config).cache_bytes_per_token(3, model.config.num_key_value_heads, 4)
     if getattr(model.config, "sliding_window", None) is None:
@@ -231,7 +233,7 @@ def test_left_padding_changes_nothing(narrow, name, implementation, training):
     ids, mask = padded(x)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     actual = logits(latent, ids, attention_mask=mask, position_ids=position_ids)[:, 5:]
-    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert_close_to_scale(actual, expected, ROUNDING)
 
 
 @pytest.mark.parametrize("padding", [0, 4])
@@ -256,7 +258,7 @@ def test_cached_decoding_equals_the_full_forward(narrow, name, implementation, t
             if padding:
                 inputs["attention_mask"] = mask[:, :start]
             outputs.append(logits(latent, x[:, now], **inputs))
-        torch.testing.assert_close(torch.cat(outputs, 1)[:, padding:], expected, **CLOSE)
+        assert_close_to_scale(torch.cat(outputs, 1)[:, padding:], expected, ROUNDING)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -301,7 +303,7 @@ def test_prefill_on_a_cpu_uses_the_fused_kernel_and_decoding_stays_unpadded(narr
     x = tokens(batch=1)
     expected = logits(latent, x)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # refuses unequal widths
-        torch.testing.assert_close(logits(latent, x), expected, **CLOSE)
+        assert_close_to_scale(logits(latent, x), expected, ROUNDING)
     query = torch.zeros(1, 4, 1, 16)
     assert attention._kernel_width(query, {}) is None
     assert attention._kernel_width(query.expand(-1, -1, 2, -1), {}) == 16
@@ -313,7 +315,7 @@ def test_values_wider_than_keys_run_as_well():
     x = tokens()
     expected = logits(latent, x)
     latent.set_attn_implementation("eager")
-    torch.testing.assert_close(logits(latent, x), expected, **CLOSE)
+    assert_close_to_scale(logits(latent, x), expected, ROUNDING)
 
 
 def test_attention_weights_are_recorded(narrow):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from on_disk import write_checkpoint, write_text
 from tiny import tiny_model, tokens
+from tolerances import assert_close_to_scale
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 BLOCKS, LENGTH = 3, 24
@@ -58,7 +59,7 @@ def test_fisher_scores_are_squared_gradients_times_squared_weights(module):
                 for row in range(len(weight)):
                     head, pair = row // size // per_head, row % size % (size // 2)
                     expected[head, pair] += (gradient[row] * weight[row]).square().sum() / BLOCKS
-        torch.testing.assert_close(score.float(), expected, rtol=1e-4, atol=0.0)
+        assert_close_to_scale(score.float(), expected, 1e-4)
 
 
 def test_score_grams_are_products_of_what_pairs_add_to_the_logits(module):
@@ -87,7 +88,7 @@ def test_score_grams_are_products_of_what_pairs_add_to_the_logits(module):
             q, k = query[block, t, head], key[block, s, head // 2]
             added = (torch.complex(q[:half], q[half:]) * torch.complex(k[:half], k[half:]).conj() * turn).real
             expected[head] += torch.outer(added, added) / size
-    torch.testing.assert_close(grams[0], expected / seen, rtol=1e-4, atol=1e-7)
+    assert_close_to_scale(grams[0], expected / seen, 1e-4)
 
 
 def test_fewer_rows_are_a_sample_of_the_same_sum(module):

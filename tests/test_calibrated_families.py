@@ -16,10 +16,12 @@ from kvlatent.hub import load_model, save
 from kvlatent.modeling import latent_config_of
 from test_hub import LOAD
 from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
+from tolerances import ROUNDING, assert_close_to_scale
+
+pytestmark = pytest.mark.numerics
 
 BATCH = text(blocks=6, length=48)
 EXACT = {"rtol": 0, "atol": 0}
-CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +127,7 @@ def test_gains_pay_and_shared_tables_cost_with_enough_text(name, made):
 def test_cached_padded_and_truncated_inputs_give_the_same_logits(name, narrow):
     latent, x = narrow[name], tokens(length=24)
     expected = logits(latent, x)
-    assert logits(latent, x[:, :20]).sub(expected[:, :20]).abs().max() <= 1e-5  # no look ahead
+    assert_close_to_scale(logits(latent, x[:, :20]), expected[:, :20], ROUNDING)  # no look ahead
     changed = x.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 100 + 3
     torch.testing.assert_close(logits(latent, changed)[:, :-1], expected[:, :-1], **EXACT)
@@ -134,13 +136,13 @@ def test_cached_padded_and_truncated_inputs_give_the_same_logits(name, narrow):
         ids, mask = padded(x)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         found = logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:]
-        torch.testing.assert_close(found, expected, **CLOSE)
+        assert_close_to_scale(found, expected, ROUNDING)
         cache, outputs, start = DynamicCache(config=latent.config), [], 0
         for size in (9, 3, *[1] * 12):
             now = slice(start, start := start + size)
             inputs = {"position_ids": positions[:, 5:][:, now], "past_key_values": cache}
             outputs.append(logits(latent, x[:, now], use_cache=True, **inputs))
-        torch.testing.assert_close(torch.cat(outputs, 1), expected, **CLOSE)
+        assert_close_to_scale(torch.cat(outputs, 1), expected, ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3-longrope"])
@@ -148,7 +150,7 @@ def test_packed_documents_do_not_see_each_other(name, narrow):
     latent, x = narrow[name], tokens(batch=1, length=24)
     positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
     packed = logits(latent, x, position_ids=positions, use_cache=False)
-    torch.testing.assert_close(packed[:, 10:], logits(latent, x[:, 10:]), **CLOSE)
+    assert_close_to_scale(packed[:, 10:], logits(latent, x[:, 10:]), ROUNDING)
 
 
 SAVED = {
@@ -171,7 +173,7 @@ def saved(made, tmp_path_factory):
         latent = convert(model, **{"d_qk": 16, "d_vo": 8, "align": 2, "statistics": statistics, **options})
         folder = tmp_path_factory.mktemp("calibrated") / name
         save(latent, folder)
-        torch.save((tokens(), logits(latent, tokens())), folder / "expected.pt")
+        torch.save((tokens(), logits(latent, tokens()), latent.state_dict()), folder / "expected.pt")
         config = latent_config_of(latent.config)
         layers = config.tables if config.one_table else [config.tables_at(i) for i in range(3)]
         folders[name] = folder, [torch.tensor([t.short for t in ts]).flatten().tolist() for ts in layers]
@@ -181,25 +183,22 @@ def saved(made, tmp_path_factory):
 def test_a_fresh_process_without_kvlatent_gives_the_same_logits_and_tables(saved, tmp_path):
     """Through the checkpoint's own modelling file."""
     code = LOAD.format(prelude="", trust=", trust_remote_code=True")
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", code, *(str(folder) for folder, _ in saved.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     for line, (name, (_, tables)) in zip(done.stdout.splitlines(), saved.items(), strict=True):
-        difference, loaded, has_kvlatent = json.loads(line)
-        assert difference == 0.0, name
+        same_weights, difference, loaded, has_kvlatent = json.loads(line)
+        assert same_weights and difference <= ROUNDING, name  # a mapped file rounds otherwise: tolerances.py
         assert loaded == tables, name
         assert not has_kvlatent
 
 
 def test_a_saved_model_loads_with_the_same_logits(saved):
     for folder, _ in saved.values():
-        ids, expected = torch.load(folder / "expected.pt")
-        assert torch.equal(logits(load_model(folder), ids), expected)
+        ids, expected, weights = torch.load(folder / "expected.pt")
+        loaded = load_model(folder)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+        assert_close_to_scale(logits(loaded, ids), expected, ROUNDING)
 
 
 def test_what_a_checkpoint_says_about_its_conversion(saved):

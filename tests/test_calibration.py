@@ -19,15 +19,12 @@ from kvlatent.calibration import allowed, calibrate, document_ids, pair_layout
 from kvlatent.conversion import convert
 from kvlatent.families import effective_table
 from tiny import FAMILIES, HEAD_DIM, tiny_model, tokens
+from tolerances import assert_close_to_scale
+
+pytestmark = pytest.mark.numerics
 
 EVERY_ROW = 1000
 SMALL = {"blocks": 5, "length": 36}  # beyond the longrope switch, and more tokens than 4 heads have channels
-
-
-def close(actual, expected, tolerance=2e-4):
-    """Relative to the largest entry."""
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -60,14 +57,17 @@ def test_moments_against_a_slow_oracle(name):
                 mean = mean + sum(parts) / total
                 parts.clear()
         found = statistics.layers[layer]
-        close(found.gram, gram / total)
-        close(found.output_gram, output_gram / total)
-        close(found.outputs, outputs / total)
-        close(found.output_means, means / total)
-        close(found.query_energy, queries / total)
-        close(found.output_energy, energy / total - mean.square().sum())
+        assert_close_to_scale(found.gram, gram / total, 2e-4)
+        assert_close_to_scale(found.output_gram, output_gram / total, 2e-4)
+        assert_close_to_scale(found.outputs, outputs / total, 2e-4)
+        assert_close_to_scale(found.output_means, means / total, 2e-4)
+        assert_close_to_scale(found.query_energy, queries / total, 2e-4)
+        variance = energy / total - mean.square().sum()
+        assert_close_to_scale(found.output_energy, variance, 2e-4, float(energy / total))
         of_heads = [torch.stack(share) for share in shares]
-        close(found.head_energy, torch.stack([(s - s.mean(0)).square().sum(1).mean() for s in of_heads]))
+        assert_close_to_scale(
+            found.head_energy, torch.stack([(s - s.mean(0)).square().sum(1).mean() for s in of_heads]), 2e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3-longrope"])
@@ -80,7 +80,7 @@ def test_key_energies_are_those_of_every_position(name):
         turned(projected(model, h, 0)[1], p, table).abs().square().sum(0)
         for h, p in zip(hidden, batch["position_ids"], strict=True)
     )
-    close(found, expected / batch["input_ids"].numel())
+    assert_close_to_scale(found, expected / batch["input_ids"].numel(), 2e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-window", "phi3-longrope"])
@@ -107,7 +107,7 @@ def test_rows_a_few_at_a_time_change_nothing(monkeypatch):
     found = calibrate(model, batch, rows=7)
     for ours, theirs in zip(found.layers, expected.layers, strict=True):
         for name, tensor in vars(theirs).items():
-            close(getattr(ours, name), tensor, 1e-5)
+            assert_close_to_scale(getattr(ours, name), tensor, 1e-5)
 
 
 def test_the_order_of_the_sampled_rows_changes_nothing(monkeypatch):
@@ -121,8 +121,8 @@ def test_the_order_of_the_sampled_rows_changes_nothing(monkeypatch):
 
     monkeypatch.setattr(calibration._Sums, "see_input", backwards)
     for ours, theirs in zip(calibrate(model, batch, rows=9).layers, expected.layers, strict=True):
-        close(ours.gram, theirs.gram, 1e-5)
-        close(ours.output_gram, theirs.output_gram, 1e-5)
+        assert_close_to_scale(ours.gram, theirs.gram, 1e-5)
+        assert_close_to_scale(ours.output_gram, theirs.output_gram, 1e-5)
 
 
 def test_sampled_rows_are_drawn_from_the_seed_and_estimate_all_rows():
@@ -205,7 +205,7 @@ def test_bfloat16_is_summed_in_float64_and_stays_close():
     expected = calibrate(model.float(), text(), rows=EVERY_ROW).layers
     for ours, theirs in zip(found, expected, strict=True):
         for name, tensor in vars(theirs).items():
-            close(getattr(ours, name), tensor, 0.1)
+            assert_close_to_scale(getattr(ours, name), tensor, 0.1)
 
 
 def test_bad_input_is_refused():

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import resource
 import shutil
 import subprocess
@@ -481,9 +480,8 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
 
 def run(*words, **kwargs):
     """The command in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "kvlatent_cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
 
 
 @pytest.mark.parametrize("limit", [20_000, 60_000], ids=["in the text's blocks", "in a checkpoint"])

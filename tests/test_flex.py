@@ -5,12 +5,16 @@ import torch
 
 from kvlatent.conversion import convert
 from tiny import logits, padded, tiny_model, tokens
+from tolerances import ROUNDING, assert_close_to_scale
 
 # torch 2.13's compiler warns about its own and transformers' use of it.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="torch's compiler writes flex attention with vector instructions, which ATEN_CPU_CAPABILITY=default has not",
+)
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "phi3-longrope"])
 def test_flex_agrees_with_sdpa_and_is_causal(name):
     latent = convert(tiny_model(name), d_qk=16, d_vo=8, preset="paper")
@@ -22,15 +26,15 @@ def test_flex_agrees_with_sdpa_and_is_causal(name):
     latent.set_attn_implementation("flex_attention")
     for training in (False, True):
         latent.train(training)
-        torch.testing.assert_close(logits(latent, x), expected, **CLOSE)
-        torch.testing.assert_close(logits(latent, changed)[:, :-1], expected[:, :-1], **CLOSE)
+        assert_close_to_scale(logits(latent, x), expected, ROUNDING)
+        assert_close_to_scale(logits(latent, changed)[:, :-1], expected[:, :-1], ROUNDING)
         ids, mask = padded(short, 5)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         left_padded = logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:]
-        torch.testing.assert_close(left_padded, expected_short, **CLOSE)
+        assert_close_to_scale(left_padded, expected_short, ROUNDING)
         ids[:, -1] = changed[:, -1]
         left_padded = logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:]
-        torch.testing.assert_close(left_padded[:, :-1], expected_short[:, :-1], **CLOSE)
+        assert_close_to_scale(left_padded[:, :-1], expected_short[:, :-1], ROUNDING)
     assert (logits(latent, changed)[:, -1] - expected[:, -1]).abs().max() > 0.1
 
 

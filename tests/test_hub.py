@@ -17,6 +17,7 @@ from kvlatent.modeling import latent_classes, latent_config_of
 from kvlatent.output import atomic_directory
 from kvlatent.remote_code import MODULE_NAME, remote_code
 from tiny import FAMILIES, logits, tiny_model, tokens
+from tolerances import ROUNDING, assert_close_to_scale, assert_same_model
 
 LOAD = """
 import json, sys, torch
@@ -24,12 +25,15 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder{trust})
-    ids, expected = torch.load(folder + "/expected.pt")
+    ids, expected, weights = torch.load(folder + "/expected.pt")
     with torch.no_grad():
         logits = model(ids).logits
+    state = model.state_dict()
+    same = state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in state)
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
     rotary = [m for m in model.modules() if type(m).__name__ == "LatentRotary" and m.tables]
     tables = [m.inv_freq(ids.device, torch.tensor(1)).reshape(-1).tolist() for m in rotary]
-    print(json.dumps([(logits - expected).abs().max().item(), tables, "kvlatent" in sys.modules]))
+    print(json.dumps([same, difference, tables, "kvlatent" in sys.modules]))
 """
 
 
@@ -42,7 +46,7 @@ def saved(tmp_path_factory):
         layers = [16, 32, 8] if name in ("llama", "qwen3") else 16
         latent = convert(tiny_model(name), d_qk=layers, d_vo=8, preset="own-frequency")
         save(latent, folder)
-        torch.save((tokens(), logits(latent, tokens())), folder / "expected.pt")
+        torch.save((tokens(), logits(latent, tokens()), latent.state_dict()), folder / "expected.pt")
         config = latent_config_of(latent.config)
         tables = [config.tables_at(i)[0] for i in range(len(config.tables))]
         folders[name] = folder, [torch.tensor(t.short).tolist() for t in tables]
@@ -55,19 +59,14 @@ def test_a_fresh_process_gives_the_same_logits_and_tables(saved, trust, tmp_path
     code = LOAD.format(
         prelude="" if trust else "import kvlatent", trust=", trust_remote_code=True" if trust else ""
     )
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", code, *(str(folder) for folder, _ in saved.values())]
     lines = subprocess.run(
         command, capture_output=True, text=True, check=True, env=environment
     ).stdout.splitlines()
     for line, (name, (_, tables)) in zip(lines, saved.items(), strict=True):
-        difference, loaded_tables, has_kvlatent = json.loads(line)
-        assert difference == 0.0, name
+        same_weights, difference, loaded_tables, has_kvlatent = json.loads(line)
+        assert same_weights and difference <= ROUNDING, name  # a mapped file rounds otherwise: tolerances.py
         assert loaded_tables == tables, name
         assert has_kvlatent is not trust
 
@@ -124,7 +123,7 @@ def test_auto_model_and_from_config(saved):
     x = tokens()
     with torch.no_grad():
         hidden = decoder(x).last_hidden_state
-        assert torch.equal(hidden, causal.model(x).last_hidden_state)
+        assert_close_to_scale(hidden, causal.model(x).last_hidden_state, ROUNDING)
     assert causal.lm_head.weight is causal.model.embed_tokens.weight
     contradiction = type(causal.config)
     with pytest.raises(
@@ -157,7 +156,7 @@ def test_tokenizer_chat_template_generation_config_and_shards_travel(tmp_path, t
     assert loaded.generation_config.max_new_tokens == 7
     assert (tmp_path / "a" / "README.md").read_text() == "# card" and (tmp_path / "a" / "run.json").exists()
     assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 1
-    assert torch.equal(logits(loaded, tokens()), logits(latent, tokens()))
+    assert_same_model(loaded, latent, tokens())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert tokenizer.chat_template == tiny_tokenizer.chat_template
     assert tokenizer("the cat").input_ids == tiny_tokenizer("the cat").input_ids
@@ -368,7 +367,7 @@ def test_pushing_to_the_hub_uploads_the_modelling_file(tmp_path, monkeypatch):
     latent.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/secret", **options)
     latent.save_pretrained(tmp_path / "rank1", push_to_hub=True, is_main_process=False)
     assert pushed == [(("me/secret",), options)]
-    assert torch.equal(logits(load_model(tmp_path / "mine"), tokens()), logits(latent, tokens()))
+    assert_same_model(load_model(tmp_path / "mine"), latent, tokens())
 
 
 def test_generated_file_is_plain_python_without_kvlatent():

@@ -10,6 +10,8 @@ from kvlatent.pairs import SCOPES, choose_pairs, key_errors, scope_errors, stron
 from kvlatent.statistics import LayerStatistics, Statistics
 from kvlatent.subset import pair_gains, search
 
+pytestmark = pytest.mark.numerics
+
 P = 8
 
 

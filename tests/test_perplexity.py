@@ -10,6 +10,8 @@ from datasets import Dataset
 
 from kvlatent.perplexity import perplexity, perplexity_ratio, summarise
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture
 def blocks():

@@ -13,6 +13,8 @@ from kvlatent.planning_figure import draw_error_curve
 from kvlatent.prediction import ALIGNED_SHARE, predicted_errors
 from kvlatent.statistics import LayerStatistics, Statistics
 
+pytestmark = pytest.mark.numerics
+
 HEAD_DIM, PAIRS = 32, 16
 
 

@@ -28,6 +28,9 @@ from kvlatent.rope import apply_rotary
 from kvlatent.select import pairs_to_channels, stride_channels
 from kvlatent.subset import pair_gains
 from tiny import FAMILIES, HEAD_DIM, tiny_model
+from tolerances import assert_close_to_scale
+
+pytestmark = pytest.mark.numerics
 
 CLOSED_FORM = {"align": 0, "refit": False}
 BATCH = text(blocks=5, length=40)
@@ -93,12 +96,7 @@ def test_logits_are_gains_times_kept_pairs_at_the_original_scale(name, choices):
         grams = statistics.layers[layer].output_gram[head, None]
         a[pairs] = pair_gains(grams, tuple(pairs))[0] if choices.get("gains", True) else 1.0
         expected = torch.einsum("tp,p,sp->ts", q[:, head], a.to(q.dtype), k[:, head // groups].conj()).real
-        torch.testing.assert_close(
-            found[head].double(),
-            expected * HEAD_DIM**-0.5,
-            rtol=1e-3,
-            atol=1e-4 * float(expected.abs().max()),
-        )
+        assert_close_to_scale(found[head].double(), expected * HEAD_DIM**-0.5, 1e-4)
 
 
 def _pair(channel, rotary_dim):
@@ -170,9 +168,9 @@ def test_values_keep_a_basis_and_outputs_read_it_by_least_squares(name):
         group = slice(groups * head, groups * (head + 1))
         basis = value_basis(w_o[group], moments[group], 12)
         kept = hidden @ value[head].T + (0 if bias is None else bias[head])
-        torch.testing.assert_close(kept, v[:, head] @ basis.T, rtol=1e-3, atol=1e-4)
+        assert_close_to_scale(kept, v[:, head] @ basis.T, 1e-4)
         expected = best_outputs(w_o[group], moments[group], basis)
-        torch.testing.assert_close(output[group], expected, rtol=1e-3, atol=1e-4)
+        assert_close_to_scale(output[group], expected, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "qwen2", "phi3-window"])

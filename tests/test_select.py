@@ -14,6 +14,8 @@ from kvlatent.select import (
     stride_pairs,
 )
 
+pytestmark = pytest.mark.numerics
+
 
 def test_stride_is_the_papers_equation_5():
     assert stride_channels("d_qk", 4, 16) == (0, 4, 8, 12)

@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from kvlatent.stage2 import kl_loss, next_token_loss, stage2_loss, token_losses
+from tolerances import ROUNDING, assert_close_to_scale
+
+pytestmark = pytest.mark.numerics
 
 BATCH, POSITIONS, WIDTH, VOCABULARY = 2, 37, 16, 97
 
@@ -56,7 +59,7 @@ def test_kl_loss_is_the_dense_divergence(case, temperature, chunk_tokens):
     dense = dense_kl(hidden, head, teacher_hidden, teacher_head, labels, temperature)
     assert int(count) == BATCH * POSITIONS - 15
     torch.testing.assert_close(total, dense)
-    torch.testing.assert_close(gradient(total, hidden), gradient(dense, hidden), rtol=1e-4, atol=1e-6)
+    assert_close_to_scale(gradient(total, hidden), gradient(dense, hidden), ROUNDING)
     reversed_kl = dense_kl(teacher_hidden, teacher_head, hidden, head, labels, temperature)
     assert abs(reversed_kl - total) > 1e-2  # the direction matters: original first
 
@@ -65,7 +68,10 @@ def test_divergence_from_itself_is_zero_with_zero_gradient(case):
     hidden, head, *_, labels = case
     total, _ = kl_loss(hidden, head, hidden.detach(), head, labels, temperature=3.0)
     assert total.item() == 0.0
-    assert gradient(total, hidden).abs().max() < 1e-6  # p - q summed over the vocabulary, rounding only
+    found = gradient(
+        total, hidden
+    )  # p - q, times T, times the weights, summed over the vocabulary: rounding only
+    assert_close_to_scale(found, torch.zeros_like(found), ROUNDING, float(head.weight.detach().abs().max()))
     moved, _ = kl_loss(hidden + 0.1, head, hidden.detach(), head, labels, temperature=3.0)
     assert moved.item() > 0
 
@@ -155,11 +161,12 @@ def test_bfloat16_autocast_still_sums_in_float32(case):
 def test_bfloat16_weights_still_sum_in_float32(case):
     hidden, head, *_, labels = case
     hidden, head = hidden.detach().bfloat16(), head.bfloat16()
-    logits = head(hidden).flatten(0, 1)
     total, _ = next_token_loss(hidden, head, labels)
-    exact = F.cross_entropy(logits.float(), labels.flatten(), reduction="sum")
+    counted = labels != -100
+    logits = head(hidden[counted])  # the very product: one of more rows may round to other bfloat16 numbers
+    exact = F.cross_entropy(logits.float(), labels[counted], reduction="sum")
     torch.testing.assert_close(total, exact)
-    low = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+    low = F.cross_entropy(logits, labels[counted], reduction="sum")
     assert abs(low.float() - exact) > 1e-2
 
 
