@@ -20,6 +20,7 @@ from .choices import BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statis
 from .choose import Pairs, Widths, check_widths, choose
 from .config import LatentConfig
 from .families import Family, effective_table, family_of, head_dim_of
+from .finite import check_finite_weights
 from .pairs import choose_pairs, strongest_pairs
 from .projections import attention_weights
 from .refinement import refine
@@ -64,7 +65,8 @@ def convert(
         progress: called with what is being done, how much of it is done, and of how much.
 
     Raises:
-        ValueError: the architecture is not supported, the widths do not fit, or the statistics are of another model.
+        ValueError: the architecture is not supported, a weight is not finite, the widths do not fit, or the statistics
+            are of another model.
     """
     family, head_dim = family_of(model.config), head_dim_of(model.config)
     if choices is None:
@@ -74,6 +76,7 @@ def convert(
     sides = (head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo)
     narrow = config is None and sides != (head_dim, head_dim)
     _check_source(model, config, family, head_dim)
+    check_finite_weights(model)
     if statistics is not None:
         statistics.check(model)
     elif choices.needs_statistics:

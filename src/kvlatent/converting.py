@@ -16,7 +16,7 @@ from .data.text import resolve
 from .evaluation import evaluate
 from .hub import load_model, load_tokenizer, save
 from .output import prepare_output
-from .pipeline import EVALUATION_TOKENS, Announce, silent, spoken
+from .pipeline import EVALUATION_TOKENS, Announce, inputs_of, silent, spoken
 from .record import command_line, environment
 from .settings import PlanOptions, working_dtype
 from .statistics import Statistics
@@ -61,11 +61,12 @@ def convert_checkpoint(
     """
     options["stages"] = "none"
     plan = plan_run(model, has_text=data is not None or statistics is not None, **options)
-    place = prepare_output(out, overwrite)
+    files = {"data": data, "eval_data": eval_data, "statistics": statistics}
+    inputs = inputs_of({"model": model, **files}, options)
+    place = prepare_output(out, overwrite, inputs)
     check_sources(data, statistics, eval_data, calibrates=plan.calibrates)
     if dry_run:
         return {"plan": plan.summary()}
-    files = {"data": data, "eval_data": eval_data, "statistics": statistics}
     for source in (data, eval_data):
         if source is not None:
             resolve(source)
