@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .candidates import candidates_for
-from .choices import BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
+from .choices import BLIND, BY_PAIRS, NO_DATA, UNMEASURED, Choices, resolve_choices, without_statistics
 from .choose import check_widths, choose
 from .cost import equal_widths, layer_cache_bytes
 from .engines import check_engine, engine_named
@@ -97,12 +97,15 @@ class Plan:
         }
 
 
-def plan_run(model: str | Path, *, has_text: bool = True, **options: Unpack[PlanOptions]) -> Plan:
+def plan_run(
+    model: str | Path, *, has_text: bool = True, is_measured: bool = True, **options: Unpack[PlanOptions]
+) -> Plan:
     """What `compress` would do with these arguments; reads the model's config, not its weights.
 
     Args:
         model: directory or hub id of the original.
         has_text: there is text, or statistics of a text, to calibrate on; otherwise choices that need them give way.
+        is_measured: there is text to measure the result on.
 
     Raises:
         ValueError: an argument, a recipe key or a width that cannot be.
@@ -118,8 +121,12 @@ def plan_run(model: str | Path, *, has_text: bool = True, **options: Unpack[Plan
     choices = chosen(recipe.conversion, engine)
     widths = resolve_widths(config, choices, has_text=has_text, **options)
     full = widths == (head_dim_of(config), head_dim_of(config))
-    notes = () if has_text or full or not choices.needs_statistics else (NO_DATA,)
-    if notes or full:
+    notes: tuple[str, ...] = ()
+    if not has_text and not full:
+        notes = (NO_DATA if choices.needs_statistics else BLIND,)
+    if not is_measured and not full:
+        notes = (*notes, UNMEASURED)
+    if not has_text or full:
         choices = without_statistics(choices)
     kv = options.get("kv")
     try:

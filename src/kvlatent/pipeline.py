@@ -13,8 +13,9 @@ from typing import Any, Unpack
 
 from .budget import Plan, plan_run
 from .data.text import resolve
+from .lineage import lineage
 from .output import prepare_output
-from .record import command_line, environment, read_record
+from .record import command_line, environment, read_record, spoken_name
 from .run import Run
 from .settings import PlanOptions
 from .steps import Progress
@@ -86,6 +87,7 @@ def compress(
         "command": command_line("compress", model, spoken({**files, "out": place}, options)),
         "fingerprint": fingerprint(workspace.plan),
         "plan": plan.summary(),
+        "source": lineage(model),
         "sha256": {name: decides[name] for name in ("model", "data", "eval_data", "statistics")},
         **environment(plan.device),
     }
@@ -147,8 +149,12 @@ def silent(step: str, done: int, total: int, note: str) -> None:
 
 
 def spoken(files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call as the command line spells them; files by their last name."""
-    named = {name: Path(value).name for name, value in files.items() if value}
+    """The options of a call as the command line spells them; files by their last name, but for those of the hub."""
+    named = {
+        name: Path(value).name if name == "out" else spoken_name(value)
+        for name, value in files.items()
+        if value
+    }
     spelled = {("set" if name == "overrides" else name): value for name, value in options.items()}
     if spelled.get("recipe"):
         spelled["recipe"] = Path(spelled["recipe"])

@@ -22,6 +22,7 @@ from ..config import LatentConfig
 from ..data import prepare
 from ..data.text import resolve
 from ..estimate import estimate_seconds, layer_size
+from ..lineage import lineage
 from ..modeling import latent_config_of
 from ..output import prepare_output
 from ..recipe import Recipe
@@ -145,6 +146,7 @@ def train(
     record = {
         "command": command_line("train", model, spoken),
         "fingerprint": fingerprint(space.plan),
+        "source": lineage(model),
         "sha256": sources,
         "seed": plan.recipe.seed,
         **environment(plan.device),
