@@ -23,7 +23,7 @@ from kvlatent.evaluation.reading import Text
 from kvlatent.hub import load_model, load_tokenizer
 from kvlatent.output import write_atomically
 from kvlatent.perplexity import Perplexity, perplexity_ratio, summarise
-from kvlatent.record import environment
+from kvlatent.record import environment, spoken_name
 from kvlatent.workspace import identity
 
 
@@ -86,11 +86,11 @@ def command(args: argparse.Namespace) -> str:
         "python",
         "benchmarks/rival.py",
         "--model",
-        Path(args.model).name,
+        spoken_name(args.model),
         "--against",
-        Path(args.against).name,
+        spoken_name(args.against),
     ]
-    words += ["--out", args.out.name, *(["--data", Path(args.data).name] if args.data else [])]
+    words += ["--out", args.out.name, *(["--data", spoken_name(args.data)] if args.data else [])]
     words += ["--dtype", args.dtype] if args.dtype else []
     words += ["--caches", *args.caches, "--block-size", str(args.block_size), "--blocks", str(args.blocks)]
     return shlex.join(words)

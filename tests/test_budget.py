@@ -4,7 +4,7 @@ import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from kvlatent.budget import plan_run
-from kvlatent.choices import NO_DATA, PRESETS
+from kvlatent.choices import BLIND, NO_DATA, PRESETS
 from on_disk import write_checkpoint
 
 
@@ -45,7 +45,8 @@ def test_without_text_the_split_is_even_and_a_note_says_what_it_costs(model):
 def test_presets_that_look_at_no_text_split_evenly(model, preset):
     for has_text in (True, False):
         made = plan(model, preset=preset, has_text=has_text)
-        assert made.widths == (8, 8) and made.notes == () and not made.calibrates
+        assert made.widths == (8, 8) and not made.calibrates
+        assert made.notes == (() if has_text else (BLIND,))
 
 
 def test_widths_that_are_given_are_kept(model):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvlatent import calibration, steps
-from kvlatent.choices import NO_DATA
+from kvlatent.choices import NO_DATA, UNMEASURED
 from kvlatent.converting import convert_checkpoint
 from kvlatent.hub import load_model
 from kvlatent.modeling import latent_config_of
@@ -205,7 +205,7 @@ def test_convert_measures_another_text_where_one_is_given(place, tmp_path):
 
 def test_convert_without_text_says_what_that_costs(place, tmp_path):
     record = convert_checkpoint(place / "model", tmp_path / "out", device="cpu")
-    assert record["plan"]["notes"] == [NO_DATA] and record["calibration"] is None
+    assert record["plan"]["notes"] == [NO_DATA, UNMEASURED] and record["calibration"] is None
     config = latent_config_of(load_model(tmp_path / "out").config)
     assert (config.keys, config.values, config.d_qk, config.d_vo) == ("weights", "svd", 8, 8)
     assert "No text to calibrate on" in (tmp_path / "out" / "README.md").read_text()

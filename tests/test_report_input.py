@@ -266,8 +266,14 @@ def test_where_a_page_may_be_written(tmp_path, out):
     source = write(tmp_path / "a.json", comparison())
     with pytest.raises(ValueError, match="is a directory; give .*report.html"):
         report([source], tmp_path)
+    other = write(tmp_path / "other.json", comparison())
     with pytest.raises(FileExistsError, match="exists and is no report; choose another name"):
-        report([source], source)
+        report([source], other)
+    for given in ([source], [tmp_path]):
+        with pytest.raises(
+            ValueError, match="must be apart from what it is made from: .* (is|lies in) the input"
+        ):
+            report(given, source, overwrite=True)
     assert json.loads(source.read_text()) == comparison()
     report([source], out)
     first = out.read_text()

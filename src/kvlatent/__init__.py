@@ -5,10 +5,10 @@ Importing the package registers the latent model classes with transformers' `Aut
 
     what the artifact is    table -> config -> rope -> select -> families -> attention -> modeling
     what a text says        statistics -> calibration -> subset -> pairs, factor -> prediction -> planning
-    how it is made          choices -> choose -> projections -> alignment -> refit -> refinement -> conversion -> remote_code -> output -> hub
+    how it is made          choices -> choose -> projections -> alignment -> refit -> refinement -> conversion -> remote_code -> apart -> output -> hub
     how it is trained       data -> stage1, stage2 -> recipe -> training
     what it is worth        cost -> engines -> serving -> perplexity -> evaluation, bench -> report
-    the whole of it         settings -> budget -> texts -> steps -> workspace -> run -> pipeline, converting, survey, study -> demo
+    the whole of it         settings -> budget -> texts -> steps -> workspace, record, lineage, card -> run -> pipeline, converting, survey, study -> demo
 """
 
 from importlib import import_module

@@ -15,7 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .candidates import candidates_for
-from .choices import BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
+from .choices import BLIND, BY_PAIRS, NO_DATA, UNMEASURED, Choices, resolve_choices, without_statistics
 from .choose import check_widths, choose
 from .cost import equal_widths, layer_cache_bytes
 from .engines import check_engine, engine_named
@@ -24,6 +24,7 @@ from .families import LATENT_PREFIX, family_of, head_dim_of
 from .hub import load_config
 from .recipe import Conversion, Recipe
 from .settings import PlanOptions, Width, choose_device, resolve_recipe, working_dtype
+from .shares import share_without_widths
 
 __all__ = ["STAGES", "Plan", "chosen", "plan_run", "resolve_widths", "source_config"]
 
@@ -96,12 +97,15 @@ class Plan:
         }
 
 
-def plan_run(model: str | Path, *, has_text: bool = True, **options: Unpack[PlanOptions]) -> Plan:
+def plan_run(
+    model: str | Path, *, has_text: bool = True, is_measured: bool = True, **options: Unpack[PlanOptions]
+) -> Plan:
     """What `compress` would do with these arguments; reads the model's config, not its weights.
 
     Args:
         model: directory or hub id of the original.
         has_text: there is text, or statistics of a text, to calibrate on; otherwise choices that need them give way.
+        is_measured: there is text to measure the result on.
 
     Raises:
         ValueError: an argument, a recipe key or a width that cannot be.
@@ -117,11 +121,24 @@ def plan_run(model: str | Path, *, has_text: bool = True, **options: Unpack[Plan
     choices = chosen(recipe.conversion, engine)
     widths = resolve_widths(config, choices, has_text=has_text, **options)
     full = widths == (head_dim_of(config), head_dim_of(config))
-    notes = () if has_text or full or not choices.needs_statistics else (NO_DATA,)
-    if notes or full:
+    notes: tuple[str, ...] = ()
+    if not has_text and not full:
+        notes = (NO_DATA if choices.needs_statistics else BLIND,)
+    if not is_measured and not full:
+        notes = (*notes, UNMEASURED)
+    if not has_text or full:
         choices = without_statistics(choices)
-    _check_latent(config, widths, choices, recipe.conversion.qk_norm, engine)
     kv = options.get("kv")
+    try:
+        _check_latent(config, widths, choices, recipe.conversion.qk_norm, engine)
+    except ValueError as error:
+        given = options.get("d_qk") is not None or options.get("d_vo") is not None
+        sentence = (
+            None if given or kv == 1 else _share_refused(config, kv, choices, recipe.conversion, engine)
+        )
+        if sentence is None:
+            raise
+        raise ValueError(sentence) from error
     return Plan(
         choices=choices,
         kv=0.5 if kv is None else kv,
@@ -208,6 +225,26 @@ def resolve_widths(
         return None if splits_by_text else splits[-1]
     width = equal_widths(share, head_dim)
     return width, width
+
+
+def _share_refused(
+    config: Any, kv: float | None, choices: Choices, conversion: Conversion, engine: str | None
+) -> str | None:
+    """What to say where the even split of a share does not fit; None where no widths would."""
+    head_dim = head_dim_of(config)
+
+    def fits(d_qk: int, d_vo: int) -> bool:
+        try:
+            _check_latent(config, (d_qk, d_vo), choices, conversion.qk_norm, engine)
+        except ValueError:
+            return False
+        return True
+
+    own = conversion.keys or conversion.frequencies or conversion.values
+    what = "the conversion" if own else f"the preset {conversion.preset}"
+    what += f" with engine {engine}" if engine else ""
+    widths = candidates_for(head_dim, engine, choices.table).widths
+    return share_without_widths(what, kv, widths, head_dim, fits)
 
 
 def _check_latent(

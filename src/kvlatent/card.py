@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from .remote_code import NEEDS
 
 __all__ = ["model_card"]
@@ -16,9 +18,7 @@ _STEPS = {
     "latent": "**this checkpoint**",
 }
 _TEMPLATE = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [kvlatent, kv-cache]
+{metadata}
 ---
 # Latent-attention checkpoint
 
@@ -53,12 +53,19 @@ Bytes are those of one token of one sequence in the live cache, in {cache_dtype}
 def model_card(record: Mapping[str, Any]) -> str:
     """The card of a run, from the record that `pipeline.compress` writes as run.json (Markdown)."""
     plan, figures = record["plan"], record["figures"]
-    measured = "Its quality has not been measured."
+    measured = "Its quality has not been measured; `kvlatent eval DIR --against ORIGINAL` does that."
     if figures:
         measured = _MEASURED.format(
             table=figures_table(figures), text=scored_text(record), **figures["latent"]
         )
+    about = ModelCardData(
+        **record.get("source", {}),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["kvlatent", "kv-cache"],
+    )
     return _TEMPLATE.format(
+        metadata=about.to_yaml(),
         **{name: plan[name] for name in ("d_qk", "d_vo", "head_dim", "share", "preset")},
         stages=", ".join("I" * int(stage[-1]) for stage in plan["tokens"]) or "none",
         made=_conversion(record),

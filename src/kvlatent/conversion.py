@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from .assembly import assemble, full_width
 from .calibration import pair_layout
-from .choices import BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
+from .choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
 from .choose import Pairs, Widths, check_widths, choose
 from .config import LatentConfig
 from .families import Family, effective_table, family_of, head_dim_of
+from .finite import check_finite_weights
 from .pairs import choose_pairs, strongest_pairs
 from .projections import attention_weights
 from .refinement import refine
@@ -55,8 +56,8 @@ def convert(
         config: a finished latent config; otherwise one is made from the arguments that follow (see `choose`). With
             `statistics`, gains, refit and alignment follow `choices` or the preset all the same.
         d_qk, d_vo: widths; the side left out keeps its full width.
-        preset: "calibrated" (default; warns and falls back to the weights alone without `statistics`), "own-frequency"
-            or "paper"; `keys`, `frequencies`, `values`, `table`, `align`, `gains`, `refit` replace single choices,
+        preset: "calibrated" (default; falls back to the weights alone without `statistics`), "own-frequency" or "paper";
+            a warning says what it costs to look at no text; `keys`, `frequencies`, `values`, `table`, `align`, `gains`, `refit` replace single choices,
             `choices` all of them (see `Choices`).
         qk_norm: see `choose`.
         statistics: from `calibrate`, of this model.
@@ -64,9 +65,11 @@ def convert(
         progress: called with what is being done, how much of it is done, and of how much.
 
     Raises:
-        ValueError: the architecture is not supported, the widths do not fit, or the statistics are of another model.
+        ValueError: the architecture is not supported, a weight is not finite, the widths do not fit, or the statistics
+            are of another model.
     """
     family, head_dim = family_of(model.config), head_dim_of(model.config)
+    by_preset = choices is None
     if choices is None:
         choices = resolve_choices(
             preset, keys, frequencies, values, table=table, align=align, gains=gains, refit=refit
@@ -74,12 +77,15 @@ def convert(
     sides = (head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo)
     narrow = config is None and sides != (head_dim, head_dim)
     _check_source(model, config, family, head_dim)
+    check_finite_weights(model)
     if statistics is not None:
         statistics.check(model)
     elif choices.needs_statistics:
         choices = without_statistics(choices)
         if narrow:
             warnings.warn(NO_DATA, stacklevel=2)
+    elif narrow and by_preset:  # who spells out the choices has a plan, which says it
+        warnings.warn(BLIND, stacklevel=2)
     if config is not None and config.values == "whitened" and statistics is None:
         raise ValueError(
             'the latent config has values="whitened", which are computed from text: got statistics=None; pass '

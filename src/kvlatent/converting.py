@@ -15,8 +15,9 @@ from .card import model_card
 from .data.text import resolve
 from .evaluation import evaluate
 from .hub import load_model, load_tokenizer, save
+from .lineage import lineage
 from .output import prepare_output
-from .pipeline import EVALUATION_TOKENS, Announce, silent, spoken
+from .pipeline import EVALUATION_TOKENS, Announce, inputs_of, silent, spoken
 from .record import command_line, environment
 from .settings import PlanOptions, working_dtype
 from .statistics import Statistics
@@ -60,12 +61,18 @@ def convert_checkpoint(
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
     options["stages"] = "none"
-    plan = plan_run(model, has_text=data is not None or statistics is not None, **options)
-    place = prepare_output(out, overwrite)
+    plan = plan_run(
+        model,
+        has_text=data is not None or statistics is not None,
+        is_measured=data is not None or eval_data is not None,
+        **options,
+    )
+    files = {"data": data, "eval_data": eval_data, "statistics": statistics}
+    inputs = inputs_of({"model": model, **files}, options)
+    place = prepare_output(out, overwrite, inputs)
     check_sources(data, statistics, eval_data, calibrates=plan.calibrates)
     if dry_run:
         return {"plan": plan.summary()}
-    files = {"data": data, "eval_data": eval_data, "statistics": statistics}
     for source in (data, eval_data):
         if source is not None:
             resolve(source)
@@ -76,6 +83,7 @@ def convert_checkpoint(
             "convert", model, spoken({**files, "out": place}, {**options, "stages": None})
         ),
         "plan": plan.summary(),
+        "source": lineage(model),
         "sha256": {"model": identity(model), **sha256},
         **environment(plan.device),
     }

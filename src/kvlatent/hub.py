@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from .assembly import has_tied_head
 from .checkpoint_files import check_weights, first_line, weights_dtype
 from .families import FAMILIES, LATENT_PREFIX, family_of
+from .finite import check_finite_weights
 from .modeling import latent_classes
 from .output import atomic_directory
 from .remote_code import MODULE_NAME, remote_code
@@ -49,8 +50,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such directory or hub id.
-        ValueError: unsupported architecture; weights missing, truncated, pickled, or with missing or unexpected
-            names.
+        ValueError: unsupported architecture; weights missing, truncated, pickled, not finite, or with missing or
+            unexpected names.
     """
     register()
     path = str(path_or_id)
@@ -80,6 +81,7 @@ def load_model(
                 f"the weights of {path} do not fit its config: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; "
                 "download or convert the checkpoint again"
             )
+    check_finite_weights(model, path)
     # What is saved from it later must be tied or not as it was loaded, whatever the file said.
     model.config.tie_word_embeddings = has_tied_head(model)
     return model.to(device).eval()
@@ -142,12 +144,15 @@ def save(
     The directory carries config, safetensors (sharded above `max_shard_size`), generation config, tokenizer with its
     chat template, the self-contained modelling file named by `auto_map`, a model card, and `files` (name -> text).
 
+    A latent model may replace the directory that it was loaded from; an original is never written to.
+
     Raises:
         FileExistsError: `out` holds something and `overwrite` is false.
+        ValueError: `out` is, holds or lies in the directory that `model`, or what it was converted from, was loaded from.
         OSError: the disk is full or not writable; nothing is left behind.
     """
     out = Path(out)
-    with atomic_directory(out, overwrite=overwrite) as folder:
+    with atomic_directory(out, overwrite=overwrite, inputs=_loaded_from(model, out)) as folder:
         try:
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
@@ -157,6 +162,17 @@ def save(
         for name, text in {**({} if card is None else {"README.md": card}), **(files or {})}.items():
             (folder / name).write_text(text)
     return out
+
+
+def _loaded_from(model: PreTrainedModel, out: Path) -> dict[str, str]:
+    """What a saved model must be apart from: its source, unless that is a latent checkpoint, saved where it was."""
+    source = getattr(model.config, "_name_or_path", "")
+    config = Path(source, "config.json")
+    if not source or (
+        out.resolve() == Path(source).resolve() and config.is_file() and "kv_latent" in config.read_text()
+    ):
+        return {}
+    return {"model": source}
 
 
 def _add_code(folder: str | os.PathLike[str], config: Any) -> None:

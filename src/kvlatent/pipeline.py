@@ -13,15 +13,16 @@ from typing import Any, Unpack
 
 from .budget import Plan, plan_run
 from .data.text import resolve
+from .lineage import lineage
 from .output import prepare_output
-from .record import command_line, environment, read_record
+from .record import command_line, environment, read_record, spoken_name
 from .run import Run
 from .settings import PlanOptions
 from .steps import Progress
 from .texts import check_statistics
-from .workspace import Workspace, fingerprint, identity
+from .workspace import Workspace, fingerprint, identity, prepare_place
 
-__all__ = ["Announce", "Progress", "compress", "silent", "spoken"]
+__all__ = ["Announce", "Progress", "compress", "inputs_of", "silent", "spoken"]
 
 EVALUATION_TOKENS = 65_536
 
@@ -66,25 +67,27 @@ def compress(
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
     plan = plan_run(model, **options)
+    files = {"data": data, "eval_data": eval_data, "statistics": statistics}
+    inputs = inputs_of({"model": model, **files}, options)
     if dry_run:
-        prepare_output(out, overwrite)
+        prepare_place(out, overwrite, inputs)
         return {"plan": plan.summary()}
+    for source in (data, eval_data):
+        if source is not None:
+            resolve(source)
     # The place first, as it may hold the finished run; then what it holds.
-    place = prepare_output(out, overwrite=True)
+    place = prepare_place(out, True, inputs)
     decides = _decides(plan, model, data, eval_data, statistics, eval_tokens)
     workspace = Workspace(place, decides)
     if (finished := _finished(place, workspace)) is not None:
         return finished
     prepare_output(out, overwrite)
-    for source in (data, eval_data):
-        if source is not None:
-            resolve(source)
     workspace.open(overwrite=overwrite)
-    files = {"data": data, "out": place, "eval_data": eval_data, "statistics": statistics}
     record = {
-        "command": command_line("compress", model, spoken(files, options)),
+        "command": command_line("compress", model, spoken({**files, "out": place}, options)),
         "fingerprint": fingerprint(workspace.plan),
         "plan": plan.summary(),
+        "source": lineage(model),
         "sha256": {name: decides[name] for name in ("model", "data", "eval_data", "statistics")},
         **environment(plan.device),
     }
@@ -146,12 +149,21 @@ def silent(step: str, done: int, total: int, note: str) -> None:
 
 
 def spoken(files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call as the command line spells them; files by their last name."""
-    named = {name: Path(value).name for name, value in files.items() if value}
+    """The options of a call as the command line spells them; files by their last name, but for those of the hub."""
+    named = {
+        name: Path(value).name if name == "out" else spoken_name(value)
+        for name, value in files.items()
+        if value
+    }
     spelled = {("set" if name == "overrides" else name): value for name, value in options.items()}
     if spelled.get("recipe"):
         spelled["recipe"] = Path(spelled["recipe"])
     return named | spelled
+
+
+def inputs_of(sources: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call reads and so must not write to: its sources, and the recipe among its options."""
+    return {**sources, "recipe": options.get("recipe")}
 
 
 def _finished(out: Path, workspace: Workspace) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """How a run happened, as it is written beside the weights: versions, machine, command, figures.
 
-Nothing here names a path of the machine: model and data are given by their last name and SHA-256.
+Nothing here names a path of the machine: local models and data are given by their last name and SHA-256, those of the
+hub by their whole name.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["command_line", "environment", "joined_metrics", "read_record"]
+__all__ = ["command_line", "environment", "joined_metrics", "read_record", "spoken_name"]
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\\]*){0,2}")
 _PACKAGES = ("kvlatent", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -52,12 +55,25 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def spoken_name(source: str | Path) -> str:
+    """How a record names a source: a model or data set of the hub (`owner/name:config:split`) whole, a path by its end.
+
+    What is neither there nor could be on the hub is taken for a path.
+    """
+    path, words = Path(source), str(source)
+    if path.exists() or not _HUB_NAME.fullmatch(words):
+        return Path(os.path.abspath(path)).name
+    return words
+
+
 def command_line(name: str, positional: str | Path, options: dict[str, Any]) -> str:
     """A command that repeats the run, quoted for the shell, with every path cut to its last name.
 
+    The positional is a source (see `spoken_name`); so are options where the caller says so, by giving that name.
+
     Options that are None, false or empty are left out; a list repeats its flag.
     """
-    words = ["kvlatent", name, Path(positional).name]
+    words = ["kvlatent", name, spoken_name(positional)]
     for key, value in options.items():
         flag = "--" + key.replace("_", "-")
         if isinstance(value, Path):

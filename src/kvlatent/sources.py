@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .hub import load_model
+from .record import spoken_name
 from .statistics import model_fingerprint
 from .workspace import identity
 
@@ -22,11 +23,11 @@ def opened(source: Source, dtype: str | None, device: str) -> PreTrainedModel:
 
 
 def named(model: PreTrainedModel, source: Source) -> dict[str, str]:
-    """Name, without its path, and fingerprint: of the files where there are files, else of the weights."""
+    """Name (see `record.spoken_name`) and fingerprint: of the files where there are files, else of the weights."""
     loaded = isinstance(source, PreTrainedModel)
     name = getattr(model.config, "_name_or_path", "") if loaded else str(source)
     return {
-        "name": Path(name).name or type(model).__name__,
+        "name": spoken_name(name) if name else type(model).__name__,
         "fingerprint": model_fingerprint(model) if loaded else identity(source),
     }
 

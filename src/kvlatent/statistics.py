@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .finite import first_not_finite
 from .output import write_atomically
 
 __all__ = ["LayerStatistics", "Statistics", "model_fingerprint"]
@@ -133,6 +134,8 @@ class Statistics:
             raise _damaged(path, error) from error
         if about.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a file of statistics; make one with `kvlatent calibrate`")
+        if (broken := first_not_finite(tensors.items())) is not None:
+            raise _damaged(path, ValueError(f"{broken} holds NaN or infinity"))
         try:
             heads, head_dim, count = json.loads(about["sizes"])
             layers = tuple(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from .data.text import resolve
 from .engines import check_engine
 from .families import head_dim_of
 from .hub import load_model, load_tokenizer
+from .output import prepare_file
 from .pipeline import silent
 from .planning import CurvePoint, error_curve
 from .planning import plan as plan_widths
@@ -55,7 +55,7 @@ def calibrate_checkpoint(
     """
     recipe, device = _recipe(options), choose_device(options.get("device", "auto"))
     source_config(model)
-    target = _new_file(out, overwrite)
+    target = prepare_file(out, overwrite, {"model": model, "data": data, "recipe": options.get("recipe")})
     resolve(data)
     statistics, figures = _calibrated(model, data, recipe, device, progress or silent)
     statistics.save(target, overwrite=overwrite)
@@ -102,7 +102,8 @@ def plan_checkpoint(
         check_engine(engine, least, least, table, model_type=str(config.model_type))
     serving_figures(config, least, least, qk_norm=qk_norm).summary(memory_bytes)
     if figure is not None:
-        check_picture(_new_file(figure, overwrite), overwrite=overwrite)
+        inputs = {"model": model, "data": data, "statistics": statistics, "recipe": options.get("recipe")}
+        check_picture(prepare_file(figure, overwrite, inputs), overwrite=overwrite)
     found, calibration = _found(model, data, statistics, recipe, device, progress or silent)
     widths = plan_widths(found, kv, engine=engine, table=table, per_layer=per_layer, aligned=aligned)
     curve = error_curve(found, engine=engine, table=table, aligned=aligned)
@@ -120,23 +121,6 @@ def plan_checkpoint(
 
 def _recipe(options: PlanOptions) -> Recipe:
     return Recipe.load(options.get("recipe"), all_overrides(options))
-
-
-def _new_file(out: str | Path, overwrite: bool) -> Path:
-    """Check that a file may be written, before any work is done; returns it as an absolute path.
-
-    Raises:
-        FileExistsError: it is there already and `overwrite` is false.
-        ValueError: it is a directory, or its folder is not there or may not be written to.
-    """
-    path = Path(os.path.abspath(out))
-    if path.is_dir():
-        raise ValueError(f"{out} is a directory; give the name of a file to write")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another name or pass overwrite (--overwrite)")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot create {out}: {path.parent} is not a directory that may be written to")
-    return path
 
 
 def _found(

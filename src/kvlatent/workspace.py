@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .output import write_atomically
+from .apart import Inputs, check_apart
+from .output import prepare_output, write_atomically
 
-__all__ = ["Workspace", "differences", "fingerprint", "identity", "write_text"]
+__all__ = ["Workspace", "differences", "fingerprint", "identity", "prepare_place", "write_text"]
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 
@@ -50,6 +51,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def prepare_place(out: str | Path, overwrite: bool, inputs: Inputs) -> Path:
+    """As `prepare_output`, of an output whose unfinished work stands beside it, which is replaced and removed, too."""
+    place = prepare_output(out, overwrite, inputs)
+    check_apart(_beside(place), inputs)
+    return place
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What changed between two nested mappings, one `section.key (old, now new)` each."""
     found: list[str] = []
@@ -76,8 +88,7 @@ class Workspace:
     """
 
     def __init__(self, out: str | Path, plan: Mapping[str, Any]) -> None:
-        out = Path(out).absolute()
-        self.path = out.with_name(out.name + ".partial")
+        self.path = _beside(Path(out).absolute())
         self.plan_file = self.path / "plan.json"
         self.plan = json.loads(json.dumps(plan))
 

@@ -17,11 +17,6 @@ Checkpoint = Annotated[
 Against = Annotated[str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")]
 
 
-def _last(source: str | None) -> Path | None:
-    """A source of the record's command, which shows last names only."""
-    return None if source is None else Path(source)
-
-
 def evaluate(
     directory: Checkpoint,
     data: Annotated[
@@ -78,7 +73,7 @@ def evaluate(
     """Measure perplexity, needles, word order and tasks, beside the original's with --against, and name what is wrong."""
     with session(as_json) as run:
         from kvlatent.evaluation.standard import standard_evaluation
-        from kvlatent.record import command_line
+        from kvlatent.record import command_line, spoken_name
         from kvlatent.settings import choose_device
 
         document = standard_evaluation(
@@ -103,8 +98,8 @@ def evaluate(
             progress=run.report,
         )
         given: dict[str, Any] = {
-            "data": _last(data),
-            "against": _last(against),
+            "data": data and spoken_name(data),
+            "against": against and spoken_name(against),
             "checks": checks,
             "tasks": tasks,
         }
@@ -150,7 +145,7 @@ def bench(
     with session(as_json) as run:
         from kvlatent.bench import bench as work
         from kvlatent.bench import bench_lines, json_line
-        from kvlatent.record import command_line
+        from kvlatent.record import command_line, spoken_name
         from kvlatent.settings import choose_device
 
         document = work(
@@ -169,7 +164,11 @@ def bench(
             dtype=dtype,
             progress=run.report,
         )
-        given: dict[str, Any] = {"against": _last(against), "contexts": contexts, "batches": batches}
+        given: dict[str, Any] = {
+            "against": against and spoken_name(against),
+            "contexts": contexts,
+            "batches": batches,
+        }
         given |= {"caches": caches, "new_tokens": new_tokens, "repeats": repeats, "memory": memory}
         given |= {"attention": attention, "compile": compile_, "device": device, "dtype": dtype}
         document["record"]["command"] = command_line("bench", directory, given | {"seed": seed or 0})

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data import evaluation_blocks
 from ..embedded import stdlib_documents
+from ..record import spoken_name
 from ..workspace import identity
 from .sliding import read_documents
 
@@ -69,4 +70,4 @@ class Text:
         """Which text it was, without its path."""
         if self.source is None:
             return {"name": "Python standard library, modules held out from the embedded model"}
-        return {"name": Path(self.source).name, "sha256": identity(self.source)}
+        return {"name": spoken_name(self.source), "sha256": identity(self.source)}

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..apart import check_apart
 from ..output import write_atomically
 from .blocks import Section
 from .charts import check_libraries
@@ -46,10 +47,10 @@ def report(paths: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
     Raises:
         FileNotFoundError: a path does not exist.
         FileExistsError: `out` exists, is no report, and `overwrite` is false.
-        ValueError: `out` is a directory, no usable result, results of different models, or a missing library.
+        ValueError: `out` is a directory or one of the inputs, no usable result, results of different models, or a missing library.
     """
     out = Path(out)
-    _check_out(out, overwrite)
+    _check_out(out, overwrite, paths)
     check_libraries()
     documents = read_documents(paths)
     sections = _sections(documents)
@@ -65,17 +66,26 @@ def report(paths: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
     }
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a place where the page cannot be written."""
+def _check_out(out: Path, overwrite: bool, paths: Sequence[str | Path]) -> None:
+    """Refuse, before any work, a place where the page cannot be written.
+
+    A new page, or one that replaces a report, may stand in a folder of results; what is read is replaced by none.
+    """
     if out.is_dir():
         raise ValueError(f"a report is one HTML file: {out} is a directory; give {out / 'report.html'}")
-    if out.exists() and not overwrite:
-        with out.open("rb") as file:
-            ours = _MARK.encode() in file.read(1000)
-        if not ours:
-            raise FileExistsError(
-                f"{out} exists and is no report; choose another name or pass overwrite (--overwrite)"
-            )
+    foreign = out.exists() and not _is_report(out)
+    for path in paths:
+        if foreign or not Path(path).is_dir():
+            check_apart(out, {"input": path})
+    if foreign and not overwrite:
+        raise FileExistsError(
+            f"{out} exists and is no report; choose another name or pass overwrite (--overwrite)"
+        )
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _MARK.encode() in file.read(1000)
 
 
 def _sections(documents: Documents) -> list[Section]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..apart import Inputs
 from ..output import prepare_output
 from ..workspace import differences, write_text
 
@@ -33,14 +34,17 @@ class Folder:
         out: the directory; made by `open`.
         study: name of the study.
         decides: JSON-able mapping of everything that decides the figures of all cells.
+        inputs: what is read, see `check_apart`.
 
     Raises:
-        FileExistsError: `out` is a file, the root or the working directory.
-        ValueError: its parent may not be written to.
+        FileExistsError: `out` is a file, the root, the working directory or a folder around that.
+        ValueError: its parent may not be written to, or it is, holds or lies in one of the inputs.
     """
 
-    def __init__(self, out: str | Path, study: str, decides: Mapping[str, Any]) -> None:
-        self.out = prepare_output(out, overwrite=True)
+    def __init__(
+        self, out: str | Path, study: str, decides: Mapping[str, Any], inputs: Inputs | None = None
+    ) -> None:
+        self.out = prepare_output(out, overwrite=True, inputs=inputs)
         self.work = self.out / _WORK
         self.study = study
         self.decides = json.loads(json.dumps(decides))

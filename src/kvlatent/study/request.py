@@ -12,7 +12,7 @@ from typing import Any
 from ..budget import source_config
 from ..families import head_dim_of
 from ..recipe import Conversion, Recipe
-from ..record import command_line
+from ..record import command_line, spoken_name
 from ..settings import choose_device
 from .cells import Cell, Grid, Scale, refusal
 from .grids import STUDIES, grid_of
@@ -99,9 +99,9 @@ def request(
         else:
             impossible[cell.name] = why
     spoken = {
-        "model": None if model is None else Path(model),
-        "data": None if data is None else Path(data),
-        "eval-data": None if eval_data is None else Path(eval_data),
+        "model": None if model is None else spoken_name(model),
+        "data": None if data is None else spoken_name(data),
+        "eval-data": None if eval_data is None else spoken_name(eval_data),
         "out": Path(out),
         "seeds": scale.seeds,
         "tokens": scale.tokens,

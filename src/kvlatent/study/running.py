@@ -97,7 +97,8 @@ def study(
     )
     needs = asked.grid.requires
     tools = None if needs is None or dry_run else needs(python)
-    folder = Folder(out, asked.grid.name, asked.decides(tools))
+    inputs = {"model": asked.source.model, "data": data, "eval-data": eval_data, "recipe": recipe}
+    folder = Folder(out, asked.grid.name, asked.decides(tools), inputs)
     run = Run(asked, folder, tools, progress or (lambda *_: None))
     if not dry_run:
         made = folder.open()

@@ -24,6 +24,7 @@ from ..evaluation import measure, precision
 from ..hub import load_model, load_tokenizer
 from ..perplexity import Perplexity
 from ..recipe import Recipe
+from ..record import spoken_name
 from ..settings import working_dtype
 from ..texts import first_blocks
 from ..workspace import fingerprint, identity, write_text
@@ -83,7 +84,7 @@ def source_of(model: str | Path | None, data: Any, eval_data: Any) -> Source:
             "--eval-data is the training text; leave it out to measure on a held-out part, or give another file"
         )
     path = model_path() if model is None else model
-    return Source(path, Path(path).name, data, eval_data)
+    return Source(path, spoken_name(path), data, eval_data)
 
 
 def stdlib_lines(split: Any) -> str:

@@ -21,13 +21,14 @@ from ..config import LatentConfig
 from ..data import prepare
 from ..data.text import resolve
 from ..estimate import estimate_seconds, layer_size
+from ..lineage import lineage
 from ..modeling import latent_config_of
 from ..output import prepare_output
 from ..recipe import Recipe
 from ..record import command_line, environment, read_record
 from ..settings import choose_device
 from ..strategies import table_scope
-from ..workspace import Workspace, fingerprint, identity
+from ..workspace import Workspace, fingerprint, identity, prepare_place
 from .history import history, in_place, joined_journal, options_of
 from .loop import Progress
 from .stages import JOURNAL, needs_teacher, settings_of, train_stage
@@ -128,7 +129,8 @@ def train(
     if needs_teacher(settings_of(plan.recipe, stage)):
         check_teacher(hub.load_config(str(model)), None if teacher is None else hub.load_config(str(teacher)))
     resolve(data)
-    place = prepare_output(out, overwrite=True)
+    inputs = {"teacher": teacher, "data": data, "recipe": recipe}
+    place = prepare_place(out, True, inputs if in_place(model, out) else {"model": model, **inputs})
     sources = {
         "model": identity(model),
         "teacher": None if teacher is None else identity(teacher),
@@ -143,6 +145,7 @@ def train(
     record = {
         "command": command_line("train", model, spoken),
         "fingerprint": fingerprint(space.plan),
+        "source": lineage(model),
         "sha256": sources,
         "seed": plan.recipe.seed,
         **environment(plan.device),

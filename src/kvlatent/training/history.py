@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..budget import Plan
-from ..choices import PRESETS, Choices
+from ..choices import BLIND, PRESETS, UNMEASURED, Choices
 from ..recipe import Recipe
-from ..record import joined_metrics
+from ..record import joined_metrics, spoken_name
 
 __all__ = ["history", "in_place", "joined_journal", "options_of"]
+
+_UNTRAINED = (BLIND, UNMEASURED)  # notes that training makes void
 
 
 def in_place(model: str | Path, out: str | Path) -> bool:
@@ -26,9 +28,11 @@ def history(previous: Mapping[str, Any], plan: Plan, summary: Mapping[str, Any])
     """Plan, training and figures (none: they were the source's) of the record, and what was done before."""
     training = {**previous.get("training", {}), f"stage{summary['stage']}": dict(summary)}
     before = previous.get("plan", {})
-    conversion = ("preset", "choices", "engine", "calibration_blocks", "notes")
+    conversion = ("preset", "choices", "engine", "calibration_blocks")
     described = plan.summary() | {"preset": _preset(plan.choices), "calibration_blocks": 0}
     described |= {name: before[name] for name in conversion if name in before}
+    notes: Iterable[str] = before.get("notes", ())
+    described["notes"] = [note for note in notes if note not in _UNTRAINED]
     described["tokens"] = {name: training[name]["tokens"] for name in sorted(training)}
     kept = ("command", "sha256", "calibration", "conversion", "training", "figures")
     earlier = [{name: previous[name] for name in kept if name in previous}] if previous else []
@@ -62,8 +66,8 @@ def options_of(
     """The options of a call as the command line spells them."""
     return {
         "stage": stage,
-        "data": Path(data).name,
-        "teacher": None if teacher is None else Path(teacher).name,
+        "data": spoken_name(data),
+        "teacher": None if teacher is None else spoken_name(teacher),
         "out": None if in_place(model, out) else Path(out).name,
         "recipe": None if recipe is None or isinstance(recipe, Recipe) else Path(recipe),
         "set": overrides,
