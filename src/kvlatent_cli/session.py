@@ -47,7 +47,7 @@ def session(as_json: bool = False) -> Generator[Session]:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), current.progress:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", module="kvlatent")  # our own; a library's are not for users
-            warnings.showwarning = lambda message, *_, **__: current.say(f"warning: {message}")
+            warnings.showwarning = current.say_warning
             _silence()
             yield current
             current.close()
@@ -106,6 +106,10 @@ class Session:
     def say(self, text: str) -> None:
         """A line for people, on stderr."""
         self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def say_warning(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        """A warning for people, on stderr; in the place of `warnings.showwarning`."""
+        self.say(f"warning: {message}")
 
     def show(self, document: Any, *parts: str | Table) -> None:
         """Set the answer: the document under --json, lines and tables otherwise."""
