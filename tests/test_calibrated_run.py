@@ -262,7 +262,9 @@ def test_mistakes_of_the_calibration_leave_nothing(place, tmp_path, tiny_tokeniz
     from safetensors.torch import save_file
 
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"keys that are NaN or infinite \(layer 1, block 0\)"):
+    with pytest.raises(
+        ValueError, match=r"weights must be finite: .*broken has NaN or infinity in 1 of .*k_proj"
+    ):
         run(broken)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 

@@ -110,14 +110,14 @@ def test_without_text_there_is_a_warning_and_a_working_model(name):
     assert logits(latent, tokens()).isfinite().all()
 
 
-def test_choices_that_need_no_text_and_full_widths_do_not_warn():
+def test_spelled_out_choices_that_need_no_text_and_full_widths_do_not_warn():
     model = tiny_model("llama")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for arguments in (
-            {"preset": "paper"},
-            {"preset": "own-frequency"},
-            {"keys": "weights", "values": "svd", "gains": False, "refit": False, "align": 0},
+            {"choices": PRESETS["paper"]},
+            {"choices": PRESETS["own-frequency"]},
+            {"choices": without_statistics(PRESETS["calibrated"])},
             {"d_qk": None},
             {"d_qk": HEAD_DIM, "d_vo": HEAD_DIM},
         ):

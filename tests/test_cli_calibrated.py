@@ -100,7 +100,7 @@ def test_convert_without_text_warns_on_stderr(place, tmp_path):
         done = call(*convert_words(place, tmp_path / "out", *words))
         assert done.exit_code == 0 and "warning: no text to calibrate on" in done.stderr
         assert "warning" not in done.stdout
-    quiet = call(*convert_words(place, tmp_path / "two", "--preset", "own-frequency"))
+    quiet = call(*convert_words(place, tmp_path / "two", "--kv", 1))
     assert quiet.exit_code == 0 and "warning" not in quiet.stderr
 
 

@@ -14,6 +14,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from kvlatent.choices import PAPER
 from kvlatent.conversion import convert
 from kvlatent.recipe import Recipe
 from kvlatent.training.stages import train_stage
@@ -52,7 +53,7 @@ def original(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTr
 
 def student_of(teacher: PreTrainedModel, width: int = 8) -> PreTrainedModel:
     """The latent model of half the cache (16 channels a head, 8 kept)."""
-    return convert(teacher, d_qk=width, d_vo=width, preset="paper")
+    return convert(teacher, d_qk=width, d_vo=width, choices=PAPER)
 
 
 def blocks(count: int = 24, length: int = 16, seed: int = 1) -> list[dict[str, torch.Tensor]]:

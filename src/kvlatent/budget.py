@@ -16,7 +16,6 @@ from transformers import PretrainedConfig
 
 from .candidates import candidates_for
 from .choices import BLIND, BY_PAIRS, NO_DATA, UNMEASURED, Choices, resolve_choices, without_statistics
-from .choose import check_widths, choose
 from .cost import equal_widths, layer_cache_bytes
 from .engines import check_engine, engine_named
 from .estimate import estimate_seconds, layer_size, stage_settings
@@ -24,7 +23,7 @@ from .families import LATENT_PREFIX, family_of, head_dim_of
 from .hub import load_config
 from .recipe import Conversion, Recipe
 from .settings import PlanOptions, Width, choose_device, resolve_recipe, working_dtype
-from .shares import share_without_widths
+from .shares import check_latent
 
 __all__ = ["STAGES", "Plan", "chosen", "plan_run", "resolve_widths", "source_config"]
 
@@ -129,16 +128,8 @@ def plan_run(
     if not has_text or full:
         choices = without_statistics(choices)
     kv = options.get("kv")
-    try:
-        _check_latent(config, widths, choices, recipe.conversion.qk_norm, engine)
-    except ValueError as error:
-        given = options.get("d_qk") is not None or options.get("d_vo") is not None
-        sentence = (
-            None if given or kv == 1 else _share_refused(config, kv, choices, recipe.conversion, engine)
-        )
-        if sentence is None:
-            raise
-        raise ValueError(sentence) from error
+    given = options.get("d_qk") is not None or options.get("d_vo") is not None
+    check_latent(config, widths, choices, recipe.conversion, engine, kv=kv, given=given)
     return Plan(
         choices=choices,
         kv=0.5 if kv is None else kv,
@@ -225,45 +216,3 @@ def resolve_widths(
         return None if splits_by_text else splits[-1]
     width = equal_widths(share, head_dim)
     return width, width
-
-
-def _share_refused(
-    config: Any, kv: float | None, choices: Choices, conversion: Conversion, engine: str | None
-) -> str | None:
-    """What to say where the even split of a share does not fit; None where no widths would."""
-    head_dim = head_dim_of(config)
-
-    def fits(d_qk: int, d_vo: int) -> bool:
-        try:
-            _check_latent(config, (d_qk, d_vo), choices, conversion.qk_norm, engine)
-        except ValueError:
-            return False
-        return True
-
-    own = conversion.keys or conversion.frequencies or conversion.values
-    what = "the conversion" if own else f"the preset {conversion.preset}"
-    what += f" with engine {engine}" if engine else ""
-    widths = candidates_for(head_dim, engine, choices.table).widths
-    return share_without_widths(what, kv, widths, head_dim, fits)
-
-
-def _check_latent(
-    config: Any, widths: tuple[Width, Width] | None, choices: Choices, qk_norm: str, engine: str | None
-) -> None:
-    """Raise `ValueError` unless the model, the choices and the engine can have the widths (None: still open)."""
-    d_qk, d_vo = check_widths(config, *(widths or [head_dim_of(config)] * 2))
-    each = [d_qk] * config.num_hidden_layers if isinstance(d_qk, int) else d_qk
-    if choices.table == "model" and choices.keys in BY_PAIRS and len(set(each)) > 1:
-        raise ValueError(
-            f"one rotary table for the model needs one key width: got d_qk from {min(each)} to {max(each)}; use --table "
-            "layer or one width"
-        )
-    pairs = tuple((tuple(range(width // 2)),) for width in each)  # any will do: only their number is checked
-    choose(config, d_qk, d_vo, choices, qk_norm=qk_norm, pairs=pairs)
-    if qk_norm == "sliced" and family_of(config).qk_norm and choices.table == "head":
-        raise ValueError(
-            "a sliced QK-norm has one weight for all heads, so they must keep the same channels: got a rotary table per "
-            "head; use --table layer or model, or qk_norm=full"
-        )
-    if engine is not None and widths is not None:
-        check_engine(engine, d_qk, d_vo, choices.table, model_type=str(config.model_type))

@@ -73,11 +73,7 @@ def convert_checkpoint(
     check_sources(data, statistics, eval_data, calibrates=plan.calibrates)
     if dry_run:
         return {"plan": plan.summary()}
-    for source in (data, eval_data):
-        if source is not None:
-            resolve(source)
-    sha256 = {name: None if file is None else identity(file) for name, file in files.items()}
-    _check_apart(sha256)
+    sha256 = _hashes(files)
     record: dict[str, Any] = {
         "command": command_line(
             "convert", model, spoken({**files, "out": place}, {**options, "stages": None})
@@ -116,12 +112,22 @@ def convert_checkpoint(
     return record
 
 
-def _check_apart(sha256: dict[str, str | None]) -> None:
-    """Raise `ValueError` where the figures would be of the text that was calibrated on."""
+def _hashes(files: dict[str, Any]) -> dict[str, str | None]:
+    """What the files hold.
+
+    Raises:
+        FileNotFoundError: a text is not there.
+        ValueError: it cannot be read, or the figures would be of the text that was calibrated on.
+    """
+    for source in (files["data"], files["eval_data"]):
+        if source is not None:
+            resolve(source)
+    sha256 = {name: None if file is None else identity(file) for name, file in files.items()}
     if sha256["data"] is not None and sha256["data"] == sha256["eval_data"]:
         raise ValueError(
             "--eval-data is the text to calibrate on; leave it out to measure on a held-out part, or give another file"
         )
+    return sha256
 
 
 def _statistics(

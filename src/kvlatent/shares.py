@@ -7,13 +7,88 @@ Some choices fit some widths only (a stride takes divisors of the head), so a sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from .candidates import candidates_for
+from .choices import BY_PAIRS, Choices
+from .choose import check_widths, choose
 from .cost import share_at_least
+from .engines import check_engine
+from .families import family_of, head_dim_of
+from .recipe import Conversion
 
-__all__ = ["share_without_widths"]
+__all__ = ["check_latent", "share_without_widths"]
 
 Fits = Callable[[int, int], bool]
 """Whether a conversion can have these d_qk and d_vo."""
+
+
+def check_latent(
+    config: Any,
+    widths: Any,
+    choices: Choices,
+    conversion: Conversion,
+    engine: str | None,
+    *,
+    kv: float | None,
+    given: bool,
+) -> None:
+    """Raise `ValueError` unless the model, the choices and the engine can have the widths.
+
+    Args:
+        config: of the original.
+        widths: (d_qk, d_vo), each one number or one per layer; None while they are open.
+        choices: of the conversion, `conversion` the recipe's section that they follow from.
+        engine: that must run the result, or None.
+        kv: share of the cache that the widths came from, None by default; given: they did not, users gave them.
+    """
+    try:
+        _check(config, widths, choices, conversion.qk_norm, engine)
+    except ValueError as error:
+        sentence = None if given or kv == 1 else _share_refused(config, kv, choices, conversion, engine)
+        if sentence is None:
+            raise
+        raise ValueError(sentence) from error
+
+
+def _share_refused(
+    config: Any, kv: float | None, choices: Choices, conversion: Conversion, engine: str | None
+) -> str | None:
+    """What to say where the even split of a share does not fit; None where no widths would."""
+    head_dim = head_dim_of(config)
+
+    def fits(d_qk: int, d_vo: int) -> bool:
+        try:
+            _check(config, (d_qk, d_vo), choices, conversion.qk_norm, engine)
+        except ValueError:
+            return False
+        return True
+
+    own = conversion.keys or conversion.frequencies or conversion.values
+    what = "the conversion" if own else f"the preset {conversion.preset}"
+    what += f" with engine {engine}" if engine else ""
+    widths = candidates_for(head_dim, engine, choices.table).widths
+    return share_without_widths(what, kv, widths, head_dim, fits)
+
+
+def _check(config: Any, widths: Any, choices: Choices, qk_norm: str, engine: str | None) -> None:
+    """Raise `ValueError` unless the model, the choices and the engine can have the widths (None: still open)."""
+    d_qk, d_vo = check_widths(config, *(widths or [head_dim_of(config)] * 2))
+    each = [d_qk] * config.num_hidden_layers if isinstance(d_qk, int) else d_qk
+    if choices.table == "model" and choices.keys in BY_PAIRS and len(set(each)) > 1:
+        raise ValueError(
+            f"one rotary table for the model needs one key width: got d_qk from {min(each)} to {max(each)}; use --table "
+            "layer or one width"
+        )
+    pairs = tuple((tuple(range(width // 2)),) for width in each)  # any will do: only their number is checked
+    choose(config, d_qk, d_vo, choices, qk_norm=qk_norm, pairs=pairs)
+    if qk_norm == "sliced" and family_of(config).qk_norm and choices.table == "head":
+        raise ValueError(
+            "a sliced QK-norm has one weight for all heads, so they must keep the same channels: got a rotary table per "
+            "head; use --table layer or model, or qk_norm=full"
+        )
+    if engine is not None and widths is not None:
+        check_engine(engine, d_qk, d_vo, choices.table, model_type=str(config.model_type))
 
 
 def share_without_widths(
