@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -35,6 +36,12 @@ def place(tmp_path_factory, tiny_tokenizer) -> Path:
     done = call("convert", folder / "model", "--out", folder / "latent", "--preset", "paper")
     assert done.exit_code == 0, done.stderr
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch):
+    """On a busy machine a command says after some seconds that it is at work."""
+    monkeypatch.setattr("kvlatent_cli.session._FIRST_LINE_AFTER_S", math.inf)
 
 
 def call(*words):
