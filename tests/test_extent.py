@@ -127,7 +127,7 @@ def test_by_default_every_model_ends_in_time(shapes, name, paired):
 def test_what_the_estimate_chooses(shapes):
     long = extent(shapes["tiny, long"], paired=True)
     assert long.measured == FULL | {"needle": {"contexts": [128, 16_384], "trials": 8}}
-    assert "needle: 128 and 16,384 of 128 and 131,072 tokens of context" in long.sentence
+    assert "needle: contexts of 128 and 16,384 tokens, not 128 and 131,072" in long.sentence
     assert "give --contexts 131072 for the whole context" in long.sentence
     assert "--max-tokens" not in long.sentence
     middle = extent(shapes["135M"])
@@ -271,7 +271,7 @@ def test_a_bench_ends_in_time_too(shapes):
     for name in ("135M", "1.2B"):
         found = bench_of(shapes[name], 8192)
         assert found.seconds <= DEFAULT_SECONDS
-        assert "of 256 and 1,024 and 4,096; give" in found.sentence or "new tokens" in found.sentence
+        assert "not 256, 1,024 and 4,096; give" in found.sentence or "new tokens" in found.sentence
         assert "give --contexts 256,1024,4096 for all" in found.sentence
     assert "it takes two cores" in bench_of(shapes["7B"], 4096).sentence
 
@@ -290,7 +290,11 @@ def test_default_caches_that_do_not_work_are_left_out_and_told(name, monkeypatch
     found = bench(tiny_model(name), contexts=(8,), new_tokens=1, repeats=3, say=said.append)
     assert found["settings"]["caches"] == ["dynamic"]
     reason = "needs the package optimum-quanto" if name == "llama" else "needs full attention"
-    assert len(said) == 1 and said[0].startswith("cache quantized-int4 is left out: ") and reason in said[0]
+    assert (
+        len(said) == 1
+        and said[0].startswith("a default cache is left out: cache quantized-int4 ")
+        and reason in said[0]
+    )
     assert found["record"]["extent"]["sentences"] == said
     with pytest.raises(ValueError, match=reason):
         bench(tiny_model(name), contexts=(8,), caches=("dynamic", "quantized-int4"))
@@ -301,4 +305,4 @@ def test_a_bench_says_what_it_chose(pair, monkeypatch):
     said = []
     found = bench(pair[1], caches=("dynamic",), say=said.append)
     assert found["settings"]["contexts"] == [16] and found["settings"]["repeats"] == 3
-    assert "contexts 16 of 240" in said[0] and found["record"]["extent"]["sentences"] == said
+    assert "contexts 16, not 240" in said[0] and found["record"]["extent"]["sentences"] == said

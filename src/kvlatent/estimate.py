@@ -23,6 +23,7 @@ __all__ = [
     "estimate_seconds",
     "forward_operations",
     "layer_size",
+    "listed",
     "rows_at_once",
     "stage_settings",
 ]
@@ -159,3 +160,9 @@ def affordable(levels: Mapping[str, Sequence[float]], seconds: float) -> dict[st
         cost, name = min(nexts)
         total += cost - levels[name][at[name]]
         at[name] += 1
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Numbers in a sentence."""
+    *most, last = (f"{number:,}" for number in numbers)
+    return f"{', '.join(most)} and {last}" if most else last

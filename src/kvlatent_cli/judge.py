@@ -125,7 +125,7 @@ def bench(
         str | None,
         typer.Option(
             help="Of dynamic, static, quantized-int4, quantized-int2, quantized-fp8, quantized-int8-hqq, "
-            "quantized-int4-hqq, quantized-int2-hqq; the first and third by default, where they work.",
+            "quantized-int4-hqq, quantized-int2-hqq; by default dynamic and, where it works, quantized-int4.",
             metavar="NAME,...",
         ),
     ] = None,

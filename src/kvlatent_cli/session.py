@@ -36,7 +36,7 @@ _DISK_SIGNS = (
 _CHATTY = ("huggingface_hub", "httpx", "httpx2", "httpcore", "urllib3", "fsspec")
 _START = "start"  # the step before a command's first: its imports, and what has no progress
 _SHOWN_AFTER_S = 2.0
-_FIRST_LINE_AFTER_S, _LINE_EVERY_S = 3.5, 15.0
+_FIRST_LINE_AFTER_S, _LINE_EVERY_S = 2.5, 15.0
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def session(as_json: bool = False) -> Generator[Session]:
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), current.shown():
             warnings.simplefilter("ignore")
-            current.report(_START, 0, 0, "")  # importing the libraries can take longer than their work
+            current.report(_START, 0, 0, "loading libraries")  # which can take longer than their work
             _silence()
             yield current
             current.close()
@@ -97,7 +97,7 @@ class Session:
         ended = threading.Event()
 
         def watch() -> None:
-            while not ended.wait(1.0):
+            while not ended.wait(0.5):
                 self._show_progress()
 
         watcher = threading.Thread(target=watch, daemon=True)

@@ -5,13 +5,13 @@ By the models' size alone, never by a clock; what was asked for is measured as a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..estimate import DEFAULT_SECONDS, affordable, assumed_speed, forward_operations
+from ..estimate import DEFAULT_SECONDS, affordable, assumed_speed, forward_operations, listed
 from .caches import CACHES, cached_widths, check_caches
 from .cells import UNTIMED
 from .memory import read_bytes
@@ -105,10 +105,9 @@ def _run_seconds(model: Any, cache: str, batch: int, context: int, new_tokens: i
 
 def _sentence(chosen: Extent, full: tuple[tuple[int, ...], int, int]) -> str:
     contexts, new_tokens, repeats = full
-    parts = (
-        [f"contexts {_listed(chosen.contexts)} of {_listed(contexts)}"] if chosen.contexts != contexts else []
-    )
-    more = [f"--contexts {','.join(map(str, contexts))}"]
+    parts = []
+    if chosen.contexts != contexts:
+        parts.append(f"contexts {listed(chosen.contexts)}, not {listed(contexts)}")
     for name, value, most in (
         ("new tokens", chosen.new_tokens, new_tokens),
         ("rounds", chosen.repeats, repeats),
@@ -118,17 +117,14 @@ def _sentence(chosen: Extent, full: tuple[tuple[int, ...], int, int]) -> str:
     aim = "for two minutes on two cores"
     if chosen.seconds > DEFAULT_SECONDS:
         aim = f"and yet it takes two cores {chosen.seconds / 60:.0f} min or more"
-    return f"measured by the models' size, {aim}: {', '.join(parts)}; give {', '.join(more)} for all"
-
-
-def _listed(values: Sequence[int]) -> str:
-    return " and ".join(f"{value:,}" for value in values)
+    wanted = ",".join(map(str, contexts))
+    return f"measured by the models' size, {aim}: {', '.join(parts)}; give --contexts {wanted} for all"
 
 
 def working_caches(
     caches: Sequence[str] | None, models: Sequence[Any], device: torch.device, *, compiled: bool
-) -> tuple[list[str], Mapping[str, str]]:
-    """Kinds of cache that are known to work, and of the default ones those that do not, each with the reason.
+) -> tuple[list[str], list[str]]:
+    """Kinds of cache that are known to work, and why others of the default ones do not.
 
     Raises:
         ValueError: one that was asked for does not; see `check_caches`.
@@ -136,13 +132,13 @@ def working_caches(
     configs = [model.config for model in models]
     if caches is not None:
         check_caches(caches, configs, device, compiled=compiled)
-        return list(caches), {}
-    working, left_out = [], {}
+        return list(caches), []
+    working, left_out = [], []
     for cache in _DEFAULT_CACHES:
         try:
             check_caches((cache,), configs, device, compiled=compiled)
         except ValueError as error:
-            left_out[cache] = str(error)
+            left_out.append(str(error))
         else:
             working.append(cache)
     return working, left_out

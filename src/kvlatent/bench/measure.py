@@ -140,7 +140,7 @@ def _chosen(
     kinds, left_out = working_caches(caches, each, device, compiled=compiled)
     extent = extent_of(each, kinds, batches, limit=limit, **sizes)
     check_context(extent.contexts, extent.new_tokens, limit)
-    said = [f"cache {cache} is left out: {reason}" for cache, reason in left_out.items()]
+    said = [f"a default cache is left out: {reason}" for reason in left_out]
     said += [extent.sentence] if extent.sentence is not None else []
     if say is not None:
         for sentence in said:

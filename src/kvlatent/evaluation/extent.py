@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..estimate import DEFAULT_SECONDS, affordable, assumed_speed, forward_operations
+from ..estimate import DEFAULT_SECONDS, affordable, assumed_speed, forward_operations, listed
 from .needle import DEPTHS as NEEDLE_DEPTHS
 from .shuffling import AFTER, DEPTHS, SPANS
 
@@ -153,22 +153,18 @@ def _told(name: str, settings: Settings | None, full: Settings | None) -> str:
     assert full is not None
     if settings is None:
         return f"{name} left out"
-    parts = [
-        f"{_listed(value)} of {_listed(full[key])} {_UNITS[key]}"
-        for key, value in settings.items()
-        if value != full[key]
-    ]
+    parts = []
+    for key, value in settings.items():
+        if isinstance(value, list) and value != full[key]:
+            parts.append(f"{key} of {listed(value)} tokens, not {listed(full[key])}")
+        elif value != full[key]:
+            parts.append(f"{value:,} of {full[key]:,} {_UNITS[key]}")
     return f"{name}: {', '.join(parts)}"
-
-
-def _listed(value: int | list[int]) -> str:
-    return f"{value:,}" if isinstance(value, int) else " and ".join(f"{each:,}" for each in value)
 
 
 _UNITS = {
     "max_tokens": "tokens",
     "blocks": "blocks",
-    "contexts": "tokens of context",
     "length": "tokens a window",
     "trials": "trials",
 }
