@@ -186,9 +186,11 @@ def test_a_model_against_itself(pair):
 def test_progress_counts_every_run(pair):
     seen = []
     bench(pair[1], caches=("dynamic",), progress=lambda *step: seen.append(step), **QUICK)
-    assert [step[1] for step in seen] == list(range(1, 21))
-    assert {step[2] for step in seen} == {20}
-    assert seen[-1] == ("measure", 20, 20, "batch 2, context 21")
+    total = 5 * 3 * (8 + 2 + 21 + 2)  # tokens of five runs, of one sequence and of two
+    assert seen[0] == ("load", 0, 0, "") and {step[2] for step in seen[1:]} == {total}
+    first = [step[1] for step in seen[1:] if step[3] == "batch 1, context 8"]
+    assert first == list(range(0, 51, 10))  # before the first run already
+    assert seen[-1] == ("measure", total, total, "batch 2, context 21")
 
 
 def test_the_models_come_back_as_they_were(pair):

@@ -61,6 +61,19 @@ def mean_of(grid):
     return statistics.fmean(value for row in grid for value in row)
 
 
+def test_progress_comes_before_every_file_and_section(tmp_path):
+    paths = [write(tmp_path / f"{index}.json", evaluation()) for index in range(3)]
+    told = []
+    report(paths, tmp_path / "page.html", progress=lambda *event: told.append(event))
+    steps = {
+        step: [event[1:3] for event in told if event[0] == step] for step in ("read the results", "draw")
+    }
+    assert steps["read the results"] == [(0, 3), (1, 3), (2, 3)]
+    drawn, total = zip(*steps["draw"], strict=True)
+    assert list(drawn) == list(range(total[0] + 1)) and set(total) == {total[0]}
+    assert len(told) == 3 + len(drawn)
+
+
 def test_says_what_it_used(whole):
     _, said = whole
     kinds = [one["kind"] for one in said["used"]]

@@ -242,19 +242,19 @@ def test_a_batch_size_reaches_every_check(place, measured, monkeypatch, size):
 
     for name in ("window", "fidelity", "needle", "order", "tasks"):
         monkeypatch.setattr(door, f"check_{name}", watch(name))
-    text = door.Text(place / "text.txt", None, "text", place / "unused", None)
+    text = door.Text(place / "text.txt", None, "text", place / "unused")
     models = {"latent": load_model(place / "latent"), "original": load_model(place / "model")}
     given = dict.fromkeys(door._USERS) | {"batch_size": size}
-    options = door.options_of(models, given, None, 0)
+    extent, options = door.options_of(models, given, CHECKS, seed=0)
     tokenizer = load_tokenizer(place / "model", models["original"].config)
-    door.check_all(CHECKS, ["a"], models, tokenizer, text, options)
+    door.check_all(CHECKS, ["a"], models, tokenizer, text, options, extent)
     assert seen == {name: {size} for name in ("window", "fidelity", "needle", "order", "tasks")}
     calls = {}
     for name in ("needle", "order", "fidelity", "run_tasks"):
         monkeypatch.setattr(
             standard, name, lambda *_, name=name, **o: calls.update({name: o}) or {"tasks": {}}
         )
-    bench = standard._Bench(models, tokenizer, text, options, None)
+    bench = standard._Bench(models, tokenizer, text, options, extent, None)
     for name in ("needle", "order", "fidelity"):
         getattr(bench, name)()
     bench.tasks(["a"])

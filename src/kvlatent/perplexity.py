@@ -57,6 +57,8 @@ def perplexity(
     counts: list[int] = []
     training = model.training
     model.eval()
+    if progress is not None:
+        progress(0, len(blocks))
     try:
         for first in range(0, len(blocks), batch_size):
             columns = blocks[first : first + batch_size]

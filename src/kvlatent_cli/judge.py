@@ -50,13 +50,17 @@ def evaluate(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens scored for perplexity; by default all of --data, 50,000 of the standard library.",
+            help="Tokens scored for perplexity; by default all of --data, of the standard library 50,000 or, of a "
+            "large model, fewer.",
             metavar="N",
         ),
     ] = None,
     contexts: Annotated[
         str | None,
-        typer.Option(help="Contexts of the needle; 128 and the model's own by default.", metavar="N,..."),
+        typer.Option(
+            help="Contexts of the needle; by default 128 and as much of the model's own as two minutes hold.",
+            metavar="N,...",
+        ),
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="A needle in words, with {key} and {value}.", metavar="TEXT")
@@ -96,22 +100,18 @@ def evaluate(
             device=choose_device(device),
             dtype=dtype,
             progress=run.report,
+            say=run.say,
         )
         given: dict[str, Any] = {
             "data": data and spoken_name(data),
             "against": against and spoken_name(against),
             "checks": checks,
-            "tasks": tasks,
         }
-        given |= {"include_path": include_path, "limit": limit, "block_size": block_size, "stride": stride}
-        given |= {
-            "batch_size": batch_size,
-            "max_tokens": max_tokens,
-            "contexts": contexts,
-            "template": template,
-        }
-        given |= {"separator": separator, "text_field": text_field, "device": device, "dtype": dtype}
-        document["record"]["command"] = command_line("eval", directory, given | {"seed": seed or 0})
+        given |= {"tasks": tasks, "include_path": include_path, "limit": limit, "block_size": block_size}
+        given |= {"stride": stride, "batch_size": batch_size, "max_tokens": max_tokens, "contexts": contexts}
+        given |= {"template": template, "separator": separator, "text_field": text_field, "device": device}
+        given |= {"dtype": dtype, "seed": seed or 0}
+        document["record"]["command"] = command_line("eval", directory, given)
         run.show(document, *evaluation_tables(document))
 
 
@@ -121,15 +121,19 @@ def bench(
     contexts: Annotated[str | None, typer.Option(help="Prompt lengths.", metavar="N,...")] = None,
     batches: Annotated[str, typer.Option(help="Sequences at once.", metavar="N,...")] = "1",
     caches: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Of dynamic, static, quantized-int4, quantized-int2, quantized-fp8, quantized-int8-hqq, "
-            "quantized-int4-hqq, quantized-int2-hqq.",
+            "quantized-int4-hqq, quantized-int2-hqq; by default dynamic and, where it works, quantized-int4.",
             metavar="NAME,...",
         ),
-    ] = "dynamic,quantized-int4",
-    new_tokens: Annotated[int, typer.Option(help="Tokens added to a prompt.", metavar="N")] = 16,
-    repeats: Annotated[int, typer.Option(help="Timed rounds; 3 or more.", metavar="N")] = 5,
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens added to a prompt; 16 by default.", metavar="N")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed rounds, 3 or more; 5 by default.", metavar="N")
+    ] = None,
     memory: o.Memory = None,
     attention: Annotated[
         str | None,
@@ -153,7 +157,7 @@ def bench(
             against,
             batches=o.numbers("batches", batches),
             contexts=None if contexts is None else o.numbers("contexts", contexts),
-            caches=o.names(caches),
+            caches=None if caches is None else o.names(caches),
             new_tokens=new_tokens,
             repeats=repeats,
             memory=o.bytes_of(memory),
@@ -163,6 +167,7 @@ def bench(
             device=choose_device(device),
             dtype=dtype,
             progress=run.report,
+            say=run.say,
         )
         given: dict[str, Any] = {
             "against": against and spoken_name(against),
@@ -243,6 +248,6 @@ def report(
     with session(as_json) as run:
         from kvlatent.report import report as work
 
-        document = work(paths, out, overwrite=overwrite)
+        document = work(paths, out, overwrite=overwrite, progress=run.report)
         lines = [f"skipped {each['file']}: {each['reason']}" for each in document["skipped"]]
         run.show(document, *lines, f"{len(document['used'])} results in {out}")

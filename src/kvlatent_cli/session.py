@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Generator
@@ -34,8 +35,9 @@ _DISK_SIGNS = (
     "I/O error",
 )
 _CHATTY = ("huggingface_hub", "httpx", "httpx2", "httpcore", "urllib3", "fsspec")
+_START = "start"  # the step before a command's first: its imports, and what has no progress
 _SHOWN_AFTER_S = 2.0
-_LINE_EVERY_S = 15.0
+_FIRST_LINE_AFTER_S, _LINE_EVERY_S = 2.5, 15.0
 
 
 @contextlib.contextmanager
@@ -44,10 +46,11 @@ def session(as_json: bool = False) -> Generator[Session]:
     stdout = sys.stdout
     current = Session(as_json, answer_console(stdout))
     try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), current.progress:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), current.shown():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", module="kvlatent")  # our own; a library's are not for users
-            warnings.showwarning = current.say_warning
+            warnings.showwarning = current.say_warning  # ty: ignore[invalid-assignment]
+            current.report(_START, 0, 0, "loading libraries")  # which can take longer than their work
             _silence()
             yield current
             current.close()
@@ -77,34 +80,68 @@ class Session:
         self.as_json, self.console = as_json, console
         self.answer: list[Any] = []
         self.progress = progress_bar()
-        self._step, self._since, self._note, self._task = "", time.monotonic(), "", None
-        self._first, self._said = 0, self._since
+        self._lock = threading.RLock()  # the step's state is read by a thread beside the work
+        self._step, self._note, self._task = "", "", None
+        self._done = self._total = self._first = 0
+        self._since = self._measured = self._reported = time.monotonic()
+        self._speaks_at = self._since + _FIRST_LINE_AFTER_S
+
+    @contextlib.contextmanager
+    def shown(self) -> Generator[None]:
+        """Keep the progress in sight while the work is silent: one forward pass, or an import, can take minutes."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                self._show_progress()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        with self.progress:
+            watcher.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                watcher.join()
 
     def report(self, step: str, done: int, total: int, note: str) -> None:
         """Show how far a step is: a bar in a terminal, elsewhere a line now and then and at its end."""
-        if step != self._step:
-            self.close()
-            self._step, self._since, self._first = step, time.monotonic(), done
-            self._said = self._since
-            self._task = self.progress.add_task(step, total=total or None, note=note)
-        self._note = note
-        if self._task is not None:
-            self.progress.update(self._task, completed=done, total=total or None, note=note)
-        if self.progress.disable and time.monotonic() - self._said >= _LINE_EVERY_S:
-            self._said = time.monotonic()
-            self.say(self._line(done, total))
+        with self._lock:
+            now = time.monotonic()
+            if step != self._step:
+                self.close()
+                self._step, self._since, self._total = step, now, -1
+                self._task = self.progress.add_task(step, total=total or None, note=note, left="")
+            if total != self._total or done < self._done:  # the pace is that of the part that is counted now
+                self._total, self._first, self._measured = total, done, now
+            self._done, self._note, self._reported = done, note, now
+            self._show_progress()
 
-    def _line(self, done: int, total: int) -> str:
-        """How far the step is: done of total, note, and the time left at the pace since its first report."""
-        parts = [f"{done:,}/{total:,}"] if total else []
-        parts += [self._note] if self._note else []
-        if total and done > self._first:
-            left = (time.monotonic() - self._since) * (total - done) / (done - self._first)
-            parts.append(f"about {duration(left)} left")
+    def _show_progress(self) -> None:
+        with self._lock:
+            if self._task is not None:
+                counts: dict[str, Any] = {"completed": self._done, "total": self._total or None}
+                self.progress.update(self._task, **counts, note=self._note, left=self._left())
+            if self.progress.disable and self._step and time.monotonic() >= self._speaks_at:
+                self.say(self._line())
+
+    def _line(self) -> str:
+        """How far the step is: done of total, note, and the time left."""
+        parts = [f"{self._done:,}/{self._total:,}"] if self._total else []
+        parts += [part for part in (self._note, self._left()) if part]
         return f"{self._step}: {', '.join(parts) or 'at work'}"
+
+    def _left(self) -> str:
+        """The time left of the step, at its pace since its first report with this total; "" before anything is done."""
+        more = self._done - self._first
+        if self._total <= 0 or more <= 0:
+            return ""
+        left = (self._reported - self._measured) * (self._total - self._done) / more
+        return f"about {duration(max(0.0, left - (time.monotonic() - self._reported)))} left"
 
     def say(self, text: str) -> None:
         """A line for people, on stderr."""
+        self._speaks_at = time.monotonic() + _LINE_EVERY_S
         self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def say_warning(self, message: Warning | str, *_: Any, **__: Any) -> None:
@@ -127,12 +164,13 @@ class Session:
 
     def close(self) -> None:
         """End the current step."""
-        elapsed = time.monotonic() - self._since
-        if self._task is not None:
-            self.progress.remove_task(self._task)
-        if self._step and elapsed > _SHOWN_AFTER_S:
-            self.say(f"{self._step}: {elapsed:.0f} s" + (f", {self._note}" if self._note else ""))
-        self._step, self._task = "", None
+        with self._lock:
+            elapsed = time.monotonic() - self._since
+            if self._task is not None:
+                self.progress.remove_task(self._task)
+            if self._step not in ("", _START) and elapsed > _SHOWN_AFTER_S:
+                self.say(f"{self._step}: {elapsed:.0f} s" + (f", {self._note}" if self._note else ""))
+            self._step, self._task = "", None
 
 
 def sentence_of(error: BaseException) -> str | None:

@@ -11,7 +11,7 @@ import sys
 from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 __all__ = ["answer_console", "print_table", "progress_bar"]
@@ -53,7 +53,7 @@ def progress_bar() -> Progress:
         BarColumn(bar_width=24),
         MofNCompleteColumn(table_column=_folding()),
         TextColumn("{task.fields[note]}", table_column=_folding()),
-        TimeRemainingColumn(table_column=_folding()),
+        TextColumn("{task.fields[left]}", table_column=_folding()),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     )

@@ -9,13 +9,11 @@ from transformers import PreTrainedModel
 from ..sources import Source as Model
 from ..sources import opened
 
-__all__ = ["CONTEXTS", "Model", "check_numbers", "contexts_for", "loaded"]
-
-CONTEXTS = (256, 1024, 4096)
+__all__ = ["Model", "check_context", "check_numbers", "context_limit", "loaded"]
 
 
 def check_numbers(
-    batches: Sequence[int], contexts: Sequence[int] | None, new_tokens: int, repeats: int
+    batches: Sequence[int], contexts: Sequence[int] | None, new_tokens: int | None, repeats: int | None
 ) -> None:
     """Raise `ValueError` for sizes that make no sense whatever the model."""
     for name, values in (("batches", batches), ("contexts", (1,) if contexts is None else contexts)):
@@ -27,9 +25,9 @@ def check_numbers(
             raise ValueError(
                 f"{name} are measured once each: got {', '.join(map(str, values))}; name each once"
             )
-    if new_tokens < 1:
+    if new_tokens is not None and new_tokens < 1:
         raise ValueError(f"decoding adds 1 token or more: got new_tokens={new_tokens}; try 16")
-    if repeats < 3:
+    if repeats is not None and repeats < 3:
         raise ValueError(f"a median with quartiles needs 3 rounds or more: got repeats={repeats}; try 5")
 
 
@@ -59,22 +57,16 @@ _ADVICE = {
 }
 
 
-def contexts_for(
-    contexts: Sequence[int] | None, new_tokens: int, models: dict[str, PreTrainedModel]
-) -> list[int]:
-    """Prompt lengths, known to leave room for the added tokens.
-
-    Raises:
-        ValueError: one does not.
-    """
+def context_limit(models: dict[str, PreTrainedModel]) -> int | None:
+    """The shortest context of the models; None where their configs name none."""
     limits = [getattr(each.config, "max_position_embeddings", None) for each in models.values()]
-    limit = min((limit for limit in limits if limit is not None), default=None)
-    if contexts is None:
-        room = max(CONTEXTS) if limit is None else max(1, limit - new_tokens)
-        contexts = sorted({min(context, room) for context in CONTEXTS})
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def check_context(contexts: Sequence[int], new_tokens: int, limit: int | None) -> None:
+    """Raise `ValueError` unless the longest prompt leaves room for the added tokens."""
     if limit is not None and max(contexts) + new_tokens > limit:
         raise ValueError(
             f"prompt and added tokens must fit the model's context of {limit} tokens: got {max(contexts)} + "
             f"{new_tokens}; give contexts of {max(limit - new_tokens, 1)} or less, or fewer new tokens"
         )
-    return list(contexts)

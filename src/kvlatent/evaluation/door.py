@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .extent import CAUSALITY_TOKENS, Extent, extent_of
 from .fidelity import check_fidelity
 from .needle import check_needle
 from .reading import Text
@@ -35,12 +36,6 @@ _USERS = {
     "include_path": ("tasks",),
 }
 _WINDOW = 512
-_SHORT_CONTEXT = (
-    128  # of the needle, beside the longest: both checks of position then take a minute, not five
-)
-_NEEDLE_TRIALS = 8
-_SPAN_WINDOW, _SPAN_TRIALS = 256, 16
-_CAUSALITY_TOKENS = 32
 _LARGEST_SEED = 2**32 - 1  # NumPy's, which lm-eval sets
 
 
@@ -88,13 +83,19 @@ def checks_of(
 
 
 def options_of(
-    models: Mapping[str, Any], given: Mapping[str, Any], max_tokens: int | None, seed: int
-) -> dict[str, dict[str, Any]]:
-    """The arguments of every check, the same for all models.
+    models: Mapping[str, Any],
+    given: Mapping[str, Any],
+    checks: Sequence[str],
+    *,
+    seed: int,
+    optional: bool = False,
+) -> tuple[Extent, dict[str, dict[str, Any]]]:
+    """How much is measured, and the arguments of every check, the same for all models.
 
     Args:
         given: see `checks_of`.
-        max_tokens: of perplexity.
+        checks: to run.
+        optional: see `extent_of`, which may leave some of them out.
 
     Raises:
         ValueError: a window beyond a model's context, no batch, or no seed.
@@ -103,7 +104,7 @@ def options_of(
         raise ValueError(f"a seed is between 0 and {_LARGEST_SEED}: got {seed}; try 0")
     found = [context_limit(model.config) for model in models.values()]
     limit = min((each for each in found if each is not None), default=None)
-    size, contexts, common = given["block_size"], given["contexts"], {"seed": seed}
+    size, common = given["block_size"], {"seed": seed}
     if size is None:
         size = min(_WINDOW, limit or _WINDOW)
     elif size < 2 or (limit is not None and size > limit):
@@ -112,19 +113,19 @@ def options_of(
             f"a window has 2 tokens or more, and no more than the model's context: got --block-size {size}{context}; "
             f"give {min(_WINDOW, limit or _WINDOW)}, or leave it out"
         )
-    if contexts is None and limit is not None:
-        contexts = sorted({min(_SHORT_CONTEXT, limit), limit})
+    extent = extent_of(list(models.values()), checks, given, window=size, limit=limit, optional=optional)
+    measured = {name: dict(extent.measured.get(name, {})) for name in CHECKS}
+    measured["fidelity"].pop("blocks", None)  # of the text, which is made before
     batch = {}
     if given["batch_size"] is not None:
         batch = {"batch_size": given["batch_size"]}
         check_counts(batch_size=(given["batch_size"], 1))
-    return {
-        "perplexity": {"window": size, "stride": given["stride"], "max_tokens": max_tokens} | batch,
-        "fidelity": common | batch,
-        "needle": {"contexts": contexts, "template": given["template"], "trials": _NEEDLE_TRIALS, **common}
-        | batch,
-        "order": {"length": min(_SPAN_WINDOW, size), "trials": _SPAN_TRIALS, **common} | batch,
-        "causality": {"length": min(_CAUSALITY_TOKENS, limit or _CAUSALITY_TOKENS)} | common,
+    return extent, {
+        "perplexity": {"window": size, "stride": given["stride"]} | measured["perplexity"] | batch,
+        "fidelity": measured["fidelity"] | common | batch,
+        "needle": {"template": given["template"]} | measured["needle"] | common | batch,
+        "order": measured["order"] | common | batch,
+        "causality": {"length": min(CAUSALITY_TOKENS, limit or CAUSALITY_TOKENS)} | common,
         "tasks": {"include_path": given["include_path"], "limit": given["limit"], **common} | batch,
     }
 
@@ -136,6 +137,7 @@ def check_all(
     tokenizer: Any,
     text: Text,
     options: Mapping[str, dict[str, Any]],
+    extent: Extent,
 ) -> None:
     """Raise, before any model runs, what the checks `measured` and the tasks would raise for their arguments.
 
@@ -154,7 +156,8 @@ def check_all(
             check_order(config, text.documents, tokenizer, **options["order"])
     if "fidelity" in measured:
         check_fidelity(models["original"], models["latent"], **options["fidelity"])
-        text.blocks(tokenizer, models["latent"].config.vocab_size, options["perplexity"]["window"])
+        size, number = options["perplexity"]["window"], extent.measured["fidelity"]["blocks"]
+        text.blocks(tokenizer, models["latent"].config.vocab_size, size, number)
     if tasks:
         shortest = min(configs, key=lambda config: context_limit(config) or 0)
         check_tasks(shortest, tokenizer, tasks, **options["tasks"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
+from ..estimate import rows_at_once
 from ..hub import check_block_size
 from ..perplexity import ratio_error
 from ..sources import check_same_vocabulary
@@ -23,6 +24,7 @@ from .sequences import check_counts
 
 __all__ = ["check_fidelity", "fidelity"]
 
+_MOST_BLOCKS = 4
 _CHUNK_TOKENS = 256  # logits of both models are held for that many tokens
 
 
@@ -32,7 +34,7 @@ def fidelity(
     latent: PreTrainedModel,
     blocks: Any,
     *,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     rows: int = 64,
     seed: int = 0,
     layers: bool = True,
@@ -50,7 +52,7 @@ def fidelity(
             were.
         blocks: `[i : j]` has input_ids, position_ids and labels, [j - i, T]; positions that restart separate
             documents.
-        batch_size: blocks a step.
+        batch_size: blocks a step; None takes 4, fewer of a large model.
         rows: query rows sampled a block, the same of both models and in all layers.
         seed: of the sampling.
         layers: compare layer by layer, which runs the original as its full-width latent twin. Without, any two causal
@@ -70,6 +72,9 @@ def fidelity(
     """
     check_fidelity(original, latent, batch_size=batch_size, rows=rows, seed=seed, layers=layers)
     pair = (as_latent(original), as_latent(latent)) if layers else (original, latent)
+    if batch_size is None:
+        longest = max(map(len, blocks[0:1]["input_ids"]), default=1)
+        batch_size = rows_at_once(original, longest, _MOST_BLOCKS, scored=True)
     sums = [LayerSums() for _ in pair[0].model.layers] if layers else []
     generator = torch.Generator().manual_seed(seed)
     divergences: list[float] = []
@@ -79,6 +84,8 @@ def fidelity(
         for model in pair:
             modes.callback(model.train, model.training)
             model.eval()
+        if progress is not None:
+            progress(0, len(blocks))
         for ids, positions, labels in _batches(blocks, batch_size, original.device):
             check_block_size(original.config, ids.shape[1])
             if layers:
@@ -110,11 +117,17 @@ def fidelity(
 
 
 def check_fidelity(
-    original: Any, latent: Any, *, batch_size: int = 4, rows: int = 64, seed: int = 0, layers: bool = True
+    original: Any,
+    latent: Any,
+    *,
+    batch_size: int | None = None,
+    rows: int = 64,
+    seed: int = 0,
+    layers: bool = True,
 ) -> None:
     """Raise what `fidelity`, which has the same arguments, raises before anything runs."""
     check_counts(seed=(seed, 0))
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one block: got batch_size={batch_size}; try 4")
     if rows < 1:
         raise ValueError(f"attention is compared on at least 1 query row a block: got rows={rows}; try 64")

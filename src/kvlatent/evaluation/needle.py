@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..estimate import rows_at_once
 from .haystack import Needle, generated_text, planted_rows, random_needles, written_needles
 from .sequences import (
     at_the_ends,
@@ -35,6 +36,7 @@ __all__ = ["check_needle", "default_contexts", "needle", "needle_drop"]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 _SHORTEST = 128
+_MOST_ROWS = 8
 _HAYSTACKS = 16  # so many contexts of a text are looked at, whatever other contexts are measured
 _SETTINGS = ("contexts", "depths", "trials", "needle_tokens", "cue_tokens", "template", "seed")
 
@@ -57,7 +59,7 @@ def needle(
     cue_tokens: int = 4,
     template: str | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """How well a model finds a needle, by context length and depth.
@@ -75,7 +77,8 @@ def needle(
         needle_tokens: tokens to be reproduced; with a template, decimal digits.
         cue_tokens: tokens before them, which the question repeats; a template has its own.
         template: a needle in words, such as "The magic number for {key} is {value}."; up to {value} it is the question.
-        progress: called with the sequences done and their number.
+        batch_size: sequences read together; None takes 8, fewer where the context is long or the model large.
+        progress: called with the tokens of all sequences done, and of all that there are.
 
     Returns:
         {"contexts", "depths", "exact": [[...]] share of trials with the whole value reproduced, contexts x depths,
@@ -93,13 +96,17 @@ def needle(
     lead = leading_ids(tokenizer)
     source = generated_text(2 * max(lengths), seed) if haystack is None else haystack
     stream = token_stream(source, tokenizer, _HAYSTACKS * max(lengths))
-    advance = counter(progress, len(lengths) * len(depths) * trials)
+    advance = counter(progress, sum(lengths) * len(depths) * trials)
 
     keep = max(len(one.value) for one in needles)
     exact, rank = (np.empty((len(lengths), len(depths), trials)) for _ in range(2))
     for place, context in enumerate(lengths):
         rows = planted_rows(needles, stream[: _HAYSTACKS * context], lead, context, depths, seed)
-        found = at_the_ends(model, rows, keep, _hits_and_ranks, batch_size=batch_size, advance=advance)
+        at_once = batch_size or rows_at_once(model, context, _MOST_ROWS)
+        found = at_the_ends(
+            model, rows, keep, _hits_and_ranks, batch_size=at_once,
+            advance=lambda done, context=context: advance(done * context),
+        )  # fmt: skip
         for index, (hits, ranks) in enumerate(found):
             trial, depth = divmod(index, len(depths))
             answer = slice(keep - len(needles[trial].value), keep)
@@ -130,12 +137,12 @@ def check_needle(
     cue_tokens: int = 4,
     template: str | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> tuple[list[int], list[Needle]]:
     """The contexts and the needles of `needle`, which has the same arguments; raises what it raises, text aside."""
     lengths = _lengths(config, contexts, depths)
     check_counts(trials=(trials, 1), needle_tokens=(needle_tokens, 1))
-    check_counts(batch_size=(batch_size, 1), seed=(seed, 0))
+    check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
     if template is None:
         needles = random_needles(tokenizer, config.vocab_size, trials, needle_tokens, cue_tokens, seed)
     else:

@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..estimate import rows_at_once
 from .sequences import at_the_ends, check_same, counter, mean_and_error
-from .shuffling import DEPTHS, SPANS, check_order
+from .shuffling import AFTER, DEPTHS, SPANS, check_order
 
 __all__ = ["order", "order_drop"]
 
 _SETTINGS = ("spans", "depths", "length", "after", "permutations", "trials", "seed")
 _PARTS = ("margin", "after_margin")
+_MOST_ROWS = 16
 
 
 def order(
@@ -37,11 +39,11 @@ def order(
     spans: Sequence[int] = SPANS,
     depths: Sequence[float] = DEPTHS,
     length: int = 256,
-    after: int = 16,
+    after: int = AFTER,
     trials: int = 32,
     permutations: int = 1,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """How much likelier a model finds the true order of short spans than a shuffled one.
@@ -58,6 +60,7 @@ def order(
         length: tokens of a window.
         after: tokens scored behind the span, 2 or more.
         trials: windows; a short text gives fewer, as the result says.
+        batch_size: sequences read together; None takes 16, fewer of a large model.
         permutations: shuffled orders a span, all different; a span has no more than its tokens allow.
         progress: called with the sequences done and their number.
 
@@ -79,6 +82,7 @@ def order(
         permutations=permutations, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     keep = max(spans) + after
+    batch_size = batch_size or rows_at_once(model, length, _MOST_ROWS)
     advance = counter(progress, sum(len(windows) + len(rows) for rows, _ in plans))
 
     scores = []

@@ -13,12 +13,7 @@ from ..record import spoken_name
 from ..workspace import identity
 from .sliding import read_documents
 
-__all__ = ["STANDARD_TOKENS", "Text"]
-
-STANDARD_TOKENS = 50_000
-"""Tokens scored when no text is given."""
-
-_FIDELITY_BLOCKS = 32
+__all__ = ["Text"]
 
 
 class Text:
@@ -30,12 +25,10 @@ class Text:
         separator: str | None,
         field: str,
         folder: Path,
-        max_tokens: int | None,
         tokenizer: Any = None,
     ) -> None:
         self.source, self.separator, self.field, self.folder = source, separator, field, folder
         self.tokenizer = tokenizer  # its chat template writes conversations
-        self.max_tokens = max_tokens if source is not None or max_tokens is not None else STANDARD_TOKENS
 
     @cached_property
     def documents(self) -> list[str]:
@@ -48,8 +41,8 @@ class Text:
             raise ValueError(f"{Path(self.source).name} holds no text; give a text that can be scored")
         return found
 
-    def blocks(self, tokenizer: Any, vocab_size: int, size: int) -> Any:
-        """Blocks for fidelity, a few of them."""
+    def blocks(self, tokenizer: Any, vocab_size: int, size: int, number: int) -> Any:
+        """Blocks for fidelity, at most so many."""
         source = self.source
         if source is None:
             source = self.folder / "text.jsonl"
@@ -63,7 +56,7 @@ class Text:
             vocab_size=vocab_size,
             separator=self.separator,
             text_field=self.field,
-            max_tokens=_FIDELITY_BLOCKS * size,
+            max_tokens=number * size,
         )
 
     def about(self) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def check_counts(**counts: tuple[int, int]) -> None:
 
 
 def counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    """A function that adds up how many more are done, and tells `progress` the sum and `total`."""
+    """A function that adds up how many more are done, and tells `progress` the sum and `total`, which is told 0 at once."""
     done = 0
 
     def advance(more: int) -> None:
@@ -90,6 +90,7 @@ def counter(progress: Callable[[int, int], None] | None, total: int) -> Callable
         if progress is not None:
             progress(done, total)
 
+    advance(0)
     return advance
 
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from .sequences import check_counts, context_limit, leading_ids, token_stream
 
-__all__ = ["DEPTHS", "SPANS", "check_order"]
+__all__ = ["AFTER", "DEPTHS", "SPANS", "check_order"]
 
 SPANS = (2, 3, 4, 6, 8)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+AFTER = 16
 _WINDOWS = 8  # a text is read up to so many times the tokens that the trials need
 
 
@@ -29,11 +30,11 @@ def check_order(
     spans: Sequence[int] = SPANS,
     depths: Sequence[float] = DEPTHS,
     length: int = 256,
-    after: int = 16,
+    after: int = AFTER,
     trials: int = 32,
     permutations: int = 1,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> tuple[np.ndarray, list[int], list[tuple[np.ndarray, np.ndarray]]]:
     """The trials of `order`, which has the same arguments; raises what it raises before a model runs.
 
@@ -42,7 +43,7 @@ def check_order(
         shuffled, [R, length], with the places of their span and window, [R, 2].
     """
     check_counts(after=(after, 2), trials=(trials, 1), permutations=(permutations, 1))
-    check_counts(batch_size=(batch_size, 1), seed=(seed, 0))
+    check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
     lead = [] if tokenizer is None else leading_ids(tokenizer)
     _check(spans, depths, length, after + max(1, len(lead)), context_limit(config))
     stream = token_stream(text, tokenizer, _WINDOWS * trials * length)

@@ -21,12 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import text
+from ..estimate import rows_at_once
 from ..perplexity import Perplexity, summarise
 from ..stage2 import IGNORED, token_losses
 from ..tokenizer_files import check_token_ids
 from .windows import Window, batches_of, check_window, windows_of
 
 __all__ = ["measure_sliding", "read_documents", "sliding_perplexity"]
+
+_MOST_WINDOWS = 8
 
 
 def sliding_perplexity(
@@ -43,7 +46,7 @@ def measure_sliding(
     *,
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     max_tokens: int | None = None,
     lead: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -56,7 +59,7 @@ def measure_sliding(
         documents: texts, each on its own; none sees another.
         window: tokens read at a time; None takes the model's context, at most 2048.
         stride: tokens by which the window moves on; None takes the window.
-        batch_size: windows read together.
+        batch_size: windows read together; None takes 8, fewer of a large model.
         max_tokens: score no more than the first so many tokens; None scores all.
         lead: the id that predicts a document's first token; None takes the beginning of text, else the end of text.
         progress: called with the tokens scored and their number.
@@ -76,7 +79,8 @@ def measure_sliding(
     )
     streams, size = _encode(tokenizer, documents, _lead(tokenizer, lead), model.config.vocab_size, max_tokens)
     windows = [w for number, ids in enumerate(streams) for w in windows_of(number, len(ids), window, stride)]
-    batches = batches_of(windows, batch_size, model.config)
+    at_once = batch_size or rows_at_once(model, window, _MOST_WINDOWS, scored=True)
+    batches = batches_of(windows, at_once, model.config)
     losses = _losses(model, streams, batches, progress)
     parts = [part for document in losses for part in document.split(window)]
     result = summarise([part.double().sum().item() for part in parts], list(map(len, parts)))
@@ -171,6 +175,8 @@ def _losses(
     losses = [torch.full((len(stream) - 1,), math.nan) for stream in streams]
     done, total, training = 0, sum(map(len, losses)), model.training
     model.eval()
+    if progress is not None:
+        progress(0, total)
     try:
         for batch in batches:
             ids, labels = (part.to(model.device) for part in _padded(streams, batch))

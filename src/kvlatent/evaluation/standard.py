@@ -21,6 +21,7 @@ from ..sources import check_same_vocabulary, named, opened
 from .causality import causality
 from .diagnosis import diagnose
 from .door import CHECKS, check_all, checks_of, options_of
+from .extent import Extent
 from .fidelity import fidelity
 from .needle import needle
 from .order import order
@@ -58,28 +59,33 @@ def standard_evaluation(
     text_field: str = "text",
     seed: int = 0,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model, beside its original when `against` is given, and say what is wrong.
 
-    Everything is checked before the first measurement, and an option that no check would look at is refused.
+    Everything is checked before the first measurement, and an option that no check would look at is refused. What
+    nobody chose is as much as two minutes on two cores hold, by the models' size (see `extent`).
 
     Args:
         model, against: directories, hub ids or loaded models.
         data: a text file or hub data set; None: the standard library text.
         tokenizer: of the text; None takes the model's own (then `model` is a directory or hub id).
-        checks: of `CHECKS`; None takes them all, without `against` all but "fidelity", which needs it.
+        checks: of `CHECKS`; None takes them all, without `against` all but "fidelity", which needs it, and of a very
+            large model those that end in time.
         tasks, include_path, limit: see `tasks.run_tasks`; None runs no task.
         block_size: tokens of a window of perplexity and fidelity, and at most of order; None takes 512, or the
             context where that is shorter.
         stride: see `sliding.measure_sliding`.
         batch_size: sequences at a time, in every check; None takes each check's own.
         max_tokens: of perplexity alone, so many tokens are scored; None scores all of `data`, of the standard library
-            text `reading.STANDARD_TOKENS`.
-        contexts, template: see `needle.needle`; by default 128 tokens and the model's context.
+            text 50,000, of a large model fewer.
+        contexts, template: see `needle.needle`; by default 128 tokens and the model's context, or what of it is
+            read in time.
         dtype, device: to load with.
         separator, text_field: how `data` splits into documents.
         seed: of everything random.
-        progress: called with a step's name, what is done, of how much, and a note.
+        progress: called with a step's name, what is done, of how much, and a note; at every step's begin already.
+        say: called with a sentence where less is measured than of a small model.
 
     Returns:
         {"kind": "evaluation", "model", "original", "figures": {"latent", "original", "ratio", "ratio_standard_error",
@@ -97,25 +103,32 @@ def standard_evaluation(
     }
     given |= {"max_tokens": max_tokens, "contexts": contexts, "template": template}
     given |= {"limit": limit, "include_path": include_path}
-    chosen = checks_of(checks, tasks, against is not None, given)
+    wanted = checks_of(checks, tasks, against is not None, given)
     start = time.perf_counter()
+    if progress is not None:
+        progress("load", 0, 0, "")
     models = {"latent": opened(model, dtype, device)}
     if against is not None:
         models["original"] = opened(against, dtype, device)
         check_same_vocabulary(models["latent"], models["original"])
     tokenizer = tokenizer or _tokenizer(model, models["latent"])
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
-        text = Text(data, separator, text_field, Path(folder), max_tokens, tokenizer)
-        options = options_of(models, given, text.max_tokens, seed)
-        check_all(chosen, tasks, models, tokenizer, text, options)
-        bench = _Bench(models, tokenizer, text, options, progress)
-        for name in [name for name in CHECKS if name in chosen]:
+        text = Text(data, separator, text_field, Path(folder), tokenizer)
+        extent, options = options_of(models, given, wanted, seed=seed, optional=checks is None)
+        if progress is not None:
+            progress("read the text", 0, 0, "")
+        check_all(list(extent.measured), tasks, models, tokenizer, text, options, extent)
+        if say is not None and extent.sentence is not None:
+            say(extent.sentence)
+        bench = _Bench(models, tokenizer, text, options, extent, progress)
+        for name in [name for name in CHECKS if name in extent.measured]:
             getattr(bench, name)()
         if tasks:
             bench.tasks(tasks)
     sources = {"latent": model, "original": against}
     about = {role: _about(each, sources[role]) for role, each in models.items()}
     record = environment(models["latent"].device.type) | {"seed": seed, "text": text.about()}
+    record["extent"] = extent.about()
     return {
         "kind": "evaluation",
         "model": about["latent"],
@@ -135,10 +148,11 @@ class _Bench:
         tokenizer: Any,
         text: Text,
         options: dict[str, dict[str, Any]],
+        extent: Extent,
         progress: Progress | None,
     ) -> None:
         self.models, self.tokenizer, self.text, self.options = models, tokenizer, text, options
-        self.progress = progress
+        self.extent, self.progress = extent, progress
         self.figures: dict[str, Any] = {role: {} for role in models}
 
     def perplexity(self) -> None:
@@ -161,11 +175,11 @@ class _Bench:
 
     def fidelity(self) -> None:
         """Distance of the latent model from its original."""
-        blocks = self.text.blocks(
-            self.tokenizer, self.models["latent"].config.vocab_size, self.options["perplexity"]["window"]
-        )
-        pair = [self.models[role] for role in ("original", "latent")]
         report = self._report("fidelity")
+        number = self.extent.measured["fidelity"]["blocks"]
+        rows = self.models["latent"].config.vocab_size
+        blocks = self.text.blocks(self.tokenizer, rows, self.options["perplexity"]["window"], number)
+        pair = [self.models[role] for role in ("original", "latent")]
         self.figures["fidelity"] = fidelity(*pair, blocks, progress=report, **self.options["fidelity"])
 
     def needle(self) -> None:
@@ -187,6 +201,7 @@ class _Bench:
     def causality(self) -> None:
         """Whether each looks ahead."""
         for role, model in self.models.items():
+            self._report(f"causality, {role}")
             self.figures[role]["causality"] = causality(model, **self.options["causality"])
 
     def tasks(self, names: Sequence[str]) -> None:
@@ -200,8 +215,12 @@ class _Bench:
             self.figures["tasks"] = compare_tasks(*pair)
 
     def _report(self, step: str) -> Callable[[int, int], None] | None:
+        """What a check calls; the step is told at once, before it has read its text."""
         report = self.progress
-        return None if report is None else lambda done, total: report(step, done, total, "")
+        if report is None:
+            return None
+        report(step, 0, 0, "")
+        return lambda done, total: report(step, done, total, "")
 
 
 def _tokenizer(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -32,7 +32,7 @@ def check_window(
     *,
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     max_tokens: int | None = None,
 ) -> tuple[int, int]:
     """Window and stride of `measure_sliding`, which has the same arguments; raises what it raises, text aside."""
@@ -50,7 +50,7 @@ def check_window(
         raise ValueError(
             f"the stride is between 1 and the window: got stride={stride}, window={window}; use {window} or less"
         )
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"a batch holds at least one window: got batch_size={batch_size}; try 8")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is at least 1: got {max_tokens}; leave it out to score all of the text")

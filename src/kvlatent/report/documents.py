@@ -7,7 +7,7 @@ that was given; no path of the machine appears.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,16 @@ class Documents:
         return (names[0] if names else None), (prints[0] if prints else None)
 
 
-def read_documents(paths: Sequence[str | Path]) -> Documents:
+def read_documents(
+    paths: Sequence[str | Path], progress: Callable[[int, int], None] | None = None
+) -> Documents:
     """Read files and folders of results.
 
     Args:
         paths: a file is read whatever its name. A folder is searched for .json and metrics.jsonl at any depth; of a
             checkpoint in it only the record of its making is read. Hidden files and unfinished work (`*.partial`, the
             `work` of a study) are passed over.
+        progress: called with the files read and their number.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -75,7 +78,10 @@ def read_documents(paths: Sequence[str | Path]) -> Documents:
     """
     documents = Documents()
     cells: dict[tuple[str, str, str], str] = {}
-    for path, name in _files(paths):
+    files = list(_files(paths))
+    for number, (path, name) in enumerate(files):
+        if progress is not None:
+            progress(number, len(files))
         try:
             document = _journal(path, name) if path.suffix == ".jsonl" else _document(path, name)
             if document.kind == "study":

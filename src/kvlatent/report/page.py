@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -25,10 +25,18 @@ from .studies import studies
 
 __all__ = ["report"]
 
+Progress = Callable[[str, int, int, str], None]
+
 _MARK = '<meta name="generator" content="kvlatent report">'
 
 
-def report(paths: Sequence[str | Path], out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def report(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Write one self-contained HTML page from result files.
 
     The page needs no network and no script. It is written whole or not at all; an earlier report in its place is
@@ -39,6 +47,7 @@ def report(paths: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
             benchmarks wrote.
         out: the HTML file.
         overwrite: replace `out` even if it is no report.
+        progress: called with a step's name, files or sections done, their number, and a note.
 
     Returns:
         A JSON-able dict: `out`, `model`, `sections` (titles), `used` (`file` and `kind`), `skipped` (`file` and
@@ -52,8 +61,9 @@ def report(paths: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
     out = Path(out)
     _check_out(out, overwrite, paths)
     check_libraries()
-    documents = read_documents(paths)
-    sections = _sections(documents)
+    tell = progress or _silent
+    documents = read_documents(paths, lambda done, total: tell("read the results", done, total, ""))
+    sections = _sections(documents, tell)
     html = _rendered(documents, sections)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda file: file.write_text(html, encoding="utf-8"))
@@ -64,6 +74,10 @@ def report(paths: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
         "used": [{"file": one.name, "kind": one.kind} for one in documents.found],
         "skipped": [{"file": name, "reason": reason} for name, reason in documents.skipped],
     }
+
+
+def _silent(step: str, done: int, total: int, note: str) -> None:
+    """For nobody who waits."""
 
 
 def _check_out(out: Path, overwrite: bool, paths: Sequence[str | Path]) -> None:
@@ -88,7 +102,7 @@ def _is_report(path: Path) -> bool:
         return _MARK.encode() in file.read(1000)
 
 
-def _sections(documents: Documents) -> list[Section]:
+def _sections(documents: Documents, progress: Progress) -> list[Section]:
     """Sections in reading order: what it is worth, why, how it was made."""
     measured = (
         headline,
@@ -101,8 +115,13 @@ def _sections(documents: Documents) -> list[Section]:
         training,
         attenuation_curves,
     )
-    made = [make(documents) for make in measured]
+    made: list[Section | None] = []
+    for number, make in enumerate(measured):
+        progress("draw", number, len(measured) + 1, make.__name__.replace("_", " "))
+        made.append(make(documents))
+    progress("draw", len(measured), len(measured) + 1, "studies")
     made += [*studies(documents), comparisons(documents)]
+    progress("draw", len(measured) + 1, len(measured) + 1, "")
     return [section for section in made if section is not None]
 
 

@@ -15,6 +15,7 @@ The paper draws the curves and measures no model with either table.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -77,9 +78,14 @@ def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     found = measured(subject, model, progress) | on_the_way
     found |= curve_figures(subject.model.config, latent_config_of(model.config))
     for name, measure in (("order", order_of), ("needle", needle_of)):
-        progress(name, 0, 0, "")
-        original = subject.remembered(f"{name}-original", lambda m=measure: m(subject, subject.model))
-        own = measure(subject, model)
+
+        def report(done: int, total: int, name: str = name) -> None:
+            progress(name, done, total, "")
+
+        original = subject.remembered(
+            f"{name}-original", lambda m=measure, r=report: m(subject, subject.model, r)
+        )
+        own = measure(subject, model, report)
         found |= compared(name, original, own)
     return found
 
@@ -137,17 +143,22 @@ def _curve(table: RotaryTable, positions: Tensor) -> Tensor:
     return attenuation(torch.tensor(table.short, dtype=torch.float64), positions)
 
 
-def order_of(subject: Subject, model: PreTrainedModel) -> dict[str, Any]:
+def order_of(
+    subject: Subject, model: PreTrainedModel, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """Order sensitivity on the reported text."""
     from ..evaluation.order import order
 
     length = min(256, subject.block_size)
     return order(
-        model, _ids(subject), subject.tokenizer, depths=_DEPTHS, length=length, trials=_TRIALS["order"]
-    )
+        model, _ids(subject), subject.tokenizer, depths=_DEPTHS, length=length, trials=_TRIALS["order"],
+        progress=progress,
+    )  # fmt: skip
 
 
-def needle_of(subject: Subject, model: PreTrainedModel) -> dict[str, Any]:
+def needle_of(
+    subject: Subject, model: PreTrainedModel, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """Needle in the reported text, at a quarter of the context and at all of it (4,096 tokens at the most)."""
     from ..evaluation.needle import needle
 
@@ -155,8 +166,9 @@ def needle_of(subject: Subject, model: PreTrainedModel) -> dict[str, Any]:
     contexts = sorted({max(limit // 4, min(limit, 64)), limit})
     trials = _TRIALS["needle"]
     return needle(
-        model, subject.tokenizer, haystack=_ids(subject), contexts=contexts, depths=_DEPTHS, trials=trials
-    )
+        model, subject.tokenizer, haystack=_ids(subject), contexts=contexts, depths=_DEPTHS, trials=trials,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _ids(subject: Subject) -> list[int]:
