@@ -49,7 +49,7 @@ def test_the_sentences_hold_the_figures_and_the_next_step():
         "--data FILE",
     ):
         assert figure in BLIND
-    assert "6,360" in NO_DATA and "--data FILE" in NO_DATA
+    assert "1,388" in NO_DATA and "--data FILE" in NO_DATA
     assert "kvlatent eval OUT --against MODEL" in UNMEASURED and "--data FILE" in UNMEASURED
 
 
