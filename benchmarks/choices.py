@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from kvlatent.conversion import convert
-from kvlatent.data import evaluation_blocks
-from kvlatent.embedded import MODEL_PATH, stdlib_documents
-from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.perplexity import perplexity, perplexity_ratio
-from kvlatent.record import environment
-from kvlatent.workspace import identity
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio
+from kvlatent.jobs.fingerprints import identity
+from kvlatent.jobs.record import environment
+from kvlatent.text.corpus import evaluation_blocks
+from kvlatent.text.standard_library import MODEL_PATH, stdlib_documents
 
 ROWS = {
     "preset paper (stride, frequency-aware, slice, 1/sqrt(d_qk))": {},

@@ -21,13 +21,13 @@ from conversion_costs import COSTS, measure_cost
 from conversion_setting import Setting, source_hash
 from conversion_tables import markdown
 
-from kvlatent.choices import resolve_choices
-from kvlatent.choose import choose
-from kvlatent.conversion import convert
-from kvlatent.perplexity import perplexity, perplexity_ratio
-from kvlatent.planning import plan
-from kvlatent.record import environment
-from kvlatent.workspace import write_text
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio
+from kvlatent.jobs.atomic import write_text
+from kvlatent.jobs.record import environment
+from kvlatent.planning.width_plan import plan
+from kvlatent.selection.choices import resolve_choices
+from kvlatent.selection.latent_config import choose
 
 
 def command(args: argparse.Namespace, cell: str) -> str:

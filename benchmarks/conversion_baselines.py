@@ -2,7 +2,7 @@
 
 Fisher (RAP): sum over the pair's rows of W_Q and W_K of E (gradient x weight)^2. Scores (EliteKV's RoPElite): per head,
 add the pair that most lowers the squared error of the raw logits, every causal position weighing the same. MHA2MLA's
-energy rule is `kvlatent.pairs.strongest_pairs`. Shapes: N query heads, K key-value heads, P channel pairs, T positions.
+energy rule is `kvlatent.selection.pairs.strongest_pairs`. Shapes: N query heads, K key-value heads, P channel pairs, T positions.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kvlatent.assembly import full_width
-from kvlatent.calibration import allowed, pair_layout
-from kvlatent.data import IGNORED
-from kvlatent.families import effective_table
-from kvlatent.rope import apply_rotary
+from kvlatent.model.assembly import full_width
+from kvlatent.model.families import effective_table
+from kvlatent.model.head import IGNORED
+from kvlatent.model.rotary import apply_rotary
+from kvlatent.selection.attention_rows import allowed, pair_layout
 
 Pairs = tuple[tuple[tuple[int, ...], ...], ...]
 

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvlatent.calibration import calibrate
-from kvlatent.conversion import convert
-from kvlatent.hub import load_model
+from kvlatent.checkpoints.load import load_model
+from kvlatent.conversion.convert_model import convert
+from kvlatent.selection.calibrate import calibrate
 
 COSTS = ("cost-seconds", "cost-memory")
 MODES = ("forward", "statistics", "aligned")

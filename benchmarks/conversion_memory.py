@@ -12,8 +12,8 @@ import torch
 from conversion_costs import resident_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvlatent.conversion import convert
-from kvlatent.record import environment
+from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs.record import environment
 
 
 def main() -> None:

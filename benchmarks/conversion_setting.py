@@ -19,13 +19,15 @@ import torch
 from conversion_cells import Cell
 
 import kvlatent
-from kvlatent.calibration import calibrate
-from kvlatent.data import evaluation_blocks, prepare
-from kvlatent.embedded import MODEL_PATH, stdlib_documents
-from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.perplexity import Perplexity, perplexity
-from kvlatent.statistics import Statistics
-from kvlatent.workspace import identity, write_text
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.evaluation.perplexity import Perplexity, perplexity
+from kvlatent.jobs.atomic import write_text
+from kvlatent.jobs.fingerprints import identity
+from kvlatent.selection.calibrate import calibrate
+from kvlatent.selection.statistics import Statistics
+from kvlatent.text.corpus import evaluation_blocks, prepare
+from kvlatent.text.standard_library import MODEL_PATH, stdlib_documents
 
 COLUMNS = ("input_ids", "position_ids", "labels")
 

@@ -17,9 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from kvlatent.conversion import convert
-from kvlatent.hub import load_model, save
-from kvlatent.record import environment
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.save import save
+from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs.record import environment
 from tiny import FAMILIES, HEAD_DIM, logits, padded, tiny_model, tokens
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from kvlatent.rope import attenuation, frequency_aware_exponents, standard_exponents
-from kvlatent.study import summary
+from kvlatent.model.rotary import attenuation, frequency_aware_exponents, standard_exponents
+from kvlatent_lab.study import summary
 
 MODELS = ("embedded", "stories")
 Rows = list[dict[str, Any]]

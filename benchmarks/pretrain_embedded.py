@@ -1,7 +1,7 @@
 """Pretrain the embedded model: a small Llama on the Python standard library, on a CPU, resumable.
 
 Two thirds of the training text are windows of the standard library's source (tests included, the modules
-of ``kvlatent.embedded.HELD_OUT`` left out). One third asks for copying - repeated random strings, strings
+of ``kvlatent.text.standard_library.HELD_OUT`` left out). One third asks for copying - repeated random strings, strings
 planted twice in code, key-value look-ups - because a model whose attention hardly matters would flatter
 every cache compression. Tokens that nothing could predict carry no loss.
 
@@ -42,7 +42,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from kvlatent.embedded import HELD_OUT, MODEL_PATH, copy_accuracy, ordinary_ids, perplexity, stdlib_documents
+from kvlatent.evaluation.checks.copying import copy_accuracy, perplexity
+from kvlatent.evaluation.sequences import ordinary_ids
+from kvlatent.text.standard_library import HELD_OUT, MODEL_PATH, stdlib_documents
 
 CONTEXT = 1024
 VOCABULARY = 2048
@@ -76,7 +78,7 @@ be tried and tested on a trained model without a download. It is of no use as a 
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from kvlatent.embedded import model_path
+from kvlatent.text.standard_library import model_path
 
 model = AutoModelForCausalLM.from_pretrained(model_path())
 tokenizer = AutoTokenizer.from_pretrained(model_path())

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.bench.caches import CACHES, check_caches, make_cache
-from kvlatent.bench.memory import held_bytes
-from kvlatent.evaluation.reading import Text
-from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.output import write_atomically
-from kvlatent.perplexity import Perplexity, perplexity_ratio, summarise
-from kvlatent.record import environment, spoken_name
-from kvlatent.workspace import identity
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.evaluation.perplexity import Perplexity, perplexity_ratio, summarise
+from kvlatent.evaluation.scored_text import Text
+from kvlatent.evaluation.speed.caches import CACHES, check_caches, make_cache
+from kvlatent.evaluation.speed.memory import held_bytes
+from kvlatent.jobs.atomic import write_atomically
+from kvlatent.jobs.fingerprints import identity
+from kvlatent.jobs.record import environment, spoken_name
 
 
 def behind(

@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
-from kvlatent.bench import CACHES, SHAPES, bench, bench_lines, random_pair
-from kvlatent.bench.cells import ATTENTIONS
-from kvlatent.output import write_atomically
+from kvlatent.evaluation.speed.bench_run import bench
+from kvlatent.evaluation.speed.caches import CACHES
+from kvlatent.evaluation.speed.lines import bench_lines
+from kvlatent.evaluation.speed.variants import ATTENTIONS
+from kvlatent.jobs.atomic import write_atomically
+from kvlatent_lab.model_shapes import SHAPES, random_pair
 
 
 def models(args: argparse.Namespace) -> tuple[Any, Any]:

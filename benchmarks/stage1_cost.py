@@ -21,16 +21,17 @@ from pathlib import Path
 
 import torch
 
-from kvlatent.conversion import convert
-from kvlatent.data import evaluation_blocks
-from kvlatent.embedded import model_path
-from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.recipe import Recipe
-from kvlatent.record import environment
-from kvlatent.stage1 import capture, layer_losses
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs.fingerprints import identity
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.record import environment
+from kvlatent.text.corpus import evaluation_blocks
+from kvlatent.text.standard_library import model_path
+from kvlatent.training.layer_loss import capture, layer_losses
 from kvlatent.training.loop import collate
 from kvlatent.training.trainable import prepare_for_training
-from kvlatent.workspace import identity
 
 
 def main() -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from kvlatent.conversion import convert
-from kvlatent.data import evaluation_blocks, prepare
-from kvlatent.evaluation import measure
-from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.recipe import Recipe
-from kvlatent.record import environment
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.quality import measure
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.record import environment
+from kvlatent.text.corpus import evaluation_blocks, prepare
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 

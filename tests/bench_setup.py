@@ -1,6 +1,6 @@
 """What the tests of the bench share: a pair of tiny models, and its sizes."""
 
-from kvlatent.conversion import convert
+from kvlatent.conversion.convert_model import convert
 from tiny import tiny_model
 
 LAYERS, HEADS, FULL = 3, 2, 32  # of the tiny Llama

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from kvlatent.families import effective_table, family_of
+from kvlatent.model.families import effective_table, family_of
 from tiny import HEAD_DIM, VOCAB, tiny_model
 
 PAIRS = HEAD_DIM // 2

@@ -87,7 +87,7 @@ def corpus_file(tmp_path):
 def make_corpus(tiny_tokenizer, tmp_path):
     """Call `prepare` with small blocks, and the cache in the test's own folder."""
 
-    from kvlatent.data import prepare
+    from kvlatent.text.corpus import prepare
 
     def call(source, **options):
         return prepare(

@@ -5,8 +5,8 @@ import math
 import random
 from pathlib import Path
 
-from kvlatent.config import LatentConfig
-from kvlatent.table import RotaryTable
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.table import RotaryTable
 
 FINGERPRINT = "0123456789abcdef" * 4
 MODEL = {"name": "tiny-stories", "fingerprint": FINGERPRINT}
@@ -31,7 +31,7 @@ SPANS, PLACES = [2, 3, 4, 6, 8], [0.1, 0.5, 0.9]
 
 
 def record(command, seed=0, seconds=12.5, threads=1):
-    """How a figure came about, as `kvlatent.record.environment` says it."""
+    """How a figure came about, as `kvlatent.jobs.record.environment` says it."""
     return {
         "command": command,
         "seed": seed,

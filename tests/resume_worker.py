@@ -82,7 +82,7 @@ def kill_in_state(number: int) -> None:
 
 def kill_in_final(stage: int) -> None:
     """End the process with half of a stage's final weights in the temporary file."""
-    from kvlatent.training import checkpoints
+    from kvlatent.training import resume as checkpoints
 
     save = checkpoints.save_file
 

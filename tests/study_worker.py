@@ -16,7 +16,7 @@ from pathlib import Path
 import peft  # imported before the forks, it takes seconds
 import torch
 
-from kvlatent.study import study
+from kvlatent_lab.study import study
 
 SETTINGS = (
     "data.block_size=32",

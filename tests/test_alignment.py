@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from calibration_setup import realistic_model, short_descent, text
-from kvlatent import tuning
-from kvlatent.alignment import LayerPair, align_attention, align_output, row_logits, tuned_copy
-from kvlatent.assembly import full_width
-from kvlatent.calibration import calibrate
-from kvlatent.conversion import convert
-from kvlatent.streams import Stream, one_layer
+from kvlatent.conversion import tuning
+from kvlatent.conversion.alignment import LayerPair, align_attention, align_output, tuned_copy
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.assembly import full_width
+from kvlatent.model.hidden_states import Stream, one_layer
+from kvlatent.selection.attention_rows import row_logits
+from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, HEAD_DIM, SWITCH
 from tolerances import assert_close_to_scale
 

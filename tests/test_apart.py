@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import kvlatent
-from kvlatent.apart import check_apart
-from kvlatent.embedded import model_path
+from kvlatent.jobs.apart import check_apart
+from kvlatent.text.standard_library import model_path
 from kvlatent_cli.main import app
 from on_disk import SETTINGS, snapshot, write_checkpoint, write_text
 
@@ -48,7 +48,10 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
 @pytest.fixture
 def place(made, tmp_path, monkeypatch) -> Path:
     """A copy to destroy; the working directory is beside it."""
-    for module in ("kvlatent.budget", "kvlatent.training.directory"):  # it times this machine
+    for module in (
+        "kvlatent.workflows.run_plan",
+        "kvlatent.workflows.train_checkpoint",
+    ):  # it times this machine
         monkeypatch.setattr(f"{module}.estimate_seconds", lambda *_: 1.0)
     shutil.copytree(made, tmp_path / "place")
     (tmp_path / "elsewhere").mkdir()
@@ -278,7 +281,7 @@ def test_neighbours_pass(place, monkeypatch):
 
 def test_the_demo_does_not_replace_the_embedded_model(tmp_path, monkeypatch):
     shutil.copytree(model_path(), tmp_path / "assets" / "model")
-    monkeypatch.setattr("kvlatent.demo.model_path", lambda: tmp_path / "assets" / "model")
+    monkeypatch.setattr("kvlatent.workflows.demo_run.model_path", lambda: tmp_path / "assets" / "model")
     before = snapshot(tmp_path)
     for out in (tmp_path / "assets" / "model", tmp_path / "assets"):
         done = call("demo", "--out", out, "--overwrite")

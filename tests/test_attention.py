@@ -5,14 +5,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
-from kvlatent.choices import resolve_choices
-from kvlatent.choose import choose
-from kvlatent.config import LatentConfig
-from kvlatent.conversion import convert
-from kvlatent.cost import live_cache_bytes
-from kvlatent.families import effective_table, family_of
-from kvlatent.modeling import latent_config_of
-from kvlatent.table import RotaryTable
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.cache_bytes import live_cache_bytes
+from kvlatent.model.classes import latent_config_of
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import effective_table, family_of
+from kvlatent.model.table import RotaryTable
+from kvlatent.selection.choices import resolve_choices
+from kvlatent.selection.latent_config import choose
 from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale
 

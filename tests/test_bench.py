@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from bench_setup import FULL, HEADS, LAYERS, QUICK, make_pair
-from kvlatent.bench import bench, bench_lines, bench_table, cells, json_line, timing
-from kvlatent.bench.caches import make_cache
-from kvlatent.bench.cells import Variant, measure_cell, random_prompt
-from kvlatent.bench.figures import largest_contexts, ratio_rows, stacked_rows, table_rows
-from kvlatent.bench.memory import read_bytes, weight_bytes
-from kvlatent.bench.timing import Run, interleaved, ratios, run, spread
-from kvlatent.conversion import convert
-from kvlatent.cost import decode_speedup
-from kvlatent.serving import serving_figures
+from kvlatent.conversion.convert_model import convert
+from kvlatent.engines.serving_figures import serving_figures
+from kvlatent.evaluation.speed import timing
+from kvlatent.evaluation.speed import variants as cells
+from kvlatent.evaluation.speed.bench_run import bench
+from kvlatent.evaluation.speed.caches import make_cache
+from kvlatent.evaluation.speed.lines import bench_lines, bench_table, json_line
+from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
+from kvlatent.evaluation.speed.ratios import largest_contexts, ratio_rows, stacked_rows, table_rows
+from kvlatent.evaluation.speed.timing import Run, interleaved, ratios, run, spread
+from kvlatent.evaluation.speed.variants import Variant, measure_cell, random_prompt
+from kvlatent.model.cache_bytes import decode_speedup
 from tiny import SIZES, tiny_model, tokens
 
 
@@ -203,8 +206,8 @@ def test_the_models_come_back_as_they_were(pair):
 
 
 def test_directories_are_named_by_their_files(pair, tmp_path):
-    from kvlatent.hub import save
-    from kvlatent.workspace import identity
+    from kvlatent.checkpoints.save import save
+    from kvlatent.jobs.fingerprints import identity
 
     pair[0].save_pretrained(tmp_path / "whole")
     save(pair[1], tmp_path / "half")

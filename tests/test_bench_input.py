@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bench_setup import make_pair
-from kvlatent.bench import bench, cells
-from kvlatent.bench.caches import check_caches
+from kvlatent.evaluation.speed import variants as cells
+from kvlatent.evaluation.speed.bench_run import bench
+from kvlatent.evaluation.speed.caches import check_caches
 from tiny import tiny_model
 
 

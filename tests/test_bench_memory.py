@@ -7,10 +7,13 @@ import torch
 from transformers import LlamaConfig
 
 from bench_setup import FULL, HEADS, LAYERS, make_pair
-from kvlatent.bench import bench, bench_lines, memory, random_pair
-from kvlatent.bench.caches import group_size, make_cache
-from kvlatent.bench.memory import held_bytes, memory_rise, read_bytes, token_bytes, weight_bytes
-from kvlatent.cost import live_cache_bytes
+from kvlatent.evaluation.speed import memory
+from kvlatent.evaluation.speed.bench_run import bench
+from kvlatent.evaluation.speed.caches import group_size, make_cache
+from kvlatent.evaluation.speed.lines import bench_lines
+from kvlatent.evaluation.speed.memory import held_bytes, memory_rise, read_bytes, token_bytes, weight_bytes
+from kvlatent.model.cache_bytes import live_cache_bytes
+from kvlatent_lab.model_shapes import random_pair
 from tiny import SIZES, tiny_model, tokens
 
 

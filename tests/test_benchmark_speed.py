@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from bench_setup import HEADS
-from kvlatent.bench import SHAPES, random_pair
+from kvlatent_lab.model_shapes import SHAPES, random_pair
 from tiny import SIZES, tokens
 
 

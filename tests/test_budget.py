@@ -3,8 +3,8 @@
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from kvlatent.budget import plan_run
-from kvlatent.choices import BLIND, NO_DATA, PRESETS
+from kvlatent.selection.choices import BLIND, NO_DATA, PRESETS
+from kvlatent.workflows.run_plan import plan_run
 from on_disk import write_checkpoint
 
 

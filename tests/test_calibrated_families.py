@@ -10,10 +10,11 @@ import torch
 from transformers import DynamicCache
 
 from calibration_setup import attention_errors, digest, divergence, realistic_model, short_descent, text
-from kvlatent.calibration import calibrate
-from kvlatent.conversion import convert
-from kvlatent.hub import load_model, save
-from kvlatent.modeling import latent_config_of
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.save import save
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.classes import latent_config_of
+from kvlatent.selection.calibrate import calibrate
 from test_hub import LOAD
 from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvlatent import calibration, steps
-from kvlatent.choices import NO_DATA, UNMEASURED
-from kvlatent.converting import convert_checkpoint
-from kvlatent.hub import load_model
-from kvlatent.modeling import latent_config_of
-from kvlatent.pipeline import compress
-from kvlatent.statistics import Statistics
-from kvlatent.survey import calibrate_checkpoint
+from kvlatent.checkpoints.load import load_model
+from kvlatent.model.classes import latent_config_of
+from kvlatent.selection import calibrate as calibration
+from kvlatent.selection.choices import NO_DATA, UNMEASURED
+from kvlatent.selection.statistics import Statistics
+from kvlatent.workflows import steps
+from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint
+from kvlatent.workflows.compress_checkpoint import compress
+from kvlatent.workflows.convert_checkpoint import convert_checkpoint
 from on_disk import SETTINGS, TOKENS, snapshot, write_checkpoint, write_text
 from training_setup import hashes
 
@@ -105,7 +106,7 @@ def test_interrupted_anywhere_it_continues_to_the_same_weights(place, whole, tmp
 def test_killed_it_continues_without_calibrating_again(place, whole, tmp_path, monkeypatch, step, done):
     script = f"""
 import os, signal
-from kvlatent.pipeline import compress
+from kvlatent.workflows.compress_checkpoint import compress
 def kill(name, done, total, note):
     if name == {step!r} and done >= {done}:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -14,10 +14,11 @@ from calibration_setup import (
     text,
     turned,
 )
-from kvlatent import calibration
-from kvlatent.calibration import allowed, calibrate, document_ids, pair_layout
-from kvlatent.conversion import convert
-from kvlatent.families import effective_table
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.families import effective_table
+from kvlatent.selection import calibrate as calibration
+from kvlatent.selection.attention_rows import allowed, document_ids, pair_layout
+from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, HEAD_DIM, tiny_model, tokens
 from tolerances import assert_close_to_scale
 
@@ -177,7 +178,7 @@ def test_the_model_is_left_as_it_was_and_runs_in_evaluation_mode():
 
 
 class Blocks:
-    """As `kvlatent.data` gives them: slices of integer arrays."""
+    """As `kvlatent.text` gives them: slices of integer arrays."""
 
     def __init__(self, columns):
         self.columns = {name: value.numpy().astype(np.int32) for name, value in columns.items()}

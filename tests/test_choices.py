@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from calibration_setup import short_descent, text
-from kvlatent.calibration import calibrate
-from kvlatent.choices import NO_DATA, PAPER, PRESETS, Choices, resolve_choices, without_statistics
-from kvlatent.choose import choose
-from kvlatent.conversion import convert
-from kvlatent.modeling import latent_config_of
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.classes import latent_config_of
+from kvlatent.selection.calibrate import calibrate
+from kvlatent.selection.choices import NO_DATA, PAPER, PRESETS, Choices, resolve_choices, without_statistics
+from kvlatent.selection.latent_config import choose
 from tiny import FAMILIES, HEAD_DIM, logits, tiny_model, tokens
 
 

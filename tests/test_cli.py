@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config
 from typer.testing import CliRunner
 
-from kvlatent.bench import CACHES
-from kvlatent.bench.cells import ATTENTIONS
-from kvlatent.evaluation import catalogue
+from kvlatent.evaluation.checks import catalogue
+from kvlatent.evaluation.speed.caches import CACHES
+from kvlatent.evaluation.speed.variants import ATTENTIONS
 from kvlatent_cli.main import app
 from kvlatent_cli.session import sentence_of, session
 from on_disk import SETTINGS, TOKENS, snapshot, write_checkpoint, write_text
@@ -533,7 +533,7 @@ def test_interruption_exits_130(place, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvlatent.inspection.describe", interrupt)
+    monkeypatch.setattr("kvlatent.workflows.inspect_checkpoint.describe", interrupt)
     done = call("inspect", place / "latent")
     assert done.exit_code == 130 and "repeat the command" in done.stderr
 
@@ -542,6 +542,6 @@ def test_a_defect_keeps_its_traceback(place, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("kvlatent.inspection.describe", fail)
+    monkeypatch.setattr("kvlatent.workflows.inspect_checkpoint.describe", fail)
     done = call("inspect", place / "latent")
     assert done.exit_code == 1 and isinstance(done.exception, RuntimeError)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kvlatent.statistics import Statistics
+from kvlatent.selection.statistics import Statistics
 from kvlatent_cli.options import bytes_of
 from on_disk import SETTINGS, write_checkpoint, write_text
 from test_cli import answer, call, mistake

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from kvlatent.config import LatentConfig
-from kvlatent.table import RotaryTable
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.table import RotaryTable
 
 
 def make(**changes):

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvlatent import modeling
-from kvlatent.choices import resolve_choices
-from kvlatent.choose import choose
-from kvlatent.conversion import convert
-from kvlatent.families import effective_table
-from kvlatent.modeling import latent_config_of
-from kvlatent.rope import frequency_aware_exponents
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model import classes as modeling
+from kvlatent.model.classes import latent_config_of
+from kvlatent.model.families import effective_table
+from kvlatent.model.rotary import frequency_aware_exponents
+from kvlatent.selection.choices import resolve_choices
+from kvlatent.selection.latent_config import choose
 from tiny import FAMILIES, HEAD_DIM, logits, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale, assert_same_model
 

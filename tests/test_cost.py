@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from torch import nn
 
-from kvlatent.cost import (
+from kvlatent.model.cache_bytes import (
     attention_parameters,
     cache_bytes,
     decode_speedup,

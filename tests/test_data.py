@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from corpora import EOS, flat, stories
-from kvlatent.data import IGNORED, evaluation_blocks, prepare
-from kvlatent.data import text as text_module
+from kvlatent.model.head import IGNORED
+from kvlatent.text import documents as text_module
+from kvlatent.text.corpus import evaluation_blocks, prepare
 
 
 def oracle(tokenizer, documents, block_size, isolate):
@@ -34,7 +35,7 @@ def oracle(tokenizer, documents, block_size, isolate):
 
 @pytest.mark.parametrize("isolate", [True, False])
 def test_blocks_are_what_the_slow_way_gives(make_corpus, tiny_tokenizer, corpus_file, isolate, monkeypatch):
-    monkeypatch.setattr("kvlatent.data.packing._CHUNK_TOKENS", 1000)  # written in several batches
+    monkeypatch.setattr("kvlatent.text.packing._CHUNK_TOKENS", 1000)  # written in several batches
     part = make_corpus(corpus_file, held_out=0, isolate=isolate).train
     expected = oracle(tiny_tokenizer, stories(120), 32, isolate)
     assert len(part) == len(expected)
@@ -161,7 +162,7 @@ def test_evaluation_uses_everything_up_to_the_limit(make_corpus, tiny_tokenizer,
 
 
 def test_progress_counts_tokens(make_corpus, corpus_file, monkeypatch):
-    monkeypatch.setattr("kvlatent.data.tokenise._BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("kvlatent.text.tokenise._BATCH_CHARACTERS", 2000)
     seen = []
     corpus = make_corpus(corpus_file, progress=seen.append)
     assert seen == sorted(seen)

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import SENTENCES
 from corpora import flat, stories
-from kvlatent.data import prepare
 from kvlatent.evaluation.sliding import measure_sliding, read_documents
+from kvlatent.text.corpus import prepare
 
 TEMPLATE = """{{ bos_token }}{% if tools %}<tools>{{ tools | tojson }}</tools>
 {% endif %}{% for message in messages %}{% if message.role == 'robot' %}{{ raise_exception('no robots,
@@ -182,7 +182,7 @@ def test_text_and_conversations_in_one_file(chatty, tmp_path, suffix):
 def test_a_long_conversation_is_read_in_pieces(chatty, tmp_path, monkeypatch):
     source = write(tmp_path, "a.jsonl", [{"messages": WHOLE}])
     whole = blocks(chatty, source, tmp_path)
-    monkeypatch.setattr("kvlatent.data.text.PIECE_CHARACTERS", 300)
+    monkeypatch.setattr("kvlatent.text.documents.PIECE_CHARACTERS", 300)
     assert blocks(chatty, source, tmp_path / "again") == whole == ids_of(chatty, [WHOLE])[: len(whole)]
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from corpora import EOS, SEPARATOR, flat, stories
-from kvlatent.data import IGNORED
-from kvlatent.data.packing import Documents, hold_out
+from kvlatent.model.head import IGNORED
+from kvlatent.text.packing import Documents, hold_out
 
 
 def rows_of(part, tokenizer):

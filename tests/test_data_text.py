@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from corpora import SEPARATOR, flat, stories
-from kvlatent.data import text as text_module
-from kvlatent.data.packing import Documents, hold_out
+from kvlatent.text import documents as text_module
+from kvlatent.text.packing import Documents, hold_out
 
 
 def test_every_format_gives_the_same_blocks(make_corpus, corpus_file, tmp_path):
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_nothing(corpus_file, tiny_tokenizer, tmp_path):
         import os, resource
         os.environ["HF_HUB_OFFLINE"] = "1"
         from transformers import PreTrainedTokenizerFast
-        from kvlatent.data import prepare
+        from kvlatent.text.corpus import prepare
         tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:

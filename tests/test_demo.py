@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kvlatent import demo as demo_module
-from kvlatent import embedded
-from kvlatent.hub import load_model
-from kvlatent_cli.teach import _demo_answer
+from kvlatent.checkpoints.load import load_model
+from kvlatent.text import standard_library as embedded
+from kvlatent.workflows import demo_run as demo_module
+from kvlatent_cli.train import _demo_answer
 from on_disk import SETTINGS, TOKENS, WORDS, write_checkpoint
 
 QUICK = (*SETTINGS, "conversion.align=2", "calibration.blocks=4")

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from kvlatent.choices import resolve_choices, without_statistics
-from kvlatent.conversion import convert
-from kvlatent.data import evaluation_blocks
-from kvlatent.embedded import MODEL_PATH, stdlib_documents, windowed_mask
-from kvlatent.evaluation.causality import causality
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.checks.causality import causality
+from kvlatent.evaluation.checks.copying import windowed_mask
+from kvlatent.evaluation.checks.fidelity import fidelity
+from kvlatent.evaluation.checks.needle import needle
+from kvlatent.evaluation.checks.word_order import order
 from kvlatent.evaluation.diagnosis import (
     ENTROPY_RATIO,
     FOCUS_KEPT,
@@ -21,11 +24,10 @@ from kvlatent.evaluation.diagnosis import (
     SCORE_KEPT,
     diagnose,
 )
-from kvlatent.evaluation.fidelity import fidelity
-from kvlatent.evaluation.needle import needle
-from kvlatent.evaluation.order import order
-from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.perplexity import perplexity, perplexity_ratio
+from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio
+from kvlatent.selection.choices import resolve_choices, without_statistics
+from kvlatent.text.corpus import evaluation_blocks
+from kvlatent.text.standard_library import MODEL_PATH, stdlib_documents
 
 
 def layer(index=0, original=0.4, latent=0.45, ratio=None):

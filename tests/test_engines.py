@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvlatent import pairs
-from kvlatent.engines import ENGINES, TABLE_SCOPES, check_engine, engines_for
+from kvlatent.engines.facts import ENGINES, TABLE_SCOPES, check_engine, engines_for
+from kvlatent.selection import pairs
 
 
 def test_equal_widths_and_one_table_run_everywhere():

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from kvlatent.conversion import convert
-from kvlatent.data import evaluation_blocks
-from kvlatent.evaluation import cache_bytes_per_token, evaluate, measure, precision
-from kvlatent.hub import load_model, load_tokenizer, save
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.save import save
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.quality import cache_bytes_per_token, evaluate, measure, precision
+from kvlatent.text.corpus import evaluation_blocks
 from on_disk import write_checkpoint, write_text
 
 

@@ -8,21 +8,22 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench_setup import make_pair
-from kvlatent.bench import bench
-from kvlatent.bench import extent as bench_extent
-from kvlatent.conversion import convert
-from kvlatent.embedded import model_path
-from kvlatent.estimate import (
+from kvlatent.checkpoints.load import load_config, load_model
+from kvlatent.checkpoints.save import save
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation import standard
+from kvlatent.evaluation.check_options import CHECKS, options_of
+from kvlatent.evaluation.speed import bench_extent
+from kvlatent.evaluation.speed.bench_run import bench
+from kvlatent.evaluation.standard import standard_evaluation
+from kvlatent.model.time_estimate import (
     DEFAULT_SECONDS,
     affordable,
     assumed_speed,
     forward_operations,
     rows_at_once,
 )
-from kvlatent.evaluation import standard
-from kvlatent.evaluation.door import CHECKS, options_of
-from kvlatent.evaluation.standard import standard_evaluation
-from kvlatent.hub import load_config, load_model, save
+from kvlatent.text.standard_library import model_path
 from on_disk import write_checkpoint, write_text
 from tiny import tiny_model
 
@@ -301,7 +302,7 @@ def test_default_caches_that_do_not_work_are_left_out_and_told(name, monkeypatch
 
 
 def test_a_bench_says_what_it_chose(pair, monkeypatch):
-    monkeypatch.setattr("kvlatent.bench.extent.DEFAULT_SECONDS", 0.02)
+    monkeypatch.setattr("kvlatent.evaluation.speed.bench_extent.DEFAULT_SECONDS", 0.02)
     said = []
     found = bench(pair[1], caches=("dynamic",), say=said.append)
     assert found["settings"]["contexts"] == [16] and found["settings"]["repeats"] == 3

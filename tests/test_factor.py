@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvlatent.factor import best_outputs, output_error, value_basis, value_errors
+from kvlatent.selection.value_bases import best_outputs, output_error, value_basis, value_errors
 from tolerances import assert_close_to_scale
 
 pytestmark = pytest.mark.numerics

@@ -12,7 +12,7 @@ from transformers import (
     T5Config,
 )
 
-from kvlatent.families import effective_table, family_of
+from kvlatent.model.families import effective_table, family_of
 from tiny import FAMILIES, HEAD_DIM, LLAMA3_ROPE, SWITCH, tiny_model
 
 

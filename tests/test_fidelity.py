@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from kvlatent.choices import resolve_choices, without_statistics
-from kvlatent.conversion import convert
-from kvlatent.evaluation import fidelity as module
-from kvlatent.evaluation.causality import causality
-from kvlatent.evaluation.fidelity import fidelity
-from kvlatent.evaluation.layerwise import sampled_rows
-from kvlatent.families import family_of
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.checks import fidelity as module
+from kvlatent.evaluation.checks.causality import causality
+from kvlatent.evaluation.checks.fidelity import fidelity
+from kvlatent.evaluation.checks.layerwise import sampled_rows
+from kvlatent.model.families import family_of
+from kvlatent.selection.choices import resolve_choices, without_statistics
 from tiny import tiny_model, tokens
 
 pytestmark = pytest.mark.numerics

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import kvlatent
-from kvlatent.finite import check_finite_weights, first_not_finite
+from kvlatent.model.finite import check_finite_weights, first_not_finite
 from kvlatent_cli.main import app
 from on_disk import SETTINGS, snapshot, write_checkpoint, write_text
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvlatent.conversion import convert
+from kvlatent.conversion.convert_model import convert
 from tiny import logits, padded, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from kvlatent.conversion import convert
-from kvlatent.hub import load_model, load_tokenizer, save
-from kvlatent.modeling import latent_classes, latent_config_of
-from kvlatent.output import atomic_directory
-from kvlatent.remote_code import MODULE_NAME, remote_code
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.remote_code import MODULE_NAME, remote_code
+from kvlatent.checkpoints.save import save
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs.atomic import atomic_directory
+from kvlatent.model.classes import latent_classes, latent_config_of
 from tiny import FAMILIES, logits, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale, assert_same_model
 
@@ -235,8 +237,8 @@ FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, {tests!r})
 from tiny import tiny_model
-from kvlatent.conversion import convert
-from kvlatent.hub import save
+from kvlatent.conversion.convert_model import convert
+from kvlatent.checkpoints.save import save
 latent = convert(tiny_model("llama"), d_qk=16, preset="paper")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))

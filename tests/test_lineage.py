@@ -10,14 +10,14 @@ from huggingface_hub import ModelCard, constants, metadata_load
 from typer.testing import CliRunner
 
 import kvlatent
-from kvlatent.card import model_card
-from kvlatent.lineage import lineage
-from kvlatent.pipeline import spoken
-from kvlatent.record import command_line, spoken_name
-from kvlatent.sources import named
-from kvlatent.study.subject import source_of
-from kvlatent.training.history import options_of
+from kvlatent.checkpoints.card import model_card
+from kvlatent.checkpoints.lineage import lineage
+from kvlatent.checkpoints.source import named
+from kvlatent.jobs.record import command_line, spoken_name
+from kvlatent.workflows.compress_checkpoint import spoken
+from kvlatent.workflows.training_history import options_of
 from kvlatent_cli.main import app
+from kvlatent_lab.study.subject import source_of
 from on_disk import SETTINGS, write_checkpoint, write_text
 
 SET = [word for setting in SETTINGS for word in ("--set", setting)]

@@ -9,10 +9,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fakes import FakeModel
-from kvlatent.embedded import MODEL_PATH, ordinary_ids
-from kvlatent.evaluation.haystack import generated_text, planted_rows, random_needles, written_needles
-from kvlatent.evaluation.needle import default_contexts, needle, needle_drop
-from kvlatent.hub import load_model, load_tokenizer
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.evaluation.checks.haystack import generated_text, planted_rows, random_needles, written_needles
+from kvlatent.evaluation.checks.needle import default_contexts, needle, needle_drop
+from kvlatent.evaluation.sequences import ordinary_ids
+from kvlatent.text.standard_library import MODEL_PATH
 
 TEMPLATE = "The magic number for {key} is {value}."
 IDS = range(1, 41)  # a haystack in which every token occurs once

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kvlatent.budget import plan_run
-from kvlatent.converting import convert_checkpoint
-from kvlatent.hub import load_config, load_model
-from kvlatent.inspection import describe
+from kvlatent.checkpoints.load import load_config, load_model
+from kvlatent.workflows.convert_checkpoint import convert_checkpoint
+from kvlatent.workflows.inspect_checkpoint import describe
+from kvlatent.workflows.run_plan import plan_run
 from tiny import FAMILIES, logits, tiny_model, tokens
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -107,8 +107,8 @@ def test_a_latent_checkpoint_that_lies_about_its_ties_is_saved_as_loaded(tmp_pat
 
 
 def convert_checkpoint_at_half(place):
-    from kvlatent.conversion import convert
-    from kvlatent.hub import save
+    from kvlatent.checkpoints.save import save
+    from kvlatent.conversion.convert_model import convert
 
     save(convert(load_model(place / "m"), d_qk=16, d_vo=16, preset="paper"), place / "half")
 

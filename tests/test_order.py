@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 import kvlatent
 from fakes import FakeModel
-from kvlatent.embedded import MODEL_PATH, stdlib_documents
-from kvlatent.evaluation.order import order, order_drop
-from kvlatent.hub import load_model, load_tokenizer
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.evaluation.checks.word_order import order, order_drop
+from kvlatent.text.standard_library import MODEL_PATH, stdlib_documents
 
 pytestmark = pytest.mark.numerics
 

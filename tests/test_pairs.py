@@ -6,9 +6,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from kvlatent.pairs import SCOPES, choose_pairs, key_errors, scope_errors, strongest_pairs
-from kvlatent.statistics import LayerStatistics, Statistics
-from kvlatent.subset import pair_gains, search
+from kvlatent.selection.pair_search import pair_gains, search
+from kvlatent.selection.pairs import SCOPES, choose_pairs, key_errors, scope_errors, strongest_pairs
+from kvlatent.selection.statistics import LayerStatistics, Statistics
 
 pytestmark = pytest.mark.numerics
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from kvlatent.perplexity import perplexity, perplexity_ratio, summarise
+from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio, summarise
 
 pytestmark = pytest.mark.numerics
 

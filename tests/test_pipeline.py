@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvlatent
-from kvlatent.converting import convert_checkpoint
-from kvlatent.estimate import estimate_seconds, layer_size
-from kvlatent.hub import load_model
-from kvlatent.pipeline import compress
-from kvlatent.recipe import Recipe
-from kvlatent.record import command_line
-from kvlatent.workspace import Workspace
+from kvlatent.checkpoints.load import load_model
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.record import command_line
+from kvlatent.jobs.work_directory import Workspace
+from kvlatent.model.time_estimate import estimate_seconds, layer_size
+from kvlatent.workflows.compress_checkpoint import compress
+from kvlatent.workflows.convert_checkpoint import convert_checkpoint
 from on_disk import SETTINGS, TOKENS, snapshot, write_checkpoint, write_text
 from training_setup import hashes
 
@@ -80,7 +80,7 @@ def test_the_original_in_memory_is_untouched_by_a_whole_run(place, tmp_path, mon
         loaded.append((model, hashes(model)))
         return model
 
-    monkeypatch.setattr("kvlatent.run.load_model", spy)
+    monkeypatch.setattr("kvlatent.workflows.compress_steps.load_model", spy)
     compress(place / "model", place / "text.txt", tmp_path / "out", **OPTIONS)
     ((model, before),) = loaded
     assert hashes(model) == before
@@ -153,7 +153,7 @@ def test_interrupted_anywhere_it_continues_to_the_same_weights(place, whole, tmp
 def test_killed_in_a_stage_it_continues_to_the_same_weights(place, whole, tmp_path):
     script = f"""
 import os, signal
-from kvlatent.pipeline import compress
+from kvlatent.workflows.compress_checkpoint import compress
 def kill(name, done, total, note):
     if name == "stage II" and done == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -439,7 +439,7 @@ def test_full_width_costs_nothing(place, tmp_path):
 
 
 def test_the_estimate_counts_what_tiny_layers_cost_beside_their_parameters(monkeypatch):
-    monkeypatch.setattr("kvlatent.estimate._matmul_speed", lambda device, dtype: 1e11)
+    monkeypatch.setattr("kvlatent.model.time_estimate._matmul_speed", lambda device, dtype: 1e11)
     recipe = Recipe.load(None, ["stage1.tokens=65536"])
     # Measured on one thread of 1e11 operations per second: two layers of width 32 take about 2.6 s.
     assert 1 < estimate_seconds(recipe, (1,), 21_664, 9_600, 2, "cpu") < 6

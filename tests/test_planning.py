@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvlatent.allocation import GROUPS, group_layers
-from kvlatent.planning import SHARES, WidthPlan, error_curve, plan
-from kvlatent.planning_figure import draw_error_curve
-from kvlatent.prediction import ALIGNED_SHARE, predicted_errors
-from kvlatent.statistics import LayerStatistics, Statistics
+from kvlatent.planning.figure import draw_error_curve
+from kvlatent.planning.layer_groups import GROUPS, group_layers
+from kvlatent.planning.predicted_errors import ALIGNED_SHARE, predicted_errors
+from kvlatent.planning.width_plan import SHARES, WidthPlan, error_curve, plan
+from kvlatent.selection.statistics import LayerStatistics, Statistics
 
 pytestmark = pytest.mark.numerics
 

@@ -17,16 +17,16 @@ from calibration_setup import (
     text,
     turned,
 )
-from kvlatent.calibration import calibrate
-from kvlatent.conversion import convert
-from kvlatent.factor import best_outputs, output_error, value_basis
-from kvlatent.families import effective_table
-from kvlatent.modeling import latent_config_of
-from kvlatent.pairs import choose_pairs
-from kvlatent.projections import kept_pairs
-from kvlatent.rope import apply_rotary
-from kvlatent.select import pairs_to_channels, stride_channels
-from kvlatent.subset import pair_gains
+from kvlatent.conversion.convert_model import convert
+from kvlatent.conversion.projections import kept_pairs
+from kvlatent.model.classes import latent_config_of
+from kvlatent.model.families import effective_table
+from kvlatent.model.rotary import apply_rotary
+from kvlatent.selection.calibrate import calibrate
+from kvlatent.selection.pair_search import pair_gains
+from kvlatent.selection.pairs import choose_pairs
+from kvlatent.selection.paper_rules import pairs_to_channels, stride_channels
+from kvlatent.selection.value_bases import best_outputs, output_error, value_basis
 from tiny import FAMILIES, HEAD_DIM, tiny_model
 from tolerances import assert_close_to_scale
 

@@ -95,7 +95,7 @@ def _seconds_of_help() -> float:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_files_and_functions_stay_small(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 350
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             explained = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno - 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvlatent.recipe import Recipe
+from kvlatent.jobs.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))

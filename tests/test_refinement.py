@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from calibration_setup import digest, divergence, realistic_model, short_descent, text
-from kvlatent import refit as refit_module
-from kvlatent import tuning
-from kvlatent.calibration import calibrate
-from kvlatent.conversion import convert
-from kvlatent.modeling import latent_config_of
+from kvlatent.conversion import refit as refit_module
+from kvlatent.conversion import tuning
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.classes import latent_config_of
+from kvlatent.selection.calibrate import calibrate
 from tiny import HEAD_DIM, logits, tokens
 from tolerances import assert_close_to_scale
 

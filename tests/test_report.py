@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 
-from kvlatent.report import report
-from kvlatent.report.cells import frontier
-from kvlatent.report.documents import read_documents
-from kvlatent.report.measured import measured_models, one_text
+from kvlatent_lab.report import report
+from kvlatent_lab.report.cells import frontier
+from kvlatent_lab.report.measured import measured_models, one_text
+from kvlatent_lab.report.result_files import read_documents
 from report_page import Page, read_number
 from report_setup import (
     CONFIG,

@@ -7,11 +7,11 @@ from itertools import product
 
 import pytest
 
-from kvlatent.report import page as page_module
-from kvlatent.report import report
-from kvlatent.report.charts import Line, dot_chart, line_chart, styled
-from kvlatent.report.making import thinned
-from kvlatent.report.tables import number, plain
+from kvlatent_lab.report import page as page_module
+from kvlatent_lab.report import report
+from kvlatent_lab.report.charts import Line, dot_chart, line_chart, styled
+from kvlatent_lab.report.html_tables import number, plain
+from kvlatent_lab.report.page_making import thinned
 from report_page import Page
 from report_setup import (
     CONFIG,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvlatent.output import write_atomically
-from kvlatent.training.checkpoints import (
+from kvlatent.jobs.atomic import write_atomically
+from kvlatent.training.resume import (
     last_complete_checkpoint,
     load_trainable,
     missing_from,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlatent.families import effective_table
-from kvlatent.rope import (
+from kvlatent.model.families import effective_table
+from kvlatent.model.rotary import (
     LatentRotary,
     apply_rotary,
     attenuation,
@@ -14,7 +14,7 @@ from kvlatent.rope import (
     frequency_aware_table,
     standard_exponents,
 )
-from kvlatent.table import RotaryTable
+from kvlatent.model.table import RotaryTable
 from tiny import tiny_model
 from tolerances import ROUNDING, assert_close_to_scale
 

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlatent.rope import frequency_aware_exponents, standard_exponents
-from kvlatent.select import (
+from kvlatent.model.rotary import frequency_aware_exponents, standard_exponents
+from kvlatent.selection.paper_rules import (
     latent_rotary_dim,
     matched_pairs,
     nearest,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from kvlatent.attention import LatentAttention
-from kvlatent.config import LatentConfig
-from kvlatent.families import head_dim_of
-from kvlatent.serving import serving_figures
-from kvlatent.table import RotaryTable
+from kvlatent.engines.serving_figures import serving_figures
+from kvlatent.model.attention import LatentAttention
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import head_dim_of
+from kvlatent.model.table import RotaryTable
 from tiny import FAMILIES, SIZES
 
 D_QK, D_VO = 12, 20

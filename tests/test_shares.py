@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from kvlatent.budget import plan_run
-from kvlatent.shares import share_without_widths
+from kvlatent.planning.shares import share_without_widths
+from kvlatent.workflows.run_plan import plan_run
 
 SHARES = (0.125, 0.25, 0.28, 0.3, 0.5, 0.6, 0.75, 0.9, 1.0)
 ENGINES = (None, "vllm", "llama.cpp", "openvino")
@@ -15,7 +15,9 @@ ENGINES = (None, "vllm", "llama.cpp", "openvino")
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch):
-    monkeypatch.setattr("kvlatent.budget.estimate_seconds", lambda *_: 1.0)  # it times this machine
+    monkeypatch.setattr(
+        "kvlatent.workflows.run_plan.estimate_seconds", lambda *_: 1.0
+    )  # it times this machine
 
 
 @pytest.fixture(scope="module", params=[64, 80, 96, 128])

@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from conftest import SENTENCES
-from kvlatent.conversion import convert
-from kvlatent.embedded import MODEL_PATH
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.perplexity import perplexity_ratio
 from kvlatent.evaluation.sliding import measure_sliding, read_documents, sliding_perplexity
-from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.perplexity import perplexity_ratio
+from kvlatent.text.standard_library import MODEL_PATH
 from tiny import SWITCH, tiny_model
 
 pytestmark = pytest.mark.numerics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvlatent.stage1 import capture, layer_losses
+from kvlatent.training.layer_loss import capture, layer_losses
 from kvlatent.training.loop import collate
 from training_setup import blocks, original, student_of
 

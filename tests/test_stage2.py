@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvlatent.stage2 import kl_loss, next_token_loss, stage2_loss, token_losses
+from kvlatent.model.head import token_losses
+from kvlatent.training.logit_loss import kl_loss, next_token_loss, stage2_loss
 from tolerances import ROUNDING, assert_close_to_scale
 
 pytestmark = pytest.mark.numerics

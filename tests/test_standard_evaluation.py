@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from kvlatent.config import LatentConfig
-from kvlatent.conversion import convert
-from kvlatent.evaluation import catalogue, door, standard
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.save import save
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation import check_options as door
+from kvlatent.evaluation import standard
+from kvlatent.evaluation.checks import catalogue
 from kvlatent.evaluation.sliding import read_documents, sliding_perplexity
 from kvlatent.evaluation.standard import CHECKS, standard_evaluation
-from kvlatent.hub import load_model, load_tokenizer, save
-from kvlatent.workspace import identity
+from kvlatent.jobs.fingerprints import identity
+from kvlatent.model.config import LatentConfig
 from on_disk import write_checkpoint, write_text
 
 

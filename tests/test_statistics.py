@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from calibration_setup import short_descent, text
-from kvlatent.calibration import calibrate
-from kvlatent.conversion import convert
-from kvlatent.statistics import LayerStatistics, Statistics, model_fingerprint
+from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs.fingerprints import model_fingerprint
+from kvlatent.selection.calibrate import calibrate
+from kvlatent.selection.statistics import LayerStatistics, Statistics
 from tiny import FAMILIES, logits, tiny_model, tokens
 
 
@@ -84,7 +85,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(gathered, path, monkeyp
         raise OSError("disk full")
 
     before = path.read_bytes()
-    monkeypatch.setattr("kvlatent.statistics.save_file", fail)
+    monkeypatch.setattr("kvlatent.selection.statistics.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         gathered.save(path, overwrite=True)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from kvlatent.calibration import calibrate
-from kvlatent.conversion import convert
-from kvlatent.modeling import latent_config_of
-from kvlatent.strategies import STRATEGIES, layer_report
+from kvlatent.conversion.convert_model import convert
+from kvlatent.conversion.layer_report import STRATEGIES, layer_report
+from kvlatent.model.classes import latent_config_of
+from kvlatent.selection.calibrate import calibrate
 from tiny import tiny_model, tokens
 
 pytestmark = pytest.mark.numerics

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from calibration_setup import short_descent, text
-from kvlatent.calibration import calibrate
-from kvlatent.conversion import convert
-from kvlatent.streams import Stream, one_layer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.hidden_states import Stream, one_layer
+from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, tiny_model
 
 

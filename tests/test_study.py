@@ -11,14 +11,16 @@ import pytest
 import torch
 
 import study_worker
-from kvlatent.conversion import convert
-from kvlatent.data import evaluation_blocks, prepare
-from kvlatent.hub import load_model, load_tokenizer
-from kvlatent.perplexity import perplexity, perplexity_ratio
-from kvlatent.recipe import Recipe
-from kvlatent.study import STUDIES, study
-from kvlatent.study.folder import Folder, read_cell
-from kvlatent.training import merged_copy, prepare_for_training, train_stage
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.text.corpus import evaluation_blocks, prepare
+from kvlatent.training.stages import train_stage
+from kvlatent.training.trainable import merged_copy, prepare_for_training
+from kvlatent_lab.study import STUDIES, study
+from kvlatent_lab.study.folder import Folder, read_cell
 from on_disk import write_checkpoint, write_text
 from study_worker import RANKS, SETTINGS, STEP, ranks, run
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from kvlatent.choices import resolve_choices
-from kvlatent.choose import choose
-from kvlatent.conversion import convert
-from kvlatent.hub import save
-from kvlatent.recipe import Recipe
-from kvlatent.study import STUDIES, summary
-from kvlatent.study import eviction as eviction_study
-from kvlatent.study.cells import Cell, Scale, answers, recipe_of
-from kvlatent.study.folder import numeric
-from kvlatent.study.press_worker import main as press_main
-from kvlatent.study.press_worker import scores
-from kvlatent.study.rope import curve_figures, standard_config
+from kvlatent.checkpoints.save import save
+from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.selection.choices import resolve_choices
+from kvlatent.selection.latent_config import choose
+from kvlatent_lab.study import STUDIES, summary
+from kvlatent_lab.study import eviction as eviction_study
+from kvlatent_lab.study.folder import numeric
+from kvlatent_lab.study.grid_cells import Cell, Scale, answers, recipe_of
+from kvlatent_lab.study.press_worker import main as press_main
+from kvlatent_lab.study.press_worker import scores
+from kvlatent_lab.study.rope import curve_figures, standard_config
 from on_disk import write_checkpoint, write_text
 from study_worker import STEP, run
 from tiny import LLAMA3_ROPE

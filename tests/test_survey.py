@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 import torch
 
-from kvlatent import planning
-from kvlatent.statistics import Statistics
-from kvlatent.survey import calibrate_checkpoint, plan_checkpoint
+from kvlatent.planning import width_plan as planning
+from kvlatent.selection.statistics import Statistics
+from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint, plan_checkpoint
 from on_disk import write_checkpoint, write_text
 
 OPTIONS = {"overrides": ["data.block_size=32", "calibration.rows=8"], "blocks": 6, "device": "cpu"}
@@ -80,9 +80,10 @@ def test_options_of_a_plan_reach_it(place):
 
 def test_a_picture(place, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("kvlatent.survey.check_picture", lambda path, overwrite: "svg")
+    monkeypatch.setattr("kvlatent.workflows.calibrate_and_plan.check_picture", lambda path, overwrite: "svg")
     monkeypatch.setattr(
-        "kvlatent.survey.draw_error_curve", lambda curve, path, overwrite: drawn.append((len(curve), path))
+        "kvlatent.workflows.calibrate_and_plan.draw_error_curve",
+        lambda curve, path, overwrite: drawn.append((len(curve), path)),
     )
     figure = tmp_path / "curve.svg"
     document = plan_checkpoint(place / "model", statistics=place / "s.safetensors", figure=figure, **OPTIONS)

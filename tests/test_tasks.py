@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from conftest import SENTENCES
-from kvlatent.conversion import convert
-from kvlatent.evaluation import catalogue
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.checks import catalogue
+from kvlatent.evaluation.checks.tasks import compare_tasks, run_tasks
 from kvlatent.evaluation.sliding import sliding_perplexity
-from kvlatent.evaluation.tasks import compare_tasks, run_tasks
 from tiny import logits
 
 pytest.importorskip("lm_eval")

@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 from corpora import flat, stories
-from kvlatent.data import prepare
-from kvlatent.recipe import Recipe
-from kvlatent.statistics import Statistics
-from kvlatent.texts import (
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.selection.statistics import Statistics
+from kvlatent.text.corpus import prepare
+from kvlatent.text.parts import (
     calibration_blocks,
     check_sources,
     check_statistics,
@@ -108,9 +108,9 @@ def test_blocks_are_drawn_by_the_seed(tiny_tokenizer, corpus_file, tmp_path):
 def test_the_share_that_was_seen_is_counted(tiny_tokenizer, corpus_file, tmp_path):
     text = text_to_calibrate(recipe(), tiny_tokenizer, CONFIG, corpus_file, tmp_path / "cache")
     first = text.select(range(4))
-    assert seen_share(first, statistics_of(first)) == 1
-    assert seen_share(text.select(range(8)), statistics_of(first)) == pytest.approx(0.5, abs=0.2)
-    assert seen_share(text.select(range(20, 24)), statistics_of(first)) < 0.3
+    assert seen_share(first, statistics_of(first).input_ids) == 1
+    assert seen_share(text.select(range(8)), statistics_of(first).input_ids) == pytest.approx(0.5, abs=0.2)
+    assert seen_share(text.select(range(20, 24)), statistics_of(first).input_ids) < 0.3
 
 
 def test_two_texts_for_one_purpose_are_refused(tmp_path):

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 from conftest import SENTENCES
 from kvlatent import evaluate
-from kvlatent.converting import convert_checkpoint
-from kvlatent.data import prepare
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.remote_code import NEEDS, remote_code
+from kvlatent.checkpoints.save import save
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer, write_tokenizer
 from kvlatent.evaluation.standard import standard_evaluation
-from kvlatent.generation import continuation
-from kvlatent.hub import load_model, save
-from kvlatent.remote_code import NEEDS, remote_code
-from kvlatent.tokenizer_files import load_tokenizer, write_tokenizer
+from kvlatent.text.corpus import prepare
+from kvlatent.workflows.convert_checkpoint import convert_checkpoint
+from kvlatent.workflows.generate import continuation
 from kvlatent_cli.main import app
 from tiny import tiny_model
 
@@ -135,7 +136,7 @@ def test_the_saved_tokenizer_makes_the_source_s_ids_in_a_fresh_process(tmp_path,
 
 
 def small(family):
-    from kvlatent.conversion import convert
+    from kvlatent.conversion.convert_model import convert
 
     return convert(tiny_model(family, vocab_size=304), d_qk=16, preset="paper")
 
@@ -173,7 +174,7 @@ def test_a_tokenizer_with_code_of_its_own_leaves_no_question(tmp_path):
 def test_a_tokenizer_that_does_not_survive_saving_is_refused(tmp_path, monkeypatch):
     source = checkpoint(tmp_path / "m", "llama", byte_level(), "PreTrainedTokenizerFast")
     tokenizer = load_tokenizer(source, tiny_model("llama", vocab_size=304).config)
-    monkeypatch.setattr("kvlatent.tokenizer_files._encodes_alike", lambda *_: False)
+    monkeypatch.setattr("kvlatent.checkpoints.tokenizer_files._encodes_alike", lambda *_: False)
     with pytest.raises(ValueError, match="gives other ids once saved"):
         save(small("llama"), tmp_path / "out", tokenizer=tokenizer)
     assert not (tmp_path / "out").exists()
@@ -228,13 +229,14 @@ def test_tokenizer_model_only(tmp_path, family, settings):
 def test_a_missing_package_is_named(tmp_path, monkeypatch, lacking, sentence):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     monkeypatch.setattr(
-        "kvlatent.tokenizer_files.find_spec", lambda name: None if name in lacking else find_spec(name)
+        "kvlatent.checkpoints.tokenizer_files.find_spec",
+        lambda name: None if name in lacking else find_spec(name),
     )
 
     def refuses(*_, **__):
         raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
 
-    monkeypatch.setattr("kvlatent.tokenizer_files.AutoTokenizer.from_pretrained", refuses)
+    monkeypatch.setattr("kvlatent.checkpoints.tokenizer_files.AutoTokenizer.from_pretrained", refuses)
     with pytest.raises(FileNotFoundError, match=sentence):
         load_tokenizer(tmp_path, tiny_model("llama").config)
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, MistralConfig
 
-from kvlatent.stage1 import capture, layer_losses
-from kvlatent.stage2 import next_token_loss
+from kvlatent.training.layer_loss import capture, layer_losses
+from kvlatent.training.logit_loss import next_token_loss
 from kvlatent.training.loop import collate
+from kvlatent.training.placement import check_teacher
 from kvlatent.training.stages import train_stage
-from kvlatent.training.teacher import check_teacher
 from kvlatent.training.trainable import prepare_for_training
 from training_setup import SIZES, blocks, hashes, original, recipe, run, student_of
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from kvlatent import workspace
-from kvlatent.conversion import convert
-from kvlatent.hub import save
-from kvlatent.recipe import Recipe
-from kvlatent.training import train
+from kvlatent.checkpoints.save import save
+from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs import work_directory as workspace
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.workflows.train_checkpoint import train
 from kvlatent_cli.main import app
 from training_setup import hashes
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvlatent.training.teacher import placed_teacher
+from kvlatent.training.placement import placed_teacher
 from kvlatent.training.trainable import merged_copy, prepare_for_training, trainable_names
 from tolerances import ROUNDING, assert_close_to_scale
 from training_setup import digest, hashes, original, recipe, run, student_of

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kvlatent
-from kvlatent.choices import BLIND, NO_DATA, UNMEASURED
+from kvlatent.selection.choices import BLIND, NO_DATA, UNMEASURED
 from kvlatent_cli.main import app
 from on_disk import SETTINGS, write_checkpoint, write_text
 

@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 import kvlatent_cli
-from kvlatent_cli import results, tables, teach, whole
+from kvlatent_cli import results, tables, whole
 from kvlatent_cli.session import session
 
 LONG = 123456.789012345
@@ -154,7 +154,9 @@ def test_a_bar_of_progress_keeps_its_figures(monkeypatch):
     note = "123,456 tokens/s, loss 12.3456"
     for width in (20, 40, 60, 80, 120):
         bar = whole.progress_bar()
-        bar.add_task("measure the original", total=7654321, completed=1234567, note=note, left="about 12 min left")
+        bar.add_task(
+            "measure the original", total=7654321, completed=1234567, note=note, left="about 12 min left"
+        )
         console = bar.console
         console.width = width
         with console.capture() as capture:

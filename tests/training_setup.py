@@ -14,9 +14,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from kvlatent.choices import PAPER
-from kvlatent.conversion import convert
-from kvlatent.recipe import Recipe
+from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.selection.choices import PAPER
 from kvlatent.training.stages import train_stage
 
 SIZES = {

@@ -14,20 +14,21 @@ Importing the package registers the latent model classes with transformers' `Aut
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import LatentConfig
-from .hub import register
-from .table import RotaryTable
+from kvlatent.checkpoints.load import register
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.table import RotaryTable
 
 if TYPE_CHECKING:
-    from .calibration import calibrate
-    from .conversion import convert
-    from .evaluation import evaluate
-    from .hub import load_model, save
-    from .pipeline import compress
-    from .planning import plan
-    from .recipe import Recipe
-    from .statistics import Statistics
-    from .training import train
+    from kvlatent.checkpoints.load import load_model
+    from kvlatent.checkpoints.save import save
+    from kvlatent.conversion.convert_model import convert
+    from kvlatent.evaluation.quality import evaluate
+    from kvlatent.jobs.recipe import Recipe
+    from kvlatent.planning.width_plan import plan
+    from kvlatent.selection.calibrate import calibrate
+    from kvlatent.selection.statistics import Statistics
+    from kvlatent.workflows.compress_checkpoint import compress
+    from kvlatent.workflows.train_checkpoint import train
 
 __version__ = "0.1.0"
 
@@ -50,16 +51,16 @@ __all__ = [
 # Loaded at first use: training and evaluation import peft's and datasets' dependencies. No module bears the name of
 # one of these functions, since a submodule's import would put itself in the function's place.
 _LAZY = {
-    "Recipe": "recipe",
-    "Statistics": "statistics",
-    "calibrate": "calibration",
-    "compress": "pipeline",
-    "convert": "conversion",
-    "evaluate": "evaluation",
-    "load_model": "hub",
-    "plan": "planning",
-    "save": "hub",
-    "train": "training",
+    "Recipe": "jobs.recipe",
+    "Statistics": "selection.statistics",
+    "calibrate": "selection.calibrate",
+    "compress": "workflows.compress_checkpoint",
+    "convert": "conversion.convert_model",
+    "evaluate": "evaluation.quality",
+    "load_model": "checkpoints.load",
+    "plan": "planning.width_plan",
+    "save": "checkpoints.save",
+    "train": "workflows.train_checkpoint",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import judge, look, make, survey, teach
+from . import convert, inspect, measure, plan, train
 
 app = typer.Typer(
     name="kvlatent",
@@ -15,18 +15,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for name, function in {
-    "compress": make.compress,
-    "convert": make.convert,
-    "calibrate": survey.calibrate,
-    "plan": survey.plan,
-    "train": teach.train,
-    "eval": judge.evaluate,
-    "bench": judge.bench,
-    "study": judge.study,
-    "report": judge.report,
-    "generate": look.generate,
-    "inspect": look.inspect,
-    "demo": teach.demo,
+    "compress": convert.compress,
+    "convert": convert.convert,
+    "calibrate": plan.calibrate,
+    "plan": plan.plan,
+    "train": train.train,
+    "eval": measure.evaluate,
+    "bench": measure.bench,
+    "study": measure.study,
+    "report": measure.report,
+    "generate": inspect.generate,
+    "inspect": inspect.inspect,
+    "demo": train.demo,
 }.items():
     app.command(name)(function)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .kept import SCORES, kept_scores
+from kvlatent.evaluation.kept_scores import SCORES, kept_scores
 
 __all__ = ["ENTROPY_RATIO", "FOCUS_KEPT", "FORGETTING_NATS", "LEAK", "SCORE_KEPT", "diagnose"]
 

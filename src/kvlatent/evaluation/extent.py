@@ -11,9 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..estimate import DEFAULT_SECONDS, affordable, assumed_speed, forward_operations, listed
-from .needle import DEPTHS as NEEDLE_DEPTHS
-from .shuffling import AFTER, DEPTHS, SPANS
+from kvlatent.evaluation.checks.needle import DEPTHS as NEEDLE_DEPTHS
+from kvlatent.evaluation.checks.shuffling import AFTER, DEPTHS, SPANS
+from kvlatent.model.time_estimate import (
+    DEFAULT_SECONDS,
+    affordable,
+    assumed_speed,
+    forward_operations,
+    listed,
+)
 
 __all__ = ["CAUSALITY_TOKENS", "Extent", "extent_of"]
 

@@ -18,11 +18,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cost import live_cache_bytes
-from ..data import evaluation_blocks
-from ..hub import check_block_size, load_tokenizer
-from ..perplexity import Perplexity, perplexity, perplexity_ratio
-from ..sources import check_same_vocabulary, opened
+from kvlatent.checkpoints.load import check_block_size
+from kvlatent.checkpoints.source import check_same_vocabulary, opened
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
+from kvlatent.model.cache_bytes import live_cache_bytes
+from kvlatent.text.corpus import evaluation_blocks
 
 __all__ = ["cache_bytes_per_token", "compare", "evaluate", "measure", "precision", "speedometer"]
 

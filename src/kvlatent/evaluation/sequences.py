@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tokenizer_files import check_token_ids
+from kvlatent.text.tokenise import check_token_ids
 
 __all__ = [
     "at_the_ends",
@@ -25,6 +25,7 @@ __all__ = [
     "counter",
     "leading_ids",
     "mean_and_error",
+    "ordinary_ids",
     "token_stream",
 ]
 
@@ -151,3 +152,9 @@ def check_same(original: dict[str, Any], latent: dict[str, Any], names: Iterable
             raise ValueError(
                 f"both models must be measured alike: {name} is {original[name]} and {latent[name]}; measure again"
             )
+
+
+def ordinary_ids(tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """Token ids that are not special and that an embedding of so many rows has, ascending: int64 [N]."""
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    return np.array([i for i in range(min(len(tokenizer), vocab_size)) if i not in special], dtype=np.int64)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import text
-from ..estimate import rows_at_once
-from ..perplexity import Perplexity, summarise
-from ..stage2 import IGNORED, token_losses
-from ..tokenizer_files import check_token_ids
-from .windows import Window, batches_of, check_window, windows_of
+from kvlatent.evaluation.perplexity import Perplexity, summarise
+from kvlatent.evaluation.windows import Window, batches_of, check_window, windows_of
+from kvlatent.model.head import IGNORED, token_losses
+from kvlatent.model.time_estimate import rows_at_once
+from kvlatent.text import documents as text
+from kvlatent.text.tokenise import check_token_ids
 
 __all__ = ["measure_sliding", "read_documents", "sliding_perplexity"]
 
@@ -105,7 +105,7 @@ def read_documents(
     text_field: str = "text",
     tokenizer: Any = None,
 ) -> Iterator[str]:
-    """Yield the documents of a .txt, .jsonl, .json or .parquet file, or of a data set, as :mod:`kvlatent.data` cuts them.
+    """Yield the documents of a .txt, .jsonl, .json or .parquet file, or of a data set, as :mod:`kvlatent.text` cuts them.
 
     Conversations are written by the chat template of `tokenizer`, less its beginning-of-text token: measurements put
     that before a document themselves.

@@ -14,21 +14,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..hub import load_tokenizer
-from ..perplexity import Perplexity, perplexity_ratio
-from ..record import environment
-from ..sources import check_same_vocabulary, named, opened
-from .causality import causality
-from .diagnosis import diagnose
-from .door import CHECKS, check_all, checks_of, options_of
-from .extent import Extent
-from .fidelity import fidelity
-from .needle import needle
-from .order import order
-from .quality import cache_bytes_per_token
-from .reading import Text
-from .sliding import measure_sliding
-from .tasks import compare_tasks, run_tasks
+from kvlatent.checkpoints.source import check_same_vocabulary, named, opened
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.evaluation.check_options import CHECKS, check_all, checks_of, options_of
+from kvlatent.evaluation.checks.causality import causality
+from kvlatent.evaluation.checks.fidelity import fidelity
+from kvlatent.evaluation.checks.needle import needle
+from kvlatent.evaluation.checks.tasks import compare_tasks, run_tasks
+from kvlatent.evaluation.checks.word_order import order
+from kvlatent.evaluation.diagnosis import diagnose
+from kvlatent.evaluation.extent import Extent
+from kvlatent.evaluation.perplexity import Perplexity, perplexity_ratio
+from kvlatent.evaluation.quality import cache_bytes_per_token
+from kvlatent.evaluation.scored_text import Text
+from kvlatent.evaluation.sliding import measure_sliding
+from kvlatent.jobs.record import environment
 
 __all__ = ["CHECKS", "standard_evaluation"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from ..modeling import latent_config_of
-from .sequences import context_limit
+from kvlatent.evaluation.sequences import context_limit
+from kvlatent.model.classes import latent_config_of
 
 __all__ = ["Window", "batches_of", "check_window", "windows_of"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from ..recipe import Recipe, Stage
+from kvlatent.jobs.recipe import Recipe, Stage
 
 __all__ = ["training_arguments"]
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..output import write_atomically
-from ..recipe import Recipe, Stage
-from ..workspace import differences
+from kvlatent.jobs.atomic import write_atomically
+from kvlatent.jobs.fingerprints import differences
+from kvlatent.jobs.recipe import Recipe, Stage
 
 __all__ = ["claim", "stage_identity"]
 

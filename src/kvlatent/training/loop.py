@@ -22,8 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .checkpoints import WEIGHTS, last_complete_checkpoint, load_trainable, read_journal, trim_journal
-from .trainable import trainable_state
+from kvlatent.training.resume import (
+    WEIGHTS,
+    last_complete_checkpoint,
+    load_trainable,
+    read_journal,
+    trim_journal,
+)
+from kvlatent.training.trainable import trainable_state
 
 __all__ = ["Progress", "StageTrainer", "collate"]
 

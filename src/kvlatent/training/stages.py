@@ -12,14 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..recipe import Recipe, Stage, Stage2
-from .arguments import training_arguments
-from .checkpoints import last_complete_checkpoint, read_final, read_journal, write_final
-from .claim import claim, stage_identity
-from .loop import Progress, StageTrainer
-from .teacher import check_teacher, placed_teacher
-from .trainable import trainable_names, trainable_state
-from .trainers import EndToEndTrainer, LayerTrainer
+from kvlatent.jobs.recipe import Recipe, Stage, Stage2
+from kvlatent.training.arguments import training_arguments
+from kvlatent.training.claim import claim, stage_identity
+from kvlatent.training.loop import Progress, StageTrainer
+from kvlatent.training.placement import check_teacher, placed_teacher
+from kvlatent.training.resume import last_complete_checkpoint, read_final, read_journal, write_final
+from kvlatent.training.trainable import trainable_names, trainable_state
+from kvlatent.training.trainers import EndToEndTrainer, LayerTrainer
 
 __all__ = ["JOURNAL", "needs_teacher", "settings_of", "train_stage"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..families import family_of
-from ..recipe import Recipe
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.model.families import family_of
 
 __all__ = ["merged_copy", "prepare_for_training", "shared_copy", "trainable_names", "trainable_state"]
 

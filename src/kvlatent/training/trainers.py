@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recipe import Stage2
-from ..stage1 import capture, layer_losses
-from ..stage2 import stage2_loss
-from .loop import StageTrainer
+from kvlatent.jobs.recipe import Stage2
+from kvlatent.training.layer_loss import capture, layer_losses
+from kvlatent.training.logit_loss import stage2_loss
+from kvlatent.training.loop import StageTrainer
 
 __all__ = ["EndToEndTrainer", "LayerTrainer"]
 

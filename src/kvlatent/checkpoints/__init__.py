@@ -1,0 +1,1 @@
+"""Where models come from and go to: loading with its checks, saving whole or not at all, the card."""

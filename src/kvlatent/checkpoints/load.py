@@ -1,0 +1,139 @@
+"""Where checkpoints come from and go to: registration with transformers, loading, atomic saving.
+
+safetensors only. What is written appears whole or not at all (see `output`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from kvlatent.checkpoints.remote_code import MODULE_NAME, remote_code
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.checkpoints.weight_files import check_weights, first_line, weights_dtype
+from kvlatent.model.assembly import has_tied_head
+from kvlatent.model.classes import latent_classes
+from kvlatent.model.families import FAMILIES, LATENT_PREFIX, family_of
+from kvlatent.model.finite import check_finite_weights
+
+__all__ = ["check_block_size", "load_config", "load_model", "load_tokenizer", "register"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def register() -> None:
+    """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know every latent family. Idempotent."""
+    for model_type in FAMILIES:
+        config, decoder, causal = latent_classes(model_type)
+        AutoConfig.register(LATENT_PREFIX + model_type, config, exist_ok=True)
+        AutoModel.register(config, decoder, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+        decoder.add_code = causal.add_code = staticmethod(_add_code)
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load an original or latent causal language model of a supported family, in eval mode.
+
+    Args:
+        path_or_id: a local directory or a hub id.
+        dtype: "float32", "bfloat16", ...; None keeps the checkpoint's.
+        device: "cpu", "cuda", ...
+
+    Raises:
+        FileNotFoundError: no such directory or hub id.
+        ValueError: unsupported architecture; weights missing, truncated, pickled, not finite, or with missing or
+            unexpected names.
+    """
+    register()
+    path = str(path_or_id)
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
+    config = load_config(path)
+    family_of(config)
+    if Path(path).is_dir():
+        check_weights(Path(path), config)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model, info = loaded
+    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(
+            f"cannot load the weights of {path}: {first_line(error)}; download the checkpoint again"
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info.get(kind) or ())
+        if names:
+            raise ValueError(
+                f"the weights of {path} do not fit its config: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; "
+                "download or convert the checkpoint again"
+            )
+    check_finite_weights(model, path)
+    # What is saved from it later must be tied or not as it was loaded, whatever the file said.
+    model.config.tie_word_embeddings = has_tied_head(model)
+    return model.to(device).eval()
+
+
+def load_config(path: str) -> Any:
+    """The transformers config of a local directory or hub id; where it names no dtype, with the weights' own."""
+    local = Path(path)
+    if local.exists() and not local.is_dir():
+        raise ValueError(
+            f"{path} is a file, not a model directory; give the directory that holds config.json"
+        )
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise ValueError(
+            f"{path} holds no config.json, so it is no model directory; give a checkpoint's directory"
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, json.JSONDecodeError) as error:
+        if local.is_dir():
+            raise ValueError(f"cannot read {path}/config.json: {first_line(error)}") from error
+        raise FileNotFoundError(
+            f"{path} is neither a local directory nor a model that the hub gives us; check the path or the hub id "
+            f"({first_line(error)})"
+        ) from error
+    except Exception as error:  # transformers' own validation raises classes of its own
+        if type(error) is ValueError and "kv_latent" in str(error):
+            raise
+        raise ValueError(
+            f"cannot use {path}: its config.json is not that of a supported model ({first_line(error)}); supported "
+            f"are {', '.join(FAMILIES)}"
+        ) from error
+    if config.dtype is None:
+        config.dtype = weights_dtype(path, config) or torch.float32
+    return config
+
+
+def check_block_size(config: Any, block_size: int) -> None:
+    """Raise `ValueError` if blocks of that many tokens exceed the model's context."""
+    limit = getattr(config, "max_position_embeddings", None) or block_size
+    if block_size > limit:
+        raise ValueError(
+            f"a block cannot be longer than the model's context: got data.block_size={block_size}, "
+            f"max_position_embeddings={limit}; pass --set data.block_size={limit}"
+        )
+
+
+def _add_code(folder: str | os.PathLike[str], config: Any) -> None:
+    """Put the modelling file into a saved directory and name it in `auto_map`, for loading without kvlatent."""
+    model_type = str(config.model_type).removeprefix(LATENT_PREFIX)
+    path = Path(folder) / "config.json"
+    data = json.loads(path.read_text())
+    names = zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), latent_classes(model_type), strict=True)
+    data["auto_map"] = {auto: f"{MODULE_NAME}.{made.__name__}" for auto, made in names}
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    (Path(folder) / f"{MODULE_NAME}.py").write_text(remote_code(model_type))

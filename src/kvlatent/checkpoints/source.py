@@ -1,0 +1,41 @@
+"""Models as they are given to what measures them: a directory, a hub id, or loaded already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvlatent.checkpoints.load import load_model
+from kvlatent.jobs.fingerprints import identity, model_fingerprint
+from kvlatent.jobs.record import spoken_name
+
+__all__ = ["Source", "check_same_vocabulary", "named", "opened"]
+
+Source = str | Path | PreTrainedModel
+
+
+def opened(source: Source, dtype: str | None, device: str) -> PreTrainedModel:
+    """The model; one that is loaded already stays as and where it is."""
+    return source if isinstance(source, PreTrainedModel) else load_model(source, dtype=dtype, device=device)
+
+
+def named(model: PreTrainedModel, source: Source) -> dict[str, str]:
+    """Name (see `record.spoken_name`) and fingerprint: of the files where there are files, else of the weights."""
+    loaded = isinstance(source, PreTrainedModel)
+    name = getattr(model.config, "_name_or_path", "") if loaded else str(source)
+    return {
+        "name": spoken_name(name) if name else type(model).__name__,
+        "fingerprint": model_fingerprint(model) if loaded else identity(source),
+    }
+
+
+def check_same_vocabulary(one: Any, other: Any) -> None:
+    """Raise `ValueError` unless both models have vocabularies of one size."""
+    sizes = one.config.vocab_size, other.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"both models must read the same tokens: their vocabularies have {sizes[0]} and {sizes[1]} entries; compare "
+            "with the model it came from"
+        )

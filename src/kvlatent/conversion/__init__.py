@@ -1,0 +1,1 @@
+"""Narrow weights: in closed form, aligned layer by layer, refitted."""

@@ -1,0 +1,185 @@
+"""From a pretrained model and widths to a latent model; the original stays untouched.
+
+`choose` decides what is kept, `projections` computes the narrow weights in closed form, `refinement` tunes them on the
+calibration text. Only attention projections are new tensors; everything else shares storage with the original.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvlatent.conversion.projections import attention_weights
+from kvlatent.conversion.refinement import refine
+from kvlatent.model.assembly import assemble, full_width
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import Family, effective_table, family_of, head_dim_of
+from kvlatent.model.finite import check_finite_weights
+from kvlatent.selection.attention_rows import pair_layout
+from kvlatent.selection.choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
+from kvlatent.selection.latent_config import Pairs, Widths, check_widths, choose
+from kvlatent.selection.pairs import choose_pairs, strongest_pairs
+from kvlatent.selection.statistics import Statistics
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: PreTrainedModel,
+    config: LatentConfig | None = None,
+    *,
+    d_qk: Widths | None = None,
+    d_vo: Widths | None = None,
+    preset: str = "calibrated",
+    keys: str | None = None,
+    frequencies: str | None = None,
+    values: str | None = None,
+    table: str | None = None,
+    align: int | None = None,
+    gains: bool | None = None,
+    refit: bool | None = None,
+    qk_norm: str = "full",
+    choices: Choices | None = None,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> PreTrainedModel:
+    """A latent copy of `model`; unchanged tensors share storage with it, none of its own is modified.
+
+    Args:
+        model: a causal language model of a supported family.
+        config: a finished latent config; otherwise one is made from the arguments that follow (see `choose`). With
+            `statistics`, gains, refit and alignment follow `choices` or the preset all the same.
+        d_qk, d_vo: widths; the side left out keeps its full width.
+        preset: "calibrated" (default; falls back to the weights alone without `statistics`), "own-frequency" or "paper";
+            a warning says what it costs to look at no text; `keys`, `frequencies`, `values`, `table`, `align`, `gains`, `refit` replace single choices,
+            `choices` all of them (see `Choices`).
+        qk_norm: see `choose`.
+        statistics: from `calibrate`, of this model.
+        seed: of the sampling in alignment.
+        progress: called with what is being done, how much of it is done, and of how much.
+
+    Raises:
+        ValueError: the architecture is not supported, a weight is not finite, the widths do not fit, or the statistics
+            are of another model.
+    """
+    family, head_dim = family_of(model.config), head_dim_of(model.config)
+    by_preset = choices is None
+    if choices is None:
+        choices = resolve_choices(
+            preset, keys, frequencies, values, table=table, align=align, gains=gains, refit=refit
+        )
+    sides = (head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo)
+    narrow = config is None and sides != (head_dim, head_dim)
+    _check_source(model, config, family, head_dim)
+    check_finite_weights(model)
+    if statistics is not None:
+        statistics.check(model)
+    elif choices.needs_statistics:
+        choices = without_statistics(choices)
+        if narrow:
+            warnings.warn(NO_DATA, stacklevel=2)
+    elif narrow and by_preset:  # who spells out the choices has a plan, which says it
+        warnings.warn(BLIND, stacklevel=2)
+    if config is not None and config.values == "whitened" and statistics is None:
+        raise ValueError(
+            'the latent config has values="whitened", which are computed from text: got statistics=None; pass '
+            "statistics=calibrate(model, ...), or choose(...) with values=svd"
+        )
+    if config is None:
+        pairs = _pairs(model, sides[0], choices, statistics) if narrow else None
+        config = choose(model.config, *sides, choices, qk_norm=qk_norm, pairs=pairs)
+    _check_source(model, config, family, head_dim)
+    config.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
+    with torch.inference_mode(False):  # which also turns gradients on where the caller turned them off
+        latent = assemble(model, config, _weights(model, family, config, choices, statistics))
+        kept = config.keys == config.values == "full"
+        if statistics is not None and (choices.refit or choices.align) and not kept:
+            training = latent.training
+            twin = full_width(model).eval()
+            for each in (twin, latent.eval()):
+                each.requires_grad_(False)  # weights that are not tuned collect no gradients
+            refine(twin, latent, config, statistics, choices, seed=seed, progress=progress)
+            latent.train(training).requires_grad_(True)
+    return latent
+
+
+def _weights(
+    model: Any, family: Family, config: LatentConfig, choices: Choices, statistics: Statistics | None
+) -> Callable[[int], dict[str, Tensor]]:
+    """The closed-form attention tensors of a layer."""
+
+    def weights(index: int) -> dict[str, Tensor]:
+        return attention_weights(
+            model.model.layers[index].self_attn,
+            family,
+            model.config,
+            config,
+            index,
+            statistics=None if statistics is None else statistics.layers[index],
+            gains=choices.gains,
+        )
+
+    return weights
+
+
+def _pairs(model: Any, d_qk: Widths, choices: Choices, statistics: Statistics | None) -> Pairs | None:
+    """Kept channel pairs where statistics or weights name them, else None."""
+    if choices.keys not in BY_PAIRS:
+        return None
+    width, _ = check_widths(model.config, d_qk, head_dim_of(model.config))
+    if choices.keys != "weights":
+        assert statistics is not None, "without_statistics replaced the others"
+        return choose_pairs(statistics, width, choices.table, choices.keys)
+    return strongest_pairs(_weight_energies(model), width, choices.table)
+
+
+def _weight_energies(model: Any) -> list[Tensor]:
+    """E|q_j|^2 E|k_j|^2 [K, P] a layer, from the weights alone, as if normalised inputs were white."""
+    energies = []
+    for layer in full_width(model).model.layers:
+        attention = layer.self_attn
+        sides = []
+        for index, norm in enumerate((attention.q_norm, attention.k_norm)):
+            weight, bias = _rows(attention, index)
+            rows = (weight.float() * layer.input_layernorm.weight.float()).square().sum(1)
+            rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
+            if norm is not None:
+                rows = rows / rows.mean(1, keepdim=True) * norm.weight.float().square()
+            first, second = pair_layout(rows, effective_table(model.config).rotary_dim)
+            sides.append(first + second)
+        queries, keys = sides
+        energies.append(queries.unflatten(0, (len(keys), -1)).sum(1) * keys)
+    return energies
+
+
+def _rows(attention: Any, index: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the queries (0) or the keys (1) of a full-width latent attention."""
+    if hasattr(attention, "qkv_proj"):
+        weight, bias = attention.qkv_proj.weight, attention.qkv_proj.bias
+        parts = (None,) * 3 if bias is None else bias.detach().split(attention.widths)
+        return weight.detach().split(attention.widths)[index], parts[index]
+    module = (attention.q_proj, attention.k_proj)[index]
+    return module.weight.detach(), None if module.bias is None else module.bias.detach()
+
+
+def _check_source(model: Any, config: LatentConfig | None, family: Family, head_dim: int) -> None:
+    """Raise `ValueError` unless the config was made for this model, and the model is a causal language model."""
+    if not isinstance(model, family.upstream("ForCausalLM")):
+        raise ValueError(  # noqa: TRY004 - the command line shows ValueError as one sentence
+            f"convert needs a {family.prefix}ForCausalLM: got {type(model).__name__}; load the checkpoint with "
+            "AutoModelForCausalLM"
+        )
+    if config is None:
+        return
+    made_for = (config.original_model_type, config.original_head_dim)
+    if made_for != (family.model_type, head_dim) or (config.qk_norm == "none") == family.qk_norm:
+        raise ValueError(
+            f"the latent config was made for {made_for[0]} with head_dim={made_for[1]}, qk_norm={config.qk_norm}: got "
+            f"{family.model_type} with head_dim={head_dim}; make one with choose(model.config, ...)"
+        )

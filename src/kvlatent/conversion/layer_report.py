@@ -1,0 +1,156 @@
+"""Why this conversion and not another: what every strategy does to the attention output of every layer, measured.
+
+Each strategy is built at the same widths and fed the original's own inputs, so that layers are judged one by one; what
+errors do to the layers above is the business of perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.assembly import full_width
+from kvlatent.model.config import LatentConfig, table_scope
+from kvlatent.selection.choices import BY_PAIRS, PAPER, Choices, resolve_choices
+from kvlatent.selection.statistics import Statistics
+
+__all__ = ["STRATEGIES", "layer_report"]
+
+STRATEGIES: dict[str, Choices] = {
+    "paper": PAPER,
+    "matched": Choices(keys="matched"),
+    "stride": Choices(),
+    "energy": Choices(keys="energy", values="whitened", table="head"),
+    "calibrated": resolve_choices("calibrated", align=0, refit=False),
+}
+"""Closed forms, nothing tuned; pairs keep their own frequencies and the softmax its scale, but for the paper's."""
+
+Widths = tuple[int, int]
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@torch.no_grad()
+def layer_report(
+    model: Any,
+    statistics: Statistics,
+    config: LatentConfig,
+    *,
+    latent: Any = None,
+    blocks: int = 4,
+) -> list[dict[str, Any]]:
+    """Relative squared error ||o' - o||^2 / ||o||^2 of the attention output of every layer under every strategy.
+
+    All positions of the first calibration blocks count, on the original's inputs. One strategy is in memory at a time.
+
+    Args:
+        model: the original; it is left as it was.
+        statistics: of `model`; their text is looked at again.
+        config: whose widths, scope of the tables and treatment of a QK-norm all strategies get.
+        latent: the finished conversion, measured as "calibrated" in place of its closed form.
+        blocks: how many calibration blocks to look at; 0 < blocks.
+
+    Returns:
+        One dict a layer: `layer`, `d_qk`, `d_vo`, `errors` (by strategy; None where it is impossible at these widths)
+        and `reasons` (by impossible strategy).
+
+    Raises:
+        ValueError: statistics of another model, or no blocks.
+    """
+    if blocks < 1:
+        raise ValueError(f"the layer report looks at 1 calibration block or more: got blocks={blocks}; try 4")
+    statistics.check(model)
+    num_layers = model.config.num_hidden_layers
+    twin = full_width(model).eval()
+    text = [t[:blocks].long().to(model.device) for t in (statistics.input_ids, statistics.position_ids)]
+    widths = [(config.d_qk_at(index), config.d_vo_at(index)) for index in range(num_layers)]
+    rows: list[dict[str, Any]] = [
+        {"layer": index, "d_qk": d_qk, "d_vo": d_vo, "errors": {}, "reasons": {}}
+        for index, (d_qk, d_vo) in enumerate(widths)
+    ]
+    for name, choices in STRATEGIES.items():
+        if name == "calibrated" and latent is not None:
+            parts = iter([(list(range(num_layers)), latent)])
+        else:
+            parts = _built(model, statistics, config, choices, widths)
+        for layers, made in parts:
+            if isinstance(made, str):
+                for index in layers:
+                    rows[index]["errors"][name], rows[index]["reasons"][name] = None, made
+                continue
+            found = _errors(twin, made, layers, *text)
+            for index in layers:
+                rows[index]["errors"][name] = found[index]
+    return rows
+
+
+def _built(
+    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[Widths]
+) -> Iterator[tuple[list[int], Any]]:
+    """Layers and the model in which they follow `choices`, or the sentence that says why they cannot.
+
+    Where not all layers can, each set of layers of equal widths is tried alone, the others kept whole.
+    """
+    everything = list(range(len(widths)))
+    made = _converted(model, statistics, config, choices, widths)
+    if not isinstance(made, str) or len(set(widths)) == 1:
+        yield everything, made
+        return
+    full = (config.original_head_dim, config.original_head_dim)
+    for one in sorted(set(widths)):
+        alone = [width if width == one else full for width in widths]
+        layers = [index for index in everything if widths[index] == one]
+        yield layers, _converted(model, statistics, config, choices, alone)
+
+
+def _converted(
+    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[Widths]
+) -> Any:
+    """The closed form of a strategy, its chosen pairs shared as in `config`; or why it is impossible."""
+    if choices.keys in BY_PAIRS:
+        choices = replace(choices, table=table_scope(config))
+    try:
+        return convert(
+            model,
+            d_qk=[d_qk for d_qk, _ in widths],
+            d_vo=[d_vo for _, d_vo in widths],
+            choices=choices,
+            qk_norm="full" if config.qk_norm == "none" else config.qk_norm,
+            statistics=statistics,
+        )
+    except ValueError as error:
+        return str(error)
+
+
+def _errors(twin: Any, latent: Any, layers: list[int], ids: Tensor, positions: Tensor) -> dict[int, float]:
+    """Relative squared error of the attention output of `layers` of `latent`, on what the twin's layers see."""
+    error, energy = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+
+    def compare(index: int, other: nn.Module) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            turned = latent.model.rotary_emb(hidden, kwargs["position_ids"])
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            given, _ = other(hidden, **{**rest, "position_embeddings": turned})
+            error[index] += float((given.float() - output[0].float()).square().sum(dtype=torch.float64))
+            energy[index] += float(output[0].float().square().sum(dtype=torch.float64))
+
+        return hook
+
+    training = latent.training
+    latent.eval()
+    with ExitStack() as hooks:
+        hooks.callback(latent.train, training)
+        for index in layers:
+            attention, other = (m.model.layers[index].self_attn for m in (twin, latent))
+            hook = attention.register_forward_hook(compare(index, other), with_kwargs=True)
+            hooks.callback(hook.remove)
+        for block in range(len(ids)):
+            twin.model(input_ids=ids[block, None], position_ids=positions[block, None], use_cache=False)
+    return {index: error[index] / max(energy[index], _TINY) for index in layers}

@@ -1,0 +1,241 @@
+"""The attention tensors of one latent layer, from the original's: kept rows, gains, factored values.
+
+Whatever does not change is the original's tensor itself. Shapes: D model width, d head width, N query heads, K
+key-value heads, G = N / K.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import Family, effective_table
+from kvlatent.selection.choices import BY_PAIRS
+from kvlatent.selection.pair_search import pair_gains
+from kvlatent.selection.paper_rules import product_svd, stride_channels
+from kvlatent.selection.statistics import LayerStatistics
+from kvlatent.selection.value_bases import best_outputs, value_basis
+
+__all__ = ["attention_weights", "kept_pairs"]
+
+
+@torch.no_grad()
+def attention_weights(
+    attention: Any,
+    family: Family,
+    hf_config: Any,
+    latent: LatentConfig,
+    layer: int,
+    *,
+    statistics: LayerStatistics | None = None,
+    gains: bool = False,
+) -> dict[str, Tensor]:
+    """State dict of the layer's `LatentAttention`.
+
+    Args:
+        attention: the original's attention module; hf_config: its config.
+        statistics: of the layer; needed for gains and for values in the basis "whitened".
+        gains: scale kept pairs per query head to make up for dropped ones.
+
+    Raises:
+        ValueError: a sliced QK-norm whose heads keep different channels.
+    """
+    source = {name: tensor.detach() for name, tensor in attention.state_dict().items()}
+    keep_qk = latent.d_qk_at(layer) == latent.original_head_dim
+    keep_vo = latent.d_vo_at(layer) == latent.original_head_dim
+    if keep_qk and keep_vo:
+        return source
+    new = _split_qkv(source, hf_config, latent.original_head_dim) if family.fused_qkv else dict(source)
+    if not keep_qk:
+        factors = _query_factors(latent, layer, hf_config, statistics if gains else None)
+        new.update(_narrow_keys(new, latent, layer, factors))
+    if not keep_vo:
+        new.update(_narrow_values(new, latent, layer, hf_config.num_key_value_heads, statistics))
+    if family.fused_qkv:
+        new["qkv_proj.weight"] = torch.cat([new.pop(f"{name}_proj.weight") for name in "qkv"])
+    return new
+
+
+def _split_qkv(source: dict[str, Tensor], hf_config: Any, head_dim: int) -> dict[str, Tensor]:
+    """Views of a fused projection under the names of a split one."""
+    rows = [n * head_dim for n in (hf_config.num_attention_heads, *[hf_config.num_key_value_heads] * 2)]
+    parts = source["qkv_proj.weight"].split(rows)
+    return {"o_proj.weight": source["o_proj.weight"]} | {
+        f"{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)
+    }
+
+
+def _take(tensor: Tensor, channels: tuple[tuple[int, ...], ...], head_dim: int) -> Tensor:
+    """Rows of `tensor` ([H * head_dim, ...]) that survive, per head; each list serves the heads of its group."""
+    heads = tensor.unflatten(0, (-1, head_dim))
+    groups = heads.shape[0] // len(channels)
+    kept = [heads[h][list(channels[h // groups])] for h in range(heads.shape[0])]
+    return torch.cat(kept)
+
+
+def kept_pairs(channels: tuple[int, ...], rotary_dim: int, head_dim: int) -> tuple[int, ...]:
+    """The channel pair behind every kept channel: rotated pairs count first, then those that pass through."""
+    half, passed = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    return tuple(c % half if c < rotary_dim else half + (c - rotary_dim) % passed for c in channels)
+
+
+def _query_factors(
+    latent: LatentConfig, layer: int, hf_config: Any, statistics: LayerStatistics | None
+) -> Tensor:
+    """What multiplies kept query channels: [N or 1, d_qk] in float64.
+
+    The original softmax scale (the module's is d_qk^-1/2), gains, and for channels that were not rotated but now sit
+    in the table at frequency 0, the inverse of the table's attention factor on both sides.
+    """
+    head_dim, d_qk = latent.original_head_dim, latent.d_qk_at(layer)
+    fold = (d_qk / head_dim) ** 0.5 if latent.scale == "original" else 1.0
+    channels, tables = latent.channels_at(layer), latent.tables_at(layer)
+    factors = torch.full((1, d_qk), fold, dtype=torch.float64)
+    if latent.keys in BY_PAIRS and tables[0].attention_factor != 1.0:
+        idle = torch.tensor([[f == 0.0 for f in table.short] * 2 for table in tables])
+        factors = torch.where(idle, fold / tables[0].attention_factor ** 2, factors)
+        factors = factors.repeat_interleave(hf_config.num_attention_heads // len(factors), dim=0)
+    if statistics is None:
+        return factors
+    original = effective_table(hf_config).rotary_dim
+    grams = statistics.output_gram.split(len(statistics.output_gram) // len(channels))
+    gains = []
+    for member, kept in zip(grams, channels, strict=True):
+        pairs = kept_pairs(kept, original, head_dim)
+        distinct = tuple(sorted(set(pairs)))
+        found = (_shared_gains if latent.qk_norm == "sliced" else pair_gains)(member, distinct)
+        gains.append(found[:, [distinct.index(pair) for pair in pairs]])
+    return factors * torch.cat(gains)
+
+
+def _shared_gains(grams: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """Gains for all heads together, where they can only sit in the norm's weight: [1, n]."""
+    return pair_gains(grams.sum(0, keepdim=True), kept)
+
+
+def _narrow_keys(
+    source: dict[str, Tensor], latent: LatentConfig, layer: int, factors: Tensor
+) -> dict[str, Tensor]:
+    """New q and k tensors of one layer: kept rows, the queries' times `factors`."""
+    channels, head_dim = latent.channels_at(layer), latent.original_head_dim
+    weight = source["q_proj.weight"]
+    if latent.qk_norm == "full":
+        heads = weight.shape[0] // head_dim
+        index = torch.tensor(channels).repeat_interleave(heads // len(channels), dim=0)
+        chosen = torch.nn.functional.one_hot(index, head_dim) * factors[..., None]
+        return {"q_map": chosen.to(weight)}
+    new = {
+        f"{name}.{kind}": _take(source[f"{name}.{kind}"], channels, head_dim)
+        for name in ("q_proj", "k_proj")
+        for kind in ("weight", "bias")
+        if f"{name}.{kind}" in source
+    }
+    if latent.qk_norm == "sliced":
+        new |= {f"{name}_norm.weight": _sliced_norm(source, new, name, channels) for name in "qk"}
+        new["q_norm.weight"] = _scaled(new["q_norm.weight"], factors[0])
+        return new
+    for name in [name for name in new if name.startswith("q_")]:
+        rows = factors.expand(new[name].shape[0] // factors.shape[1], -1).flatten()
+        new[name] = _scaled(new[name], rows)
+    return new
+
+
+def _scaled(tensor: Tensor, rows: Tensor) -> Tensor:
+    """`tensor` with its rows scaled, rounded once; itself where all factors are 1."""
+    if bool((rows == 1).all()):
+        return tensor
+    shape = (-1, *[1] * (tensor.dim() - 1))
+    return (tensor.double() * rows.to(tensor.device).view(shape)).to(tensor.dtype)
+
+
+def _sliced_norm(
+    source: dict[str, Tensor], new: dict[str, Tensor], name: str, channels: tuple[tuple[int, ...], ...]
+) -> Tensor:
+    """Norm weight of the kept channels times E[rms kept / rms all], estimated from the weights (white inputs)."""
+    if len(channels) > 1:
+        raise ValueError(
+            f"a sliced QK-norm has one weight for all heads, so they must keep the same channels: got {len(channels)} "
+            "lists; use qk_norm='full' or one table per layer"
+        )
+    weight = f"{name}_proj.weight"
+    ratio = (new[weight].double().square().mean() / source[weight].double().square().mean()).sqrt()
+    kept = source[f"{name}_norm.weight"][list(channels[0])]
+    return (kept.double() * ratio).to(kept.dtype)
+
+
+def _narrow_values(
+    source: dict[str, Tensor],
+    latent: LatentConfig,
+    layer: int,
+    num_key_value_heads: int,
+    statistics: LayerStatistics | None,
+) -> dict[str, Tensor]:
+    """New v and o tensors of one layer: a slice, or factored per key-value head."""
+    head_dim, d_vo = latent.original_head_dim, latent.d_vo_at(layer)
+    w_v, b_v, w_o = source["v_proj.weight"], source.get("v_proj.bias"), source["o_proj.weight"]
+    if latent.values == "slice":
+        channels = (stride_channels("d_vo", d_vo, head_dim),)
+        new = {
+            "v_proj.weight": _take(w_v, channels, head_dim),
+            "o_proj.weight": _take(w_o.T, channels, head_dim).T,
+        }
+        if b_v is not None:
+            new["v_proj.bias"] = _take(b_v, channels, head_dim)
+        return {name: tensor.contiguous() for name, tensor in new.items()}
+    if latent.values == "whitened" and statistics is not None:
+        new = _whitened_values(source, d_vo, statistics)
+    else:
+        new = _svd_values(w_v, b_v, w_o, d_vo, num_key_value_heads)
+    return {name: tensor.to(w_v).contiguous() for name, tensor in new.items()}
+
+
+def _svd_values(
+    w_v: Tensor, b_v: Tensor | None, w_o: Tensor, d_vo: int, num_key_value_heads: int
+) -> dict[str, Tensor]:
+    """Values and outputs by the SVD of their product, per key-value head."""
+    values, biases, outputs = [], [], []
+    head_dim = w_v.shape[0] // num_key_value_heads
+    # [D, N * d] -> per key-value head [G * D, d], the output blocks of its query heads stacked.
+    blocks = w_o.unflatten(1, (num_key_value_heads, -1, head_dim)).permute(1, 2, 0, 3).flatten(1, 2)
+    for head, rows in enumerate(w_v.unflatten(0, (num_key_value_heads, head_dim))):
+        bias = None if b_v is None else b_v.unflatten(0, (num_key_value_heads, head_dim))[head]
+        value, new_bias, output = product_svd(rows, bias, blocks[head], d_vo)
+        values.append(value)
+        biases.append(new_bias)
+        outputs.append(output.unflatten(0, (-1, w_o.shape[0])))
+    new = {
+        "v_proj.weight": torch.cat(values),
+        "o_proj.weight": torch.cat(outputs).permute(1, 0, 2).flatten(1),
+    }
+    return new if b_v is None else new | {"v_proj.bias": torch.cat(biases)}
+
+
+def _whitened_values(source: dict[str, Tensor], d_vo: int, statistics: LayerStatistics) -> dict[str, Tensor]:
+    """Values and outputs by the second moments of what attention averages, per key-value head.
+
+    Where the architecture has an output bias, the mean goes there and the moments are centred.
+    """
+    moments, means = statistics.outputs, statistics.output_means
+    if "o_proj.bias" in source:
+        moments = moments - means[:, :, None] * means[:, None]
+    heads, head_dim = means.shape
+    w_o = source["o_proj.weight"].double().cpu().unflatten(1, (heads, head_dim)).transpose(0, 1)  # [N, D, d]
+    w_v = source["v_proj.weight"].double().cpu().unflatten(0, (-1, head_dim))  # [K, d, D]
+    groups = heads // len(w_v)
+    bases = [value_basis(*pair, d_vo) for pair in zip(w_o.split(groups), moments.split(groups), strict=True)]
+    spread = [basis for basis in bases for _ in range(groups)]
+    outputs = [best_outputs(w_o[h, None], moments[h, None], spread[h])[0] for h in range(heads)]
+    new = {
+        "v_proj.weight": torch.cat([basis @ rows for basis, rows in zip(bases, w_v, strict=True)]),
+        "o_proj.weight": torch.cat(outputs, dim=1),
+    }
+    if "v_proj.bias" in source:
+        biases = source["v_proj.bias"].double().cpu().unflatten(0, (-1, head_dim))
+        new["v_proj.bias"] = torch.cat([basis @ bias for basis, bias in zip(bases, biases, strict=True)])
+    if "o_proj.bias" in source:
+        left = sum(w_o[h] @ means[h] - outputs[h] @ (spread[h] @ means[h]) for h in range(heads))
+        new["o_proj.bias"] = source["o_proj.bias"].double().cpu() + left
+    return new

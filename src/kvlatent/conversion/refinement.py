@@ -1,0 +1,165 @@
+"""From the closed-form start to the finished conversion: layer by layer, bottom up, each seeing what those below do.
+
+For every layer: align its attention, refit W_O, align its output; then pass the text through it. The original runs
+beside it, one layer at a time, and the states between layers lie on disk: memory is one layer, whatever the text.
+
+Shapes: D model width, N query heads, T positions.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlatent.conversion.alignment import LayerPair, align_attention, align_output, tuned_copy
+from kvlatent.conversion.refit import refit_outputs
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.hidden_states import Stream, one_layer
+from kvlatent.selection.choices import Choices
+from kvlatent.selection.statistics import Statistics
+
+__all__ = ["refine"]
+
+Progress = Callable[[str, int, int], None]
+
+_HELD_OUT = 16  # one block in so many only measures
+
+
+def refine(
+    twin: Any,
+    latent: Any,
+    config: LatentConfig,
+    statistics: Statistics,
+    choices: Choices,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Align and refit `latent` in place, as `choices` say; sides at full width are left alone, bit for bit.
+
+    Args:
+        twin: the original as its full-width latent twin; latent: the converted model, with its closed-form start.
+        config: of the latent model.
+        statistics: the text to look at.
+        seed: of the sampling.
+        progress: called with what is being done, how much of it is done and of how much.
+
+    Returns:
+        One dict a layer: attention divergence and output error before and after, where aligned; the ridge of the refit.
+    """
+    ids, positions = (t.long().to(twin.device) for t in (statistics.input_ids, statistics.position_ids))
+    blocks, size = ids.shape
+    report = []
+    steps = _Steps(progress, len(twin.model.layers), choices.align)
+    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
+        streams = {
+            name: Stream(Path(folder) / name, (size, twin.config.hidden_size), twin.dtype, twin.device)
+            for name in ("inputs", "outputs", "latent")
+        }
+        for name in ("inputs", "latent"):
+            streams[name].write(twin.model.embed_tokens(ids[b, None]) for b in range(blocks))
+        held = list(range(blocks))[_HELD_OUT - 1 :: _HELD_OUT] or ([blocks - 1] if blocks > 1 else [])
+        for index in range(len(twin.model.layers)):
+            steps.start(index)
+            pair = LayerPair(
+                index,
+                twin.model,
+                latent.model,
+                tuned_copy(latent.model.layers[index].self_attn),
+                streams["inputs"],
+                streams["latent"],
+                streams["outputs"],
+                positions,
+                held,
+            )
+            report.append(_refine_layer(pair, config, choices, seed, steps))
+            latent_layer = one_layer(latent.model, index)
+            streams["latent"].write(_pass(latent_layer, streams["latent"], positions))
+            streams["outputs"].path.replace(streams["inputs"].path)
+    steps.start(len(twin.model.layers))  # a last layer that needed fewer steps counts as done as well
+    return report
+
+
+class _Steps:
+    """Counts the work of all layers for `progress`."""
+
+    def __init__(self, progress: Progress | None, layers: int, align: int) -> None:
+        self.progress, self.each = progress, 2 * align + 1
+        self.total, self.done = layers * self.each, 0
+
+    def start(self, index: int) -> None:
+        """A layer begins; steps that the one before did not need count as done."""
+        self.done = index * self.each
+        self()
+
+    def __call__(self) -> None:
+        """One more step."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress("refine layers", min(self.done, self.total), self.total)
+
+
+def _refine_layer(
+    pair: LayerPair, config: LatentConfig, choices: Choices, seed: int, steps: _Steps
+) -> dict[str, Any]:
+    """Align, refit, align; returns what alignment measured."""
+    keys = config.d_qk_at(pair.index) < config.original_head_dim
+    values = config.d_vo_at(pair.index) < config.original_head_dim
+    wanted = Stream(
+        pair.inputs.path.with_name("wanted"), pair.inputs.shape, pair.inputs.dtype, pair.inputs.device
+    )
+    pair.outputs.write(_original_pass(pair, wanted))
+    found: dict[str, Any] = {"layer": pair.index}
+    if choices.align and keys:
+        found["attention_divergence"] = align_attention(pair, choices.align, seed, steps)
+        _put_back(pair)
+    if choices.refit and values:
+        found["refit_ridge"] = refit_outputs(pair, wanted)
+        _put_back(pair)
+    if choices.align and (keys or values):
+        found["output_error"] = align_output(pair, choices.align, seed + 1, steps, keys=keys, values=values)
+        _put_back(pair)
+    return found
+
+
+@torch.no_grad()
+def _pass(layer: Any, inputs: Stream, positions: Tensor) -> Iterator[Tensor]:
+    """The outputs of one layer, block by block."""
+    for block in range(len(positions)):
+        output = layer(
+            inputs_embeds=inputs.read([block]), position_ids=positions[block, None], use_cache=False
+        )
+        yield output.last_hidden_state
+
+
+def _original_pass(pair: LayerPair, wanted: Stream) -> Iterator[Tensor]:
+    """The outputs of the original layer; `wanted` gets its input plus its attention's output, o + h, on the way."""
+    caught: list[Tensor] = []
+    hook = pair.original.layers[pair.index].self_attn.register_forward_hook(
+        lambda module, args, output: caught.append(output[0])
+    )
+    wanted.path.unlink(missing_ok=True)
+    try:
+        for block, output in enumerate(
+            _pass(one_layer(pair.original, pair.index), pair.inputs, pair.positions)
+        ):
+            wanted.append(pair.inputs.read([block]) + caught.pop())
+            yield output
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def _put_back(pair: LayerPair) -> None:
+    """Give the latent layer the tuned parameters; a tensor that did not change stays the original's own."""
+    module = pair.latent.layers[pair.index].self_attn
+    for name, tuned in pair.attention.named_parameters():
+        parameter = module.get_parameter(name)
+        value = tuned.detach().to(parameter.dtype)
+        if not torch.equal(value, parameter):
+            parameter.data = value.clone()

@@ -1,0 +1,100 @@
+"""W_O of one latent layer, refitted by ridge regression on what the converted layers below it give.
+
+Shapes: D model width, F = num_attention_heads x d_vo inputs of W_O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlatent.conversion.alignment import LayerPair
+from kvlatent.model.hidden_states import Stream, one_layer
+
+__all__ = ["refit_outputs"]
+
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal; the last resort is no change at all
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens: y y^T [F, F], r y^T [D, F], in float64."""
+
+    inner: Tensor
+    missing: Tensor
+
+    def add(self, y: Tensor, r: Tensor) -> None:
+        self.inner += (y.T @ y).double()
+        self.missing += (r.T @ y).double()
+
+    def change(self, ridge: float) -> Tensor:
+        """(sum r y^T)(sum y y^T + l I)^-1: what the ridge adds to W_O."""
+        scale = ridge * self.inner.diagonal().mean() + torch.finfo(torch.float64).tiny
+        eye = torch.eye(len(self.inner), dtype=torch.float64, device=self.inner.device)
+        return torch.linalg.solve(self.inner + scale * eye, self.missing.T).T
+
+    def gained(self, change: Tensor) -> float:
+        """Sum of |r|^2 - |r - change y|^2: what a change of W_O takes off the squared error."""
+        return float(2 * (change * self.missing).sum() - ((change @ self.inner) * change).sum())
+
+
+@torch.no_grad()
+def refit_outputs(pair: LayerPair, wanted: Stream) -> float | None:
+    """Regress W_O towards itself: W_O + (sum r y^T)(sum y y^T + l I)^-1, in place in `pair.attention`.
+
+    y is what enters the converted W_O on the converted stream h', r what is then missing from o + h - h', so that the
+    layer also takes back what those below it left (method: closed-form refit; towards the factored W_O, as a ridge
+    towards zero would move a full-width one). The ridge is the one of four that does best on the held-out blocks, and
+    W_O stays as it is where none helps there: little text fits itself only.
+
+    Args:
+        pair: with `latent` holding what was tuned so far; wanted: o + h, the original's stream behind its attention.
+
+    Returns:
+        The ridge chosen, over the mean diagonal; None where W_O stayed.
+    """
+    module = pair.latent.layers[pair.index].self_attn.o_proj
+    learnt, held = (_empty(module) for _ in range(2))
+    for block, y, r in _missing(pair, wanted, module):
+        (held if block in pair.held_out else learnt).add(y, r)
+    ridge: float | None = _RIDGES[0]
+    if pair.held_out:
+        gains = {ridge: held.gained(learnt.change(ridge)) for ridge in _RIDGES}
+        best = max(_RIDGES, key=lambda ridge: gains[ridge])
+        ridge = best if gains[best] > 0 else None
+    if ridge is None:
+        return None
+    learnt.inner += held.inner
+    learnt.missing += held.missing
+    weight = pair.attention.o_proj.weight
+    weight.copy_((weight.double() + learnt.change(ridge)).to(weight.dtype))
+    return ridge
+
+
+def _empty(module: Any) -> _Moments:
+    features = module.in_features
+    like: dict[str, Any] = {"dtype": torch.float64, "device": module.weight.device}
+    return _Moments(
+        torch.zeros(features, features, **like), torch.zeros(module.out_features, features, **like)
+    )
+
+
+def _missing(pair: LayerPair, wanted: Stream, module: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For every block: its number, y [T, F] and r [T, D] in float32."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output)))
+    layer = one_layer(pair.latent, pair.index)
+    try:
+        for block in range(len(pair.positions)):
+            hidden = pair.latent_inputs.read([block])
+            layer(inputs_embeds=hidden, position_ids=pair.positions[block, None], use_cache=False)
+            y, given = (t.float().flatten(0, -2) for t in seen)
+            seen.clear()
+            target = (wanted.read([block]).float() - hidden.float()).flatten(0, -2)
+            yield block, y, target - given
+    finally:
+        hook.remove()

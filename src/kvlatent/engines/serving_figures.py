@@ -1,0 +1,205 @@
+"""What widths are worth when a model is served: bytes per token, longest context in a memory, decoding speed by bytes.
+
+Read from a source model's config alone; nothing is loaded and nothing is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvlatent.model.cache_bytes import (
+    attention_parameters,
+    cache_bytes,
+    decode_speedup,
+    layer_cache_bytes,
+    maximum_context,
+)
+from kvlatent.model.families import family_of, head_dim_of
+
+__all__ = ["BATCHES", "CONTEXTS", "Footprint", "ServingFigures", "serving_figures"]
+
+CONTEXTS = (4096, 32_768, 131_072)
+BATCHES = (1, 8, 32)
+Widths = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one model.
+
+    Args:
+        weight_bytes: held in memory.
+        read_bytes: of the weights that one decoding step reads: all but the input embeddings, of which it looks up a
+            row. (Tied ones are read as the head.)
+        layer_bytes: one token of one sequence in each layer's cache.
+        windows: of each layer in tokens, None for full attention.
+    """
+
+    weight_bytes: float
+    read_bytes: float
+    layer_bytes: tuple[float, ...]
+    windows: tuple[int | None, ...]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Cache bytes of one token of one sequence, as long as it is inside every window."""
+        return sum(self.layer_bytes)
+
+    def cache_bytes(self, context: int) -> float:
+        """Cache bytes of one sequence at a context of so many tokens."""
+        return cache_bytes(context, self.layer_bytes, self.windows)
+
+    def maximum_context(self, memory_bytes: float, batch: int = 1) -> int | None:
+        """Longest context of `batch` sequences, in tokens, in a memory that also holds the weights.
+
+        None when windows keep the cache from growing.
+
+        Raises:
+            ValueError: the weights alone do not fit.
+        """
+        return maximum_context(memory_bytes, self.weight_bytes, self.layer_bytes, self.windows, batch)
+
+
+@dataclass(frozen=True)
+class ServingFigures:
+    """A model before and after.
+
+    Args:
+        original, latent: bytes of the two.
+        trained_context: longest sequence that the original was made for, tokens; None when its config does not say.
+    """
+
+    original: Footprint
+    latent: Footprint
+    trained_context: int | None
+
+    def speedup(self, context: int, batch: int = 1) -> float:
+        """Decoding speed over the original's by bytes read: (W + b C) / (W' + b C')."""
+        return decode_speedup(
+            self.original.read_bytes,
+            self.original.cache_bytes(context),
+            self.latent.read_bytes,
+            self.latent.cache_bytes(context),
+            batch,
+        )
+
+    def maximum_context(self, memory_bytes: float, batch: int = 1) -> tuple[int | None, int | None]:
+        """Longest contexts of original and latent model in a memory; 0 for an original that does not fit.
+
+        Raises:
+            ValueError: the weights of the latent model alone do not fit.
+        """
+        after = self.latent.maximum_context(memory_bytes, batch)
+        fits = memory_bytes >= self.original.weight_bytes
+        return (self.original.maximum_context(memory_bytes, batch) if fits else 0), after
+
+    def summary(
+        self,
+        memory_bytes: float | None = None,
+        contexts: Sequence[int] = CONTEXTS,
+        batches: Sequence[int] = BATCHES,
+    ) -> dict[str, Any]:
+        """JSON-able: bytes per token and of weights before and after, longest contexts, speed-ups.
+
+        "maximum_context" is there when a memory is given: by batch, in tokens, null for no limit.
+
+        Raises:
+            ValueError: the weights of the latent model alone do not fit into the memory.
+        """
+        document: dict[str, Any] = {
+            "cache_bytes_per_token": {
+                "original": self.original.bytes_per_token,
+                "latent": self.latent.bytes_per_token,
+                "share": self.latent.bytes_per_token / self.original.bytes_per_token,
+            },
+            "weight_bytes": {"original": self.original.weight_bytes, "latent": self.latent.weight_bytes},
+            "trained_context": self.trained_context,
+            "decode_speedup": [
+                {"context": context, "batch": batch, "speedup": self.speedup(context, batch)}
+                for context in contexts
+                for batch in batches
+            ],
+        }
+        if memory_bytes is not None:
+            limits = {batch: self.maximum_context(memory_bytes, batch) for batch in batches}
+            document["maximum_context"] = [
+                {"memory_bytes": memory_bytes, "batch": batch, "original": before, "latent": after}
+                for batch, (before, after) in limits.items()
+            ]
+        return document
+
+
+def serving_figures(
+    config: Any,
+    d_qk: Widths,
+    d_vo: Widths,
+    *,
+    element_size: float | None = None,
+    cache_element_size: float | None = None,
+    qk_norm: str = "full",
+) -> ServingFigures:
+    """Bytes of a model before and after it gets these widths.
+
+    Args:
+        config: transformers config of the source model.
+        d_qk, d_vo: widths in channels, one number or one per layer.
+        element_size: bytes of one weight; left out, that of the config's dtype (4 where it names none).
+        cache_element_size: bytes of one cached number, 1 for fp8, 0.5 for four bits; left out, as the weights.
+        qk_norm: for models with a QK-norm, as in `choose.choose`.
+
+    Raises:
+        ValueError: an architecture that is not supported.
+    """
+    family_of(config)
+    if element_size is None:
+        dtype = getattr(config, "dtype", None)
+        element_size = 4 if dtype is None else dtype.itemsize
+    sizes = (element_size, element_size if cache_element_size is None else cache_element_size)
+    head_dim = head_dim_of(config)
+    return ServingFigures(
+        original=_footprint(config, head_dim, head_dim, qk_norm, *sizes),
+        latent=_footprint(config, d_qk, d_vo, qk_norm, *sizes),
+        trained_context=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def _footprint(
+    config: Any, d_qk: Widths, d_vo: Widths, qk_norm: str, element_size: float, cache_element_size: float
+) -> Footprint:
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    family, embeddings = family_of(config), config.vocab_size * config.hidden_size
+    keys = (d_qk,) * layers if isinstance(d_qk, int) else d_qk
+    values = (d_vo,) * layers if isinstance(d_vo, int) else d_vo
+    parameters = sum(_layer_parameters(config, k, v, qk_norm) for k, v in zip(keys, values, strict=True))
+    read = parameters + config.hidden_size + embeddings
+    held = read if config.tie_word_embeddings else read + embeddings
+    return Footprint(
+        weight_bytes=held * element_size,
+        read_bytes=read * element_size,
+        layer_bytes=layer_cache_bytes(keys, values, layers, heads, cache_element_size),
+        windows=tuple(family.sliding_window(config, layer) for layer in range(layers)),
+    )
+
+
+def _layer_parameters(config: Any, d_qk: int, d_vo: int, qk_norm: str) -> int:
+    """Parameters of one layer at these widths: attention, gated FFN, norms."""
+    family, hidden = family_of(config), config.hidden_size
+    head_dim = head_dim_of(config)
+    full = family.qk_norm and qk_norm == "full" and d_qk < head_dim
+    qkv_bias, o_bias = family.biases(config)
+    attention = attention_parameters(
+        hidden,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        d_qk,
+        d_vo,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        projected=head_dim if full else None,
+    )
+    norms = 2 * hidden + family.qk_norm * 2 * (head_dim if full else d_qk)
+    inner = config.intermediate_size
+    bias = (2 * inner + hidden) * bool(getattr(config, "mlp_bias", False))
+    return attention + norms + 3 * hidden * inner + bias

@@ -1,0 +1,1 @@
+"""The checks of `kvlatent eval`, beside perplexity."""

@@ -1,0 +1,216 @@
+"""A needle in a haystack: can a model still read something small out of a long cache, and where in it?
+
+The needle is a cue and a value, planted at some depth of running text; the text ends with the cue again, and the value
+has to follow. Cue and value are random tokens, so nothing but the cache can know them, and a small base model that
+never saw a question can take part: repeating what followed the same tokens before is the first thing that language
+models learn to do with their context (Olsson et al. 2022, induction heads). A model that reads language can be asked in
+words instead, with a template. The grid of context and depth is that of Kamradt (2023); both scores are our choice:
+exact reproduction, which users see, and the rank of the value's tokens, which moves before the former does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlatent.evaluation.checks.haystack import (
+    Needle,
+    generated_text,
+    planted_rows,
+    random_needles,
+    written_needles,
+)
+from kvlatent.evaluation.sequences import (
+    at_the_ends,
+    check_counts,
+    check_same,
+    context_limit,
+    counter,
+    leading_ids,
+    mean_and_error,
+    token_stream,
+)
+from kvlatent.model.time_estimate import rows_at_once
+
+__all__ = ["check_needle", "default_contexts", "needle", "needle_drop"]
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+_SHORTEST = 128
+_MOST_ROWS = 8
+_HAYSTACKS = 16  # so many contexts of a text are looked at, whatever other contexts are measured
+_SETTINGS = ("contexts", "depths", "trials", "needle_tokens", "cue_tokens", "template", "seed")
+
+
+def default_contexts(limit: int) -> list[int]:
+    """Powers of two from 128 tokens up to `limit`, and `limit` itself."""
+    powers = [1 << power for power in range(limit.bit_length()) if _SHORTEST <= 1 << power < limit]
+    return [*powers, limit]
+
+
+def needle(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    haystack: Sequence[int] | Iterable[str] | None = None,
+    contexts: Sequence[int] | None = None,
+    depths: Sequence[float] = DEPTHS,
+    trials: int = 20,
+    needle_tokens: int = 8,
+    cue_tokens: int = 4,
+    template: str | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """How well a model finds a needle, by context length and depth.
+
+    A sequence has exactly the context's tokens, the answer included. The answer is read under teacher forcing; all
+    its tokens are the likeliest ones exactly when greedy generation writes it. A trial has the same needle in every
+    cell, and the same text at every depth of a context, whatever else is measured beside it.
+
+    Args:
+        haystack: text to hide the needle in, as strings or token ids, read from a random place on and from its
+            start again at its end; None generates plain English sentences.
+        contexts: lengths in tokens; None is `default_contexts` of the model's context.
+        depths: share of the haystack before the needle, 0 to 1; at 1 the question follows at once.
+        trials: needles a cell.
+        needle_tokens: tokens to be reproduced; with a template, decimal digits.
+        cue_tokens: tokens before them, which the question repeats; a template has its own.
+        template: a needle in words, such as "The magic number for {key} is {value}."; up to {value} it is the question.
+        batch_size: sequences read together; None takes 8, fewer where the context is long or the model large.
+        progress: called with the tokens of all sequences done, and of all that there are.
+
+    Returns:
+        {"contexts", "depths", "exact": [[...]] share of trials with the whole value reproduced, contexts x depths,
+        "rank": [[...]] mean reciprocal rank of the value's tokens, "trial_exact", "trial_rank": the same by trial, over
+        all cells, and the settings "trials", "needle_tokens", "cue_tokens" (None with a template), "template", "seed"}.
+
+    Raises:
+        ValueError: a context is longer than the model's or too short for the needle, a depth is outside 0 to 1, the
+            template lacks {key} before {value}, there is no text or no cue, or a logit is not finite.
+    """
+    lengths, needles = check_needle(
+        model.config, tokenizer, contexts=contexts, depths=depths, trials=trials, needle_tokens=needle_tokens,
+        cue_tokens=cue_tokens, template=template, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    lead = leading_ids(tokenizer)
+    source = generated_text(2 * max(lengths), seed) if haystack is None else haystack
+    stream = token_stream(source, tokenizer, _HAYSTACKS * max(lengths))
+    advance = counter(progress, sum(lengths) * len(depths) * trials)
+
+    keep = max(len(one.value) for one in needles)
+    exact, rank = (np.empty((len(lengths), len(depths), trials)) for _ in range(2))
+    for place, context in enumerate(lengths):
+        rows = planted_rows(needles, stream[: _HAYSTACKS * context], lead, context, depths, seed)
+        at_once = batch_size or rows_at_once(model, context, _MOST_ROWS)
+        found = at_the_ends(
+            model, rows, keep, _hits_and_ranks, batch_size=at_once,
+            advance=lambda done, context=context: advance(done * context),
+        )  # fmt: skip
+        for index, (hits, ranks) in enumerate(found):
+            trial, depth = divmod(index, len(depths))
+            answer = slice(keep - len(needles[trial].value), keep)
+            exact[place, depth, trial], rank[place, depth, trial] = hits[answer].all(), ranks[answer].mean()
+    return {
+        "contexts": lengths,
+        "depths": [float(depth) for depth in depths],
+        "exact": exact.mean(axis=2).tolist(),
+        "rank": rank.mean(axis=2).tolist(),
+        "trial_exact": exact.mean(axis=(0, 1)).tolist(),
+        "trial_rank": rank.mean(axis=(0, 1)).tolist(),
+        "trials": trials,
+        "needle_tokens": needle_tokens,
+        "cue_tokens": cue_tokens if template is None else None,
+        "template": template,
+        "seed": seed,
+    }
+
+
+def check_needle(
+    config: Any,
+    tokenizer: Any,
+    *,
+    contexts: Sequence[int] | None = None,
+    depths: Sequence[float] = DEPTHS,
+    trials: int = 20,
+    needle_tokens: int = 8,
+    cue_tokens: int = 4,
+    template: str | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> tuple[list[int], list[Needle]]:
+    """The contexts and the needles of `needle`, which has the same arguments; raises what it raises, text aside."""
+    lengths = _lengths(config, contexts, depths)
+    check_counts(trials=(trials, 1), needle_tokens=(needle_tokens, 1))
+    check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
+    if template is None:
+        needles = random_needles(tokenizer, config.vocab_size, trials, needle_tokens, cue_tokens, seed)
+    else:
+        needles = written_needles(tokenizer, trials, needle_tokens, template, seed)
+    _check_fits(lengths, len(leading_ids(tokenizer)) + max(one.size for one in needles))
+    return lengths, needles
+
+
+def needle_drop(original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
+    """What a latent model finds less than its original: latent minus original, from two documents of `needle`.
+
+    Returns:
+        {"contexts", "depths", "exact": [[...]], "rank": [[...]] by cell, and over all cells "exact_mean",
+        "exact_standard_error", "rank_mean", "rank_standard_error"}; the errors are of paired needles, None for one.
+
+    Raises:
+        ValueError: the two were not measured alike.
+    """
+    check_same(original, latent, _SETTINGS)
+    result: dict[str, Any] = {"contexts": original["contexts"], "depths": original["depths"]}
+    for name in ("exact", "rank"):
+        result[name] = (np.array(latent[name]) - np.array(original[name])).tolist()
+        by_trial = np.array(latent[f"trial_{name}"]) - np.array(original[f"trial_{name}"])
+        result[f"{name}_mean"], result[f"{name}_standard_error"] = mean_and_error(by_trial)
+    return result
+
+
+def _lengths(config: Any, contexts: Sequence[int] | None, depths: Sequence[float]) -> list[int]:
+    """The contexts to measure, once the grid is known to be possible."""
+    limit = context_limit(config)
+    if contexts is None:
+        if limit is None:
+            raise ValueError(
+                "the model's config names no context length: got contexts=None; pass contexts=[1024]"
+            )
+        contexts = default_contexts(limit)
+    if not len(contexts) or not len(depths):
+        raise ValueError(
+            f"the grid needs a context and a depth: got {len(contexts)} and {len(depths)}; leave them out"
+        )
+    if limit is not None and max(contexts) > limit:
+        raise ValueError(
+            f"a context cannot be longer than the model's: got {max(contexts)} tokens, "
+            f"max_position_embeddings={limit}; ask for {limit} at the most"
+        )
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"a depth is a share of the text, 0 to 1: got {depth}; try 0.5")
+    return [int(context) for context in contexts]
+
+
+def _check_fits(contexts: Sequence[int], needed: int) -> None:
+    if min(contexts) < needed:
+        raise ValueError(
+            f"needle, question and answer must fit the context: they take {needed} tokens, the context has "
+            f"{min(contexts)}; ask for contexts of {needed} tokens or more"
+        )
+
+
+def _hits_and_ranks(logits: Tensor, target: Tensor) -> Tensor:
+    """Whether a token is the likeliest, and its reciprocal rank, ties sharing the middle one: [B, 2, keep]."""
+    own = logits.gather(-1, target.unsqueeze(-1))
+    above, level = (logits > own).sum(-1), (logits == own).sum(-1) - 1
+    hits = logits.argmax(-1) == target
+    return torch.stack([hits.float(), 1 / (1 + above + level / 2)], dim=1)

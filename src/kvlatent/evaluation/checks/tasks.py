@@ -1,0 +1,208 @@
+"""Accuracy on tasks by lm-eval, run on a model in memory: its own tasks by name, or yours from YAML files.
+
+lm-eval reads the questions, scores the answers and computes the standard errors; here its tasks are found, its output
+is kept off the screen, and its results become a plain dict in which every number says which metric it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlatent.evaluation.checks.harness import lm_eval_modules, loaded_tasks
+from kvlatent.evaluation.sequences import check_counts
+
+__all__ = ["check_tasks", "compare_tasks", "run_tasks"]
+
+_RESAMPLES = 1000  # for errors without a closed form: 2 % off; lm-eval's 100,000 take hours on long data
+_HAYSTACK = 4096  # tokens of a synthetic haystack that nobody chose, lm-eval's own number
+_COUNTS = ("samples", "shots")
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run lm-eval tasks, groups or tags on a loaded model, original or latent.
+
+    The model's mode and the tokenizer are left as they were; the global random states of Python, NumPy and torch are
+    set to `seed`. Reading lm-eval's own list of tasks takes about 30 seconds, once a process; names that are all under
+    `include_path` do without.
+
+    Args:
+        include_path: a folder of YAML tasks, which stand before lm-eval's own of the same name.
+        limit: look at the first so many samples of a task; None looks at all.
+        num_fewshot: examples before each question; None takes the task's own number. A task that fixes it at 0 keeps 0.
+        batch_size: requests run together.
+        max_length: tokens of question and answer; what is longer loses its start. Also the length of synthetic
+            haystacks (`niah_*`, `ruler`). None takes the model's context, for haystacks at most 4096.
+        seed: of the examples drawn, and of whatever a task draws.
+
+    Returns:
+        {"tasks": {name: {metric: value, metric + "_stderr": value or None, "samples": n, "shots": n}}, "lm_eval":
+        version}. Multiple choice always has "acc" and "acc_norm" (log-likelihood over the answer's characters), None
+        where the task does not define one. A metric behind a named filter is "metric[filter]".
+
+    Raises:
+        ValueError: lm-eval or a task's package is missing, no such task, its data cannot be fetched, answers longer
+            than `max_length`, or that longer than the model's context.
+        TypeError: one string in place of several names.
+    """
+    length, haystack = _check(model.config, tasks, limit, num_fewshot, batch_size, max_length)
+    evaluator, harness = lm_eval_modules()
+    training = model.training
+    with loaded_tasks(tokenizer, tasks, include_path, length, haystack) as (manager, loaded):
+        try:
+            own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
+            if own.pad_token_id is not None and own.pad_token_id >= model.config.vocab_size:
+                own.pad_token = own.eos_token  # padding is masked, but the embedding must have its row
+            results = evaluator.simple_evaluate(
+                model=harness.HFLM(
+                    pretrained=model,
+                    tokenizer=own,
+                    backend="causal",
+                    batch_size=batch_size,
+                    max_length=length,
+                ),
+                tasks=loaded,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=_RESAMPLES,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        finally:
+            model.train(training)
+    return {"tasks": _figures(results), "lm_eval": results["lm_eval_version"]}
+
+
+def check_tasks(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Raise what `run_tasks`, which has the same arguments, raises before the model runs; the data are fetched."""
+    check_counts(seed=(seed, 0))
+    length, haystack = _check(config, tasks, limit, num_fewshot, batch_size, max_length)
+    lm_eval_modules()
+    with loaded_tasks(tokenizer, tasks, include_path, length, haystack):
+        pass
+
+
+def compare_tasks(original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
+    """Latent minus original, metric by metric, from two results of :func:`run_tasks`.
+
+    Returns:
+        {"tasks": {name: {metric: difference, metric + "_stderr": combined error or None, "samples": n}}}. The error is
+        that of independent answers. Both models saw the same questions, so the true one is usually smaller.
+
+    Raises:
+        ValueError: the two did not run the same tasks, or not on as many samples.
+    """
+    ran = [{name: row["samples"] for name, row in result["tasks"].items()} for result in (original, latent)]
+    if ran[0] != ran[1]:
+        raise ValueError(
+            f"a comparison needs the same samples of the same tasks: got {ran[0]} and {ran[1]}; run both alike"
+        )
+    compared: dict[str, Any] = {}
+    for name, row in latent["tasks"].items():
+        reference = original["tasks"][name]
+        compared[name] = {"samples": row["samples"]}
+        for metric, value in row.items():
+            if (
+                metric in _COUNTS
+                or metric.endswith("_stderr")
+                or value is None
+                or reference.get(metric) is None
+            ):
+                continue
+            errors = [figures.get(f"{metric}_stderr") for figures in (reference, row)]
+            combined = None if None in errors else math.hypot(*errors)
+            compared[name] |= {metric: value - reference[metric], f"{metric}_stderr": combined}
+    return {"tasks": compared}
+
+
+def _check(
+    config: Any,
+    tasks: Sequence[str],
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    max_length: int | None,
+) -> tuple[int, int]:
+    """Tokens that the model is given at most, and those of a haystack."""
+    if isinstance(tasks, str):
+        raise TypeError("tasks are several names: got one string; pass [name]")
+    if not tasks:
+        raise ValueError("nothing to run: got 0 tasks; name one, such as arc_easy")
+    for name, value, least in (
+        ("limit", limit, 1),
+        ("num_fewshot", num_fewshot, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is at least {least}: got {value}; raise it or leave it out")
+    context = getattr(config, "max_position_embeddings", None) or max_length or _HAYSTACK
+    length = context if max_length is None else max_length
+    if not 1 <= length <= context:
+        raise ValueError(
+            f"max_length lies within the model's context: got max_length={length}, max_position_embeddings={context}; "
+            f"use {context} or less"
+        )
+    return length, min(length, _HAYSTACK) if max_length is None else length
+
+
+def _figures(results: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's "metric,filter" entries as plain names and finite numbers, task by task."""
+    figures: dict[str, Any] = {}
+    for name, row in results["results"].items():
+        metrics: dict[str, Any] = {}
+        if results["configs"].get(name, {}).get("output_type") == "multiple_choice":
+            metrics = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
+        for key, value in row.items():
+            metric, comma, kind = key.partition(",")
+            base = metric.removesuffix("_stderr")
+            unused = (
+                base.isdigit() and row.get(f"{base},{kind}") == -1
+            )  # a haystack's length that did not run
+            if not comma or unused:
+                continue
+            number = isinstance(value, int | float) and math.isfinite(value)
+            label = base if kind == "none" else f"{base}[{kind}]"
+            metrics[label + metric[len(base) :]] = float(value) if number else None
+        if metrics:
+            metrics["samples"] = _samples(results, name)
+            shots = results["n-shot"].get(name)
+            figures[name] = metrics if shots is None else metrics | {"shots": int(shots)}
+    return figures
+
+
+def _samples(results: dict[str, Any], name: str) -> int:
+    """Samples of a task, or of all tasks of a group."""
+    if name in results["n-samples"]:
+        return int(results["n-samples"][name]["effective"])
+    return sum(_samples(results, child) for child in results["group_subtasks"].get(name, ()))

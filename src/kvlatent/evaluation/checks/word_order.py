@@ -1,0 +1,171 @@
+"""Does a model still know in which order its text came? Short spans of real text are shuffled, and it has to notice.
+
+A frequency-aware rotary table gives up the fastest rotations, which tell near positions apart. Perplexity sees that
+only together with everything else. Here the tokens of one span, 2 to 8 of them, change places, and nothing else: the
+score is how much likelier the true order is than the shuffled one, in nats over the span and what follows it.
+
+Most of that can be had without any attention, since every token is predicted from its direct predecessor too. From
+the second token behind the span on, predecessor and target are the same in both orders, and the difference reaches
+the prediction through keys and values alone. That part is given apart, as `after`: a model that sees its past as a
+bag of words scores 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlatent.evaluation.checks.shuffling import AFTER, DEPTHS, SPANS, check_order
+from kvlatent.evaluation.sequences import at_the_ends, check_same, counter, mean_and_error
+from kvlatent.model.time_estimate import rows_at_once
+
+__all__ = ["order", "order_drop"]
+
+_SETTINGS = ("spans", "depths", "length", "after", "permutations", "trials", "seed")
+_PARTS = ("margin", "after_margin")
+_MOST_ROWS = 16
+
+
+def order(
+    model: PreTrainedModel,
+    text: Sequence[int] | Iterable[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    spans: Sequence[int] = SPANS,
+    depths: Sequence[float] = DEPTHS,
+    length: int = 256,
+    after: int = AFTER,
+    trials: int = 32,
+    permutations: int = 1,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """How much likelier a model finds the true order of short spans than a shuffled one.
+
+    A trial is a window of text that shares no token with another trial's; all its spans of one depth begin at the same
+    token. Both orders have the same tokens before, in and behind the span. The same text and seed give every model the
+    same trials.
+
+    Args:
+        text: strings, which need the tokenizer, or token ids; documents are laid end to end.
+        tokenizer: whose leading token, if it puts one, begins every window.
+        spans: tokens that change places, 2 or more.
+        depths: share of the window before the span, 0 to 1.
+        length: tokens of a window.
+        after: tokens scored behind the span, 2 or more.
+        trials: windows; a short text gives fewer, as the result says.
+        batch_size: sequences read together; None takes 16, fewer of a large model.
+        permutations: shuffled orders a span, all different; a span has no more than its tokens allow.
+        progress: called with the sequences done and their number.
+
+    Returns:
+        {"spans", "depths", "margin": [[...]] mean nats by which the true order is likelier, spans x depths,
+        "preferred": [[...]] share of shuffled orders that it beats, ties counting half, "after_margin" and
+        "after_preferred": the same from the second token behind the span on, each with "..._standard_error" (windows
+        being independent; None for one), "trial_margin" and "trial_after_margin": spans x trials, mean over depths,
+        and the settings "trials", "permutations", "length", "after", "seed"}. A span whose tokens are all equal has no
+        other order and is left out (None in a trial that has no other).
+
+    Raises:
+        ValueError: a span is below 2 or longer than the window has room for, a window is longer than the model's
+            context or the text, a depth is outside 0 to 1, all spans of a cell repeat one token, or a logit is not
+            finite.
+    """
+    windows, begins, plans = check_order(
+        model.config, text, tokenizer, spans=spans, depths=depths, length=length, after=after, trials=trials,
+        permutations=permutations, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    keep = max(spans) + after
+    batch_size = batch_size or rows_at_once(model, length, _MOST_ROWS)
+    advance = counter(progress, sum(len(windows) + len(rows) for rows, _ in plans))
+
+    scores = []
+    for begin, (shuffled, origin) in zip(begins, plans, strict=True):
+        rows = np.concatenate([windows, shuffled])[:, : begin + keep]
+        found = at_the_ends(model, rows, keep, _log_likelihoods, batch_size=batch_size, advance=advance)
+        scores.append(_scores(found[: len(windows)], found[len(windows) :], origin, spans, after))
+    return _document(np.stack(scores, axis=2)) | {
+        "spans": [int(span) for span in spans],
+        "depths": [float(depth) for depth in depths],
+        "trials": len(windows),
+        "permutations": permutations,
+        "length": length,
+        "after": after,
+        "seed": seed,
+    }
+
+
+def order_drop(original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
+    """What a latent model knows less of order than its original, from two documents of `order`.
+
+    Returns:
+        {"spans", "depths", "margin", "preferred", "after_margin", "after_preferred": latent minus original by cell, and
+        "by_span": a dict a span with "span" and, for "margin" and "after_margin", "..._difference" in nats over all
+        depths, "..._standard_error" of paired windows (None for one) and "..._kept", latent over original (None where
+        the original's is not positive)}.
+
+    Raises:
+        ValueError: the two were not measured alike.
+    """
+    check_same(original, latent, _SETTINGS)
+    result: dict[str, Any] = {"spans": original["spans"], "depths": original["depths"]}
+    for name in ("margin", "preferred", "after_margin", "after_preferred"):
+        result[name] = (np.array(latent[name]) - np.array(original[name])).tolist()
+    result["by_span"] = [{"span": span} for span in original["spans"]]
+    for place, row in enumerate(result["by_span"]):
+        for name in _PARTS:
+            pairs = zip(latent[f"trial_{name}"][place], original[f"trial_{name}"][place], strict=True)
+            ours, theirs = np.array([pair for pair in pairs if None not in pair], dtype=float).T
+            mean, error = mean_and_error(ours - theirs)
+            row[f"{name}_difference"], row[f"{name}_standard_error"] = mean, error
+            row[f"{name}_kept"] = float(ours.mean() / theirs.mean()) if theirs.mean() > 0 else None
+    return result
+
+
+def _log_likelihoods(logits: Tensor, target: Tensor) -> Tensor:
+    """log p of every token in nats, [B, keep]."""
+    return -F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+
+
+def _scores(
+    true: np.ndarray, other: np.ndarray, origin: np.ndarray, spans: Sequence[int], after: int
+) -> np.ndarray:
+    """Margin and share preferred, of the whole and of the part behind: [4, spans, windows], NaN without another order.
+
+    Args:
+        true, other: log p of the tokens from the span on, [windows, keep] and [R, keep].
+        origin: the places of span and window of `other`, [R, 2].
+    """
+    scores = np.full((2 * len(_PARTS), len(spans), len(true)), np.nan)
+    for place, window in np.unique(origin, axis=0):
+        rivals = other[(origin == (place, window)).all(axis=1)]
+        differences = (true[window] - rivals)[:, : spans[place] + after]
+        for part, total in enumerate(
+            (differences.sum(axis=1), differences[:, spans[place] + 1 :].sum(axis=1))
+        ):
+            preferred = (np.sign(total) + 1) / 2
+            scores[2 * part : 2 * part + 2, place, window] = total.mean(), preferred.mean()
+    return scores
+
+
+def _document(scores: np.ndarray) -> dict[str, Any]:
+    """Means and standard errors by cell, and the margins by trial, of scores [4, spans, depths, windows]."""
+    result: dict[str, Any] = {}
+    for name, values in zip(("margin", "preferred", "after_margin", "after_preferred"), scores, strict=True):
+        cells = [[mean_and_error(cell[~np.isnan(cell)]) for cell in row] for row in values]
+        result[name] = [[mean for mean, _ in row] for row in cells]
+        result[f"{name}_standard_error"] = [[error for _, error in row] for row in cells]
+    for name, values in zip(_PARTS, scores[::2], strict=True):
+        counts = (~np.isnan(values)).sum(axis=1)
+        means = np.nansum(values, axis=1) / np.maximum(counts, 1)
+        result[f"trial_{name}"] = [
+            [float(mean) if count else None for mean, count in zip(*row, strict=True)]
+            for row in zip(means, counts, strict=True)
+        ]
+    return result

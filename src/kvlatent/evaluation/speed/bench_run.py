@@ -1,0 +1,223 @@
+"""How fast a model reads and writes, and what its cache takes, beside its original: measured, with the bound by bytes.
+
+Every combination of model and cache runs by turns in one process (see `timing`), on the same random prompts. Times are
+of forward passes alone. The rival of narrower heads is a quantised cache; both are measured alone and on each other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvlatent.checkpoints.source import named
+from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of, working_caches
+from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size
+from kvlatent.evaluation.speed.checked_options import (
+    Model,
+    check_context,
+    check_numbers,
+    context_limit,
+    loaded,
+)
+from kvlatent.evaluation.speed.memory import PEAK_METHODS, read_bytes, weight_bytes
+from kvlatent.evaluation.speed.ratios import largest_contexts, ratio_rows, stacked_rows, table_rows
+from kvlatent.evaluation.speed.variants import (
+    UNTIMED,
+    Measured,
+    Variant,
+    attention_of,
+    measure_cell,
+    random_prompt,
+)
+from kvlatent.jobs.record import environment
+from kvlatent.model.cache_bytes import maximum_context
+from kvlatent.model.time_estimate import DEFAULT_SECONDS
+
+__all__ = ["bench"]
+
+Progress = Callable[[str, int, int, str], None]
+
+
+def bench(
+    model: Model,
+    original: Model | None = None,
+    *,
+    batches: Sequence[int] = (1,),
+    contexts: Sequence[int] | None = None,
+    new_tokens: int | None = None,
+    repeats: int | None = None,
+    caches: Sequence[str] | None = None,
+    memory: float | None = None,
+    attention: str | None = None,
+    compile: bool = False,
+    dtype: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a model, and the original it came from when that is given.
+
+    Without contexts, as much is measured as two minutes on two cores hold, by the models' size (see `extent`).
+
+    Args:
+        model, original: a directory, a hub id or a loaded model.
+        batches: sequences at once.
+        contexts: prompt lengths, tokens; None takes 256, 1024 and 4096 as far as the models' context and size allow.
+        new_tokens: tokens that are added to a prompt; None takes 16, without contexts fewer of a large model.
+        repeats: rounds that are timed; two more, untimed, warm up and measure memory. None takes 5, or likewise fewer.
+        caches: keys of `caches.CACHES`; None takes dynamic and quantized-int4, the latter where it works.
+        memory: bytes to find the longest contexts for; None takes the GPU's, and none on a CPU.
+        attention: "eager", "sdpa", "flex_attention" or "flash_attention_2"; None leaves the models as they are.
+        compile: compile the step that adds a token (the prompt is always read uncompiled, as in upstream's `generate`).
+        dtype: "float32", "bfloat16", "float16" or None, what the checkpoint has; ignored for loaded models.
+        device: to load on; loaded models stay where they are.
+        seed: of the random prompts.
+        progress: called with a step's name, the tokens of runs done, of all runs, and a note.
+        say: called with a sentence where less is measured than of a small model, or a default cache does not work.
+
+    Returns:
+        A JSON-able dict {"kind": "bench", "model", "original", "device", "dtype", "attention", "compile", "peak_memory"
+        (how it is measured), "rows", "ratios", "stacked", "largest_context", "skipped", "settings", "record"}; see
+        `figures` for the rows. "skipped" lists what ran out of the GPU's memory.
+
+    Raises:
+        ValueError: sizes that make no sense or exceed the models' context, models that do not belong together, an
+            unknown attention or cache, a missing package, or a memory below the model's weights.
+    """
+    start = time.perf_counter()
+    check_numbers(batches, contexts, new_tokens, repeats)
+    if progress is not None:
+        progress("load", 0, 0, "")
+    models = loaded(model, original, dtype, device)
+    latent = list(models.values())[-1]
+    if memory is None and latent.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(latent.device).total_memory
+    if memory is not None:
+        maximum_context(memory, weight_bytes(latent), (1.0,))  # refuses a memory below the weights
+    sizes = {"contexts": contexts, "new_tokens": new_tokens, "repeats": repeats}
+    caches, extent, about_extent = _chosen(models, caches, batches, sizes, compile, say)
+    variants = [Variant(role, cache, each, compile) for cache in caches for role, each in models.items()]
+    with attention_of(list(models.values()), attention):
+        implementation = latent.config._attn_implementation
+        cells, skipped = _measured(variants, batches, extent, seed, progress)
+    methods = sorted({cell.peak_method for cell in cells})
+    sources = {"original": original, "latent": model}
+    about = {role: _about(each, sources[role] or model, caches) for role, each in models.items()}
+    return {
+        "kind": "bench",
+        "model": about.get("latent") or about["original"],
+        "original": about["original"] if original is not None else None,
+        "device": str(latent.device.type),
+        "dtype": str(latent.dtype).removeprefix("torch."),
+        "attention": implementation,
+        "compile": compile,
+        "peak_memory": "; ".join(PEAK_METHODS[method] for method in methods),
+        "rows": table_rows(cells, extent.new_tokens),
+        "ratios": ratio_rows(cells, models),
+        "stacked": stacked_rows(cells, models),
+        "largest_context": None
+        if memory is None
+        else {"memory_bytes": int(memory), "rows": largest_contexts(cells, models, memory)},
+        "skipped": skipped,
+        "settings": {
+            "batches": list(batches),
+            "contexts": list(extent.contexts),
+            "caches": caches,
+            "new_tokens": extent.new_tokens,
+            "repeats": extent.repeats,
+        },
+        "record": _record(latent, caches)
+        | {"seed": seed, "extent": about_extent, "seconds": round(time.perf_counter() - start, 3)},
+    }
+
+
+def _chosen(
+    models: dict[str, PreTrainedModel],
+    caches: Sequence[str] | None,
+    batches: Sequence[int],
+    sizes: dict[str, Any],
+    compiled: bool,
+    say: Callable[[str], None] | None,
+) -> tuple[list[str], Extent, dict[str, Any]]:
+    """Caches and extent, given or by default, known to be possible; and what the record says of them."""
+    each, device, limit = list(models.values()), next(iter(models.values())).device, context_limit(models)
+    if sizes["contexts"] is not None:  # first, as trying a cache can build its code
+        check_context(sizes["contexts"], sizes["new_tokens"] or NEW_TOKENS, limit)
+    kinds, left_out = working_caches(caches, each, device, compiled=compiled)
+    extent = extent_of(each, kinds, batches, limit=limit, **sizes)
+    check_context(extent.contexts, extent.new_tokens, limit)
+    said = [f"a default cache is left out: {reason}" for reason in left_out]
+    said += [extent.sentence] if extent.sentence is not None else []
+    if say is not None:
+        for sentence in said:
+            say(sentence)
+    about = {
+        "estimated_seconds": round(extent.seconds, 1),
+        "default_seconds": DEFAULT_SECONDS,
+        "sentences": said,
+    }
+    return kinds, extent, about
+
+
+def _measured(
+    variants: Sequence[Variant],
+    batches: Sequence[int],
+    extent: Extent,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[list[Measured], list[dict[str, Any]]]:
+    """All cells, and what ran out of memory."""
+    cells: list[Measured] = []
+    skipped: list[dict[str, Any]] = []
+    grid = list(itertools.product(batches, extent.contexts))
+    runs = len(variants) * (extent.repeats + UNTIMED)
+    config, device = variants[0].model.config, variants[0].model.device
+    tokens = [
+        batch * (context + extent.new_tokens) for batch, context in grid
+    ]  # of a run: cells differ in time
+    for number, (batch, context) in enumerate(grid):
+        done = itertools.count(runs * sum(tokens[:number]), tokens[number])
+
+        def tick(done: Iterator[int] = done, note: str = f"batch {batch}, context {context}") -> None:
+            if progress is not None:
+                progress("measure", next(done), runs * sum(tokens), note)
+
+        tick()
+        prompt = random_prompt(config.vocab_size, batch, context, seed, device)
+        measured, too_large = measure_cell(variants, prompt, extent.new_tokens, extent.repeats, tick)
+        cells += measured
+        for each in too_large:
+            where = {"batch": batch, "context": context, "model": each.role, "cache": each.cache}
+            skipped.append(where | {"reason": "out of memory"})
+    return cells, skipped
+
+
+def _about(model: Any, source: Model, caches: Sequence[str]) -> dict[str, Any]:
+    """Which model it is, its bytes and widths, and the group sizes of its quantised caches."""
+    keys, values = zip(*cached_widths(model.config), strict=True)
+    sizes = {cache: group_size(cache, model.config) for cache in caches}
+    return {
+        **named(model, source),
+        "weight_bytes": weight_bytes(model),
+        "read_bytes": read_bytes(model),
+        "d_qk": list(keys),
+        "d_vo": list(values),
+        "group_sizes": {cache: size for cache, size in sizes.items() if size is not None},
+    }
+
+
+def _record(model: PreTrainedModel, caches: Sequence[str]) -> dict[str, Any]:
+    """Versions and machine, the packages behind the quantised caches included."""
+    record = environment(model.device.type)
+    for package in sorted(
+        {PACKAGES[kind[0]] for kind in map(CACHES.get, caches) if kind and kind[0] in PACKAGES}
+    ):
+        record["versions"] |= {package: importlib.metadata.version(package)}
+    return record

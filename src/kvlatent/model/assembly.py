@@ -1,0 +1,104 @@
+"""A latent model put together from an original: new attention tensors, everything else shared with the original."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlatent.model.classes import latent_classes
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import LATENT_PREFIX, effective_table, family_of, head_dim_of
+
+__all__ = ["assemble", "full_width", "has_tied_head"]
+
+
+def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mapping[str, Tensor]]) -> Any:
+    """The latent model of `model` whose layer i has the attention tensors `attention(i)`.
+
+    Args:
+        model: the original; it is not modified.
+        latent: widths and tables, checked against the model.
+        attention: state dict of the `LatentAttention` of a layer.
+
+    Raises:
+        ValueError: lists of the config do not fit the model's layers and heads.
+    """
+    latent.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
+    config_type, _, causal_type = latent_classes(family_of(model.config).model_type)
+    config = config_type(**_config_fields(model, latent))
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        made = causal_type(config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
+    for index in range(model.config.num_hidden_layers):
+        for name, tensor in attention(index).items():
+            state[f"model.layers.{index}.self_attn.{name}"] = tensor
+    made.load_state_dict(state, strict=True, assign=True)
+    made.tie_weights()
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made.train(model.training)
+
+
+def full_width(model: Any) -> Any:
+    """The latent twin of `model` at full width: the same function, bit for bit, sharing every tensor."""
+    layers = model.model.layers
+    return assemble(
+        model,
+        _at_full_width(model.config),
+        lambda index: {
+            name: tensor.detach() for name, tensor in layers[index].self_attn.state_dict().items()
+        },
+    )
+
+
+def _at_full_width(config: Any) -> LatentConfig:
+    """Every channel, at the frequency it has."""
+    if str(config.model_type).startswith(LATENT_PREFIX):
+        raise ValueError(
+            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
+        )
+    family, head_dim = family_of(config), head_dim_of(config)
+    return LatentConfig(
+        d_qk=head_dim,
+        d_vo=head_dim,
+        tables=((effective_table(config),),),
+        channels=((tuple(range(head_dim)),),),
+        original_head_dim=head_dim,
+        original_model_type=family.model_type,
+        keys="full",
+        frequencies="own",
+        values="full",
+        scale="d_qk",
+        qk_norm="full" if family.qk_norm else "none",
+    )
+
+
+def has_tied_head(model: Any) -> bool:
+    """Whether the head is the embedding, as loaded: a config may say so of weights that differ, and upstream then
+    leaves them apart."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+_NOT_CARRIED = (
+    *("model_type", "architectures", "transformers_version", "auto_map", "head_dim"),
+    "transformers_weights",  # names a file of the source's
+)
+
+
+def _config_fields(model: Any, latent: LatentConfig) -> dict[str, Any]:
+    """Fields of the latent transformers config: the source's, with plain rotary parameters and our own."""
+    fields = model.config.to_dict()
+    for name in _NOT_CARRIED:
+        fields.pop(name, None)
+    fields["tie_word_embeddings"] = has_tied_head(model)
+    fields["original_rope_parameters"] = fields["rope_parameters"]
+    fields["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": fields["rope_parameters"]["rope_theta"],
+    }
+    head_dim = max(latent.max_d_qk, latent.max_d_vo)
+    return {**fields, "head_dim": head_dim, "kv_latent": latent.to_dict()}

@@ -1,0 +1,243 @@
+"""What the artifact is: how wide keys and values are, and which rotary table turns the keys.
+
+`LatentConfig` is saved inside `config.json` as the dict `kv_latent`, the single source of truth of a latent
+checkpoint. This module needs no torch: tables and index lists are Python tuples, tensors are built from them at
+the first forward (a buffer would come back as uninitialised memory from the meta-device load).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvlatent.model.table import RotaryTable
+
+__all__ = ["FORMAT_VERSION", "TABLE_SCOPES", "LatentConfig", "check_length", "check_width", "table_scope"]
+
+FORMAT_VERSION = 1
+TABLE_SCOPES = ("head", "layer", "model")
+"""Who may share a rotary table: one a key-value head, one a layer, one for the model."""
+_ALLOWED = {"scale": ("original", "d_qk"), "qk_norm": ("none", "full", "sliced")}
+
+
+Tables = tuple[tuple[RotaryTable, ...], ...]
+Channels = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Widths, rotary tables and the record of what was kept.
+
+    Args:
+        d_qk: cached key width per head: one number, or one per layer.
+        d_vo: cached value width per head: one number, or one per layer.
+        tables: rotary tables by layer, then by key-value head. One layer entry serves every layer, one head entry
+            every head of its layer: so one table for the model, per layer, or per key-value head.
+        channels: the original key channels that were kept, in order, with the same nesting as `tables`. A record
+            for most families; with a QK-norm at full width the forward pass gathers them.
+        keys: how key channels were chosen ("full", or one of `choose.Choices.keys`).
+        values: which basis of values was kept ("full", or one of `choose.Choices.values`).
+        frequencies: how the tables were made ("own", "frequency_aware").
+        scale: softmax scale: "original" (folded into W_Q) or "d_qk" (the paper's).
+        qk_norm: "none", "full" (normalise at full width, then select) or "sliced".
+        original_head_dim: head width of the source model.
+        original_model_type: `model_type` of the source model.
+        version: of this format.
+
+    Raises:
+        ValueError: a width is not a positive integer or exceeds the head, d_qk is odd, the number of frequencies
+            exceeds d_qk / 2, or the format is newer than this code.
+    """
+
+    d_qk: int | tuple[int, ...]
+    d_vo: int | tuple[int, ...]
+    tables: Tables
+    channels: Channels
+    original_head_dim: int
+    original_model_type: str
+    keys: str = "full"
+    values: str = "full"
+    frequencies: str = "own"
+    scale: str = "original"
+    qk_norm: str = "none"
+    version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.version > FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has kv_latent version {self.version} but this kvlatent reads up to "
+                f"{FORMAT_VERSION}; update kvlatent"
+            )
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is one of {', '.join(allowed)}: got {getattr(self, name)!r}; convert the model again"
+                )
+        for name in ("d_qk", "d_vo"):
+            for width in _each(getattr(self, name)):
+                check_width(name, width, self.original_head_dim)
+        if len(self.tables) != len(self.channels):
+            raise ValueError(
+                f"rotary tables and kept channels must be listed for the same layers: got {len(self.tables)} and "
+                f"{len(self.channels)}; the config was edited by hand or is damaged"
+            )
+
+    def d_qk_at(self, layer: int) -> int:
+        """Key width of `layer`."""
+        return self.d_qk if isinstance(self.d_qk, int) else self.d_qk[layer]
+
+    def d_vo_at(self, layer: int) -> int:
+        """Value width of `layer`."""
+        return self.d_vo if isinstance(self.d_vo, int) else self.d_vo[layer]
+
+    def tables_at(self, layer: int) -> tuple[RotaryTable, ...]:
+        """Rotary tables of `layer`: one for all its heads, or one per key-value head."""
+        return self.tables[layer if len(self.tables) > 1 else 0]
+
+    def channels_at(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """Kept original key channels of `layer`: one list for all its heads, or one per key-value head."""
+        return self.channels[layer if len(self.channels) > 1 else 0]
+
+    @property
+    def one_table(self) -> bool:
+        """True when the whole model shares one rotary table."""
+        return len(self.tables) == 1 and len(self.tables[0]) == 1
+
+    @property
+    def max_d_qk(self) -> int:
+        """Largest key width over the layers."""
+        return max(_each(self.d_qk))
+
+    @property
+    def max_d_vo(self) -> int:
+        """Largest value width over the layers."""
+        return max(_each(self.d_vo))
+
+    def cache_bytes_per_token(self, num_layers: int, num_key_value_heads: int, element_size: int) -> int:
+        """Bytes to store one token of one sequence: sum over layers of kv_heads x (d_qk + d_vo) x element size."""
+        widths = sum(self.d_qk_at(layer) + self.d_vo_at(layer) for layer in range(num_layers))
+        return widths * num_key_value_heads * element_size
+
+    def check_model(self, num_layers: int, num_key_value_heads: int) -> None:
+        """Raise `ValueError` unless lists per layer and per head fit a model of this many layers and heads."""
+        for name in ("d_qk", "d_vo"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                check_length(name, value, num_layers)
+        if len(self.tables) not in (1, num_layers):
+            raise ValueError(
+                f"rotary tables are listed once or once per layer: got {len(self.tables)} for {num_layers} layers; "
+                "convert the model again"
+            )
+        for layer in range(num_layers):
+            tables, channels = self.tables_at(layer), self.channels_at(layer)
+            if len(tables) not in (1, num_key_value_heads) or len(channels) != len(tables):
+                raise ValueError(
+                    f"layer {layer} needs 1 or {num_key_value_heads} rotary tables and as many channel lists: got "
+                    f"{len(tables)} and {len(channels)}; convert the model again"
+                )
+            kinds = sorted({(len(t.short), t.switch or 0, t.attention_factor) for t in tables})
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"the heads of layer {layer} must share table length, switch length and attention factor: got "
+                    f"{kinds[0]} and {kinds[1]}; convert the model again"
+                )
+            for table, kept in zip(tables, channels, strict=True):
+                if table.rotary_dim > self.d_qk_at(layer) or len(kept) != self.d_qk_at(layer):
+                    raise ValueError(
+                        f"layer {layer} has d_qk={self.d_qk_at(layer)} but a rotary table for {table.rotary_dim} "
+                        f"channels and {len(kept)} kept channels; convert the model again"
+                    )
+                if len(set(kept)) < len(kept) or not all(0 <= c < self.original_head_dim for c in kept):
+                    raise ValueError(
+                        f"layer {layer} must keep different channels in [0, {self.original_head_dim}): got "
+                        f"{min(kept)} to {max(kept)}, {len(set(kept))} different; convert the model again"
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON dict saved as `kv_latent`."""
+        return {
+            "version": self.version,
+            "widths": {"d_qk": _plain(self.d_qk), "d_vo": _plain(self.d_vo)},
+            "tables": [[table.to_dict() for table in layer] for layer in self.tables],
+            "selection": {
+                "keys": self.keys,
+                "values": self.values,
+                "frequencies": self.frequencies,
+                "scale": self.scale,
+                "qk_norm": self.qk_norm,
+                "channels": [[list(kept) for kept in layer] for layer in self.channels],
+            },
+            "original_head_dim": self.original_head_dim,
+            "original_model_type": self.original_model_type,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LatentConfig:
+        """Inverse of `to_dict`; raises `ValueError` when a field is missing."""
+        try:
+            widths, selection = data["widths"], data["selection"]
+            return cls(
+                d_qk=_frozen(widths["d_qk"]),
+                d_vo=_frozen(widths["d_vo"]),
+                tables=tuple(tuple(RotaryTable.from_dict(t) for t in layer) for layer in data["tables"]),
+                channels=tuple(tuple(tuple(kept) for kept in layer) for layer in selection["channels"]),
+                original_head_dim=data["original_head_dim"],
+                original_model_type=data["original_model_type"],
+                keys=selection["keys"],
+                values=selection["values"],
+                frequencies=selection["frequencies"],
+                scale=selection["scale"],
+                qk_norm=selection["qk_norm"],
+                version=data["version"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"kv_latent in config.json is damaged ({type(error).__name__}: {error}); convert the model again"
+            ) from error
+
+
+def check_width(name: str, width: Any, head_dim: int) -> None:
+    """Raise `ValueError` unless `width` is an integer in [1, head_dim], even for keys."""
+    if isinstance(width, bool) or not isinstance(width, int) or width <= 0:
+        raise ValueError(
+            f"{name} must be a positive integer: got {name}={width}, head_dim={head_dim}; try {head_dim // 2}"
+        )
+    if width > head_dim:
+        raise ValueError(
+            f"{name} cannot exceed head_dim: got {name}={width}, head_dim={head_dim}; try {head_dim // 2}"
+        )
+    if name == "d_qk" and width % 2:
+        raise ValueError(
+            f"d_qk must be even, since rotary channels come in pairs: got d_qk={width}, head_dim={head_dim}; "
+            f"try {f'{width - 1} or ' if width > 1 else ''}{width + 1}"
+        )
+
+
+def check_length(name: str, widths: Sequence[int], num_layers: int) -> None:
+    """Raise `ValueError` unless a list of widths has one entry per layer."""
+    if len(widths) != num_layers:
+        raise ValueError(
+            f"a list of {name} needs one width per layer: got {len(widths)} for {num_layers} layers; "
+            "give one number for all layers or one per layer"
+        )
+
+
+def _each(widths: int | tuple[int, ...]) -> Iterator[int]:
+    yield from widths if isinstance(widths, tuple) else (widths,)
+
+
+def _plain(widths: int | tuple[int, ...]) -> int | list[int]:
+    return widths if isinstance(widths, int) else list(widths)
+
+
+def _frozen(widths: int | list[int]) -> int | tuple[int, ...]:
+    return tuple(widths) if isinstance(widths, list | tuple) else widths
+
+
+def table_scope(config: LatentConfig) -> str:
+    """Who shares a rotary table in `config`: "head", "layer" or "model"."""
+    if any(len(layer) > 1 for layer in config.tables):
+        return "head"
+    return "layer" if len(config.tables) > 1 else "model"

@@ -1,0 +1,55 @@
+"""The language-model head without a tensor of tokens times vocabulary: logits and losses a few hundred tokens at a time.
+
+B batch, T positions, N tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+__all__ = ["IGNORED", "Head", "token_losses"]
+
+IGNORED = -100  # torch's own default for targets that do not count
+
+
+class Head(NamedTuple):
+    """A language-model head: logits are `hidden @ weight.T + bias`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, head: nn.Module | Tensor | tuple[Tensor, Tensor | None]) -> Head:
+        """Take weight and bias from a linear layer, a weight, or a pair of both."""
+        if isinstance(head, Tensor):
+            return cls(head)
+        if isinstance(head, tuple):
+            return cls(*head)
+        linear: Any = head
+        return cls(linear.weight, getattr(linear, "bias", None))
+
+    def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Return fp32 logits; the product runs in the head's dtype, or in autocast's."""
+        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+
+
+def token_losses(
+    hidden: Float[Tensor, "B T D"],
+    head: nn.Module | Tensor | tuple[Tensor, Tensor | None],
+    labels: Int[Tensor, "B T"],
+    *,
+    chunk_tokens: int = 256,
+) -> Float[Tensor, "B T"]:
+    """Return every position's cross-entropy in nats, fp32, 0 where nothing is to be predicted; no graph."""
+    counted = labels.flatten().ne(IGNORED).nonzero().squeeze(1)
+    losses = torch.zeros(labels.numel(), dtype=torch.float32, device=hidden.device)
+    with torch.no_grad():
+        for index in counted.split(chunk_tokens):
+            logits = Head.of(head).logits(hidden.flatten(0, 1)[index])
+            losses[index] = F.cross_entropy(logits, labels.flatten()[index], reduction="none")
+    return losses.view(labels.shape)

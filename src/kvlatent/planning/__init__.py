@@ -1,0 +1,1 @@
+"""A budget to widths."""

@@ -1,0 +1,137 @@
+"""Which widths a plan may choose from: by the head, by the engine that must run them, and by the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvlatent.engines.facts import Engine, check_engine, engine_named
+from kvlatent.model.cache_bytes import check_share, share_at_least
+
+__all__ = ["Candidates", "candidates_for"]
+
+_MULTIPLE, _ENGINE_MULTIPLE = 4, 8
+_LEAST, _MOST = 3 / 8, 5 / 8
+"""Share of a split that the keys get. Beyond it the predicted errors, which are of first order, called splits best that
+measured far worse than equal widths (docs/log.md, 2026-11-22)."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Widths that keys and values may have.
+
+    Args:
+        widths: in channels, ascending; for keys and for values alike.
+        head_dim: original head width.
+        table: scope of the rotary table.
+        symmetric: d_qk must equal d_vo.
+        engine: that asked for it, or None.
+    """
+
+    widths: tuple[int, ...]
+    head_dim: int
+    table: str
+    symmetric: bool
+    engine: str | None = None
+
+    def room(self, kv: float, num_layers: int = 1) -> int:
+        """Channels that keys and values of so many layers may have together at a share `kv` of the cache."""
+        return int(2 * kv * self.head_dim * num_layers + 1e-6)
+
+    def meets(self, kv: float) -> bool:
+        """Whether the smallest widths keep at most the share `kv` of the cache."""
+        return 2 * self.widths[0] <= self.room(kv)
+
+    def splits(self, kv: float) -> list[tuple[int, int]]:
+        """All (d_qk, d_vo) that keep at most the share `kv` of the cache, the keys between 3/8 and 5/8 of it.
+
+        Raises:
+            ValueError: the share is outside (0, 1], or too small for any.
+        """
+        check_share(kv)
+        if not self.meets(kv):
+            least = self.widths[0]
+            raise ValueError(
+                f"--kv {kv:g} of head_dim={self.head_dim} leaves {2 * kv * self.head_dim:g} channels for a key and a "
+                f"value, but the smallest widths{_of(self.engine)} are d_qk={least} and d_vo={least}; "
+                f"try {share_at_least(least / self.head_dim):g} or more"
+            )
+        room = self.room(kv)
+        if self.symmetric:
+            return [(width, width) for width in self.widths if 2 * width <= room]
+        pairs = ((d_qk, d_vo) for d_qk in self.widths for d_vo in self.widths if d_qk + d_vo <= room)
+        return [pair for pair in pairs if _LEAST <= pair[0] / sum(pair) <= _MOST]
+
+    def near(self, width: int) -> tuple[int, ...]:
+        """Widths within a factor of 2 of `width`."""
+        return tuple(other for other in self.widths if width <= 2 * other and other <= 2 * width)
+
+
+def candidates_for(
+    head_dim: int,
+    engine: str | None = None,
+    table: str | None = None,
+    *,
+    per_layer: bool = False,
+    symmetric: bool = False,
+    multiple: int | None = None,
+) -> Candidates:
+    """The widths that an engine (or, with None, kvlatent itself) takes.
+
+    Multiples of 4, and of 8 when an engine is named; without an engine or a multiple, the full head width as well.
+
+    Args:
+        head_dim: original head width.
+        engine: a key of `engines.ENGINES`, or None.
+        table: scope of the rotary table; left out, the finest that the engine takes.
+        per_layer: layers are to differ.
+        symmetric: only d_qk = d_vo.
+        multiple: of which widths are to be multiples instead.
+
+    Raises:
+        ValueError: an unknown engine or table, something that the engine does not take, or a head too narrow for it.
+    """
+    row = None if engine is None else engine_named(engine)
+    table = table or ("head" if row is None else row.scopes[0])
+    step = _step(row, multiple, head_dim)
+    least = step if row is None else -(-max(step, row.smallest) // step) * step
+    widths = tuple(range(least, head_dim + 1, step))
+    if row is None and multiple is None and head_dim % step:
+        widths = (*widths, head_dim)
+    if not widths:
+        raise ValueError(
+            f"the smallest width{_of(engine)} is {least}: got head_dim={head_dim}; choose another engine or multiple"
+        )
+    check_engine(engine or "transformers", widths[0], widths[0], table)
+    if per_layer and row is not None and row.uniform:
+        raise ValueError(
+            f"engine {row.name} needs the same widths in every layer, so 1 group: got a plan per layer, with up to 3; "
+            "leave --per-layer out or use --engine transformers"
+        )
+    if per_layer and table == "model":
+        raise ValueError(
+            "one rotary table for the model needs one d_qk for all layers, so 1 group: got a plan per layer, with up "
+            "to 3; use --table layer or head"
+        )
+    return Candidates(widths, head_dim, table, symmetric or (row is not None and row.symmetric), engine)
+
+
+def _step(row: Engine | None, multiple: int | None, head_dim: int) -> int:
+    """Distance between candidates, channels."""
+    required = 2 if row is None else row.multiple
+    if multiple is None:
+        return _MULTIPLE if row is None else max(_ENGINE_MULTIPLE, required)
+    if isinstance(multiple, bool) or multiple <= 0 or multiple % 2 or multiple > head_dim:
+        raise ValueError(
+            f"a multiple of widths is a positive even number up to head_dim={head_dim}: got {multiple}; "
+            f"try {_MULTIPLE}"
+        )
+    if row is not None and multiple % required:
+        raise ValueError(
+            f"engine {row.name} needs widths that are multiples of {required}: got multiples of {multiple}; "
+            f"try {_ENGINE_MULTIPLE}"
+        )
+    return multiple
+
+
+def _of(engine: str | None) -> str:
+    return "" if engine is None else f" of engine {engine}"

@@ -1,0 +1,162 @@
+"""What a conversion keeps: from widths and choices to a `LatentConfig`; no weights are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvlatent.model.config import Channels, LatentConfig, check_length, check_width
+from kvlatent.model.families import LATENT_PREFIX, effective_table, family_of, head_dim_of
+from kvlatent.model.rotary import frequency_aware_table
+from kvlatent.model.table import RotaryTable
+from kvlatent.selection.choices import BY_PAIRS, FULL, PAPER, Choices
+from kvlatent.selection.paper_rules import (
+    latent_rotary_dim,
+    matched_pairs,
+    pairs_to_channels,
+    stride_channels,
+    stride_pairs,
+)
+
+__all__ = ["check_widths", "choose"]
+
+Widths = int | list[int] | tuple[int, ...]
+Pairs = Channels  # by layer, then by key-value head, as for channels
+
+
+def choose(
+    config: Any,
+    d_qk: Widths,
+    d_vo: Widths,
+    choices: Choices = PAPER,
+    *,
+    qk_norm: str = "full",
+    pairs: Pairs | None = None,
+) -> LatentConfig:
+    """The latent config for a source model's transformers config.
+
+    Args:
+        config: of the source model.
+        d_qk, d_vo: widths, one number or one per layer; the head width leaves that side exactly as it is.
+        choices: of channels, table, values and scale.
+        qk_norm: for models with a QK-norm, "full" (normalise at full width, then keep d_qk channels: exact on what
+            is kept) or "sliced" (normalise the kept channels, corrected by a constant: for stock engines).
+        pairs: the kept channel pairs by layer and key-value head, where `choices.keys` looks at statistics or weights.
+
+    Raises:
+        ValueError: a width is impossible for this model or these choices.
+    """
+    family = family_of(config)
+    if str(config.model_type).startswith(LATENT_PREFIX):
+        raise ValueError(
+            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
+        )
+    if qk_norm not in ("full", "sliced"):
+        raise ValueError(f"unknown qk_norm {qk_norm!r}; choose one of full, sliced")
+    head_dim = head_dim_of(config)
+    key_width, value_width = check_widths(config, d_qk, d_vo)
+    for name, width, rule in (("d_qk", key_width, choices.keys), ("d_vo", value_width, choices.values)):
+        if rule == FULL and width != head_dim:
+            raise ValueError(
+                f'the rule "full" keeps every channel, {head_dim} of them: got {name}={width}; name another rule'
+            )
+    tables, channels = _keys(config, key_width, choices, pairs)
+    if choices.values == "slice":
+        for width in _each(value_width):
+            stride_channels("d_vo", width, head_dim)
+    return LatentConfig(
+        d_qk=key_width,
+        d_vo=value_width,
+        tables=tables,
+        channels=channels,
+        original_head_dim=head_dim,
+        original_model_type=family.model_type,
+        keys="full" if key_width == head_dim else choices.keys,
+        frequencies="own" if key_width == head_dim else choices.frequencies,
+        values="full" if value_width == head_dim else choices.values,
+        scale=choices.scale,
+        qk_norm=qk_norm if family.qk_norm else "none",
+    )
+
+
+def check_widths(config: Any, d_qk: Widths, d_vo: Widths) -> tuple[int | tuple[int, ...], ...]:
+    """(d_qk, d_vo), each one number where all layers agree, else one per layer.
+
+    Raises:
+        ValueError: a width is not a positive integer or exceeds the head, d_qk is odd, or a list has another length
+            than the model has layers.
+    """
+    head_dim = head_dim_of(config)
+    return tuple(
+        _normalise(name, widths, config.num_hidden_layers, head_dim)
+        for name, widths in (("d_qk", d_qk), ("d_vo", d_vo))
+    )
+
+
+def _keys(
+    config: Any, key_width: int | tuple[int, ...], choices: Choices, pairs: Pairs | None
+) -> tuple[tuple[tuple[RotaryTable, ...], ...], Channels]:
+    """Tables and kept channels, by layer and key-value head."""
+    head_dim, table = head_dim_of(config), effective_table(config)
+    if choices.keys not in BY_PAIRS or key_width == head_dim:
+        theta = float(config.rope_parameters["rope_theta"])
+        kept = [_keep_keys(head_dim, width, table, theta, choices) for width in _each(key_width)]
+        return tuple((new,) for _, new in kept), tuple((channels,) for channels, _ in kept)
+    if pairs is None:
+        raise ValueError(
+            f"keys={choices.keys!r} needs the pairs that statistics or weights name; use convert(model, ...), or "
+            "keys=stride"
+        )
+    whole = tuple(range(head_dim // 2))
+    widths = _each(key_width) * (len(pairs) if isinstance(key_width, int) else 1)
+    kept_pairs = [
+        (whole,) if width == head_dim else layer for width, layer in zip(widths, pairs, strict=True)
+    ]
+    return (
+        tuple(tuple(table.subset(p) if p != whole else table for p in layer) for layer in kept_pairs),
+        tuple(tuple(_channels(p, table.rotary_dim, head_dim) for p in layer) for layer in kept_pairs),
+    )
+
+
+def _channels(pairs: tuple[int, ...], rotary_dim: int, head_dim: int) -> tuple[int, ...]:
+    """Kept channels of `pairs`; all of them keep their original order."""
+    if len(pairs) == head_dim // 2:
+        return tuple(range(head_dim))
+    return pairs_to_channels(pairs, rotary_dim, head_dim)
+
+
+def _each(widths: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (widths,) if isinstance(widths, int) else widths
+
+
+def _normalise(name: str, widths: Widths, num_layers: int, head_dim: int) -> int | tuple[int, ...]:
+    """One validated number when all layers agree, else a validated tuple."""
+    if not isinstance(widths, list | tuple):
+        check_width(name, widths, head_dim)
+        return widths
+    check_length(name, widths, num_layers)
+    for width in widths:
+        check_width(name, width, head_dim)
+    return widths[0] if len(set(widths)) == 1 else tuple(widths)
+
+
+def _keep_keys(
+    head_dim: int, d_qk: int, table: RotaryTable, theta: float, choices: Choices
+) -> tuple[tuple[int, ...], RotaryTable]:
+    """Kept key channels (rotated ones first) and their rotary table at width `d_qk`."""
+    if d_qk == head_dim:
+        return tuple(range(head_dim)), table
+    rotary_dim = table.rotary_dim
+    if choices.keys == "stride":
+        stride_channels("d_qk", d_qk, head_dim, 4 if choices.frequencies == "frequency_aware" else 2)
+    kept_rotary = latent_rotary_dim(head_dim, rotary_dim, d_qk)
+    if choices.keys == "matched":
+        pairs = matched_pairs(head_dim, d_qk, rotary_dim, kept_rotary)
+    else:
+        pairs = stride_pairs(rotary_dim // 2, kept_rotary // 2)
+    passed = (
+        stride_channels("d_qk", d_qk - kept_rotary, head_dim - rotary_dim) if head_dim > rotary_dim else ()
+    )
+    channels = (*pairs_to_channels(pairs, rotary_dim), *(rotary_dim + channel for channel in passed))
+    if choices.frequencies == "own":
+        return channels, table.subset(pairs)
+    return channels, frequency_aware_table(table, kept_rotary, theta)

@@ -1,0 +1,153 @@
+"""What a text says about the attention of one model: the statistics that selection, factoring and planning need.
+
+One pass gathers them (`calibration.calibrate`); they serve any widths. They carry the text they came from, because the
+refit of the outputs and the alignment of the attention look at it again.
+
+Shapes: L layers, N query heads, K key-value heads, d head width, P = d / 2 channel pairs, T positions of a block.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvlatent.jobs.atomic import write_atomically
+from kvlatent.jobs.fingerprints import model_fingerprint
+from kvlatent.model.finite import first_not_finite
+
+__all__ = ["LayerStatistics", "Statistics"]
+
+_FORMAT = "2"
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Moments of one layer, in float64.
+
+    Args:
+        gram: [N, P, P], E over sampled queries t of sum_s p(t,s) m_i(t,s) m_j(t,s), where m_j is what pair j adds to
+            the logit, centred over s under the attention weights p(t, .). Half of the sum over the dropped block is
+            the expected KL divergence of the attention (method: second-order expansion of KL under a logit error).
+        output_gram: [N, P, P], E <W_O u_i, W_O u_j> with u_j(t) = sum_s p(t,s) m_j(t,s) v_s: to first order, the sum
+            over the dropped block is the squared error of the head's share of the attention output.
+        outputs: [N, d, d], second moment of the attention-averaged values y of each query head.
+        output_means: [N, d], their mean.
+        query_energy: [N, P], E |q_j|^2 per channel pair; key_energy: [K, P], E |k_j|^2.
+        value_errors: [d + 1], expected squared error of the attention output when every head keeps r value channels
+            (factored under `outputs`), for r = 0 ... d.
+        output_energy: [], E |o - E o|^2 of the attention output o, per token: what varies, since a constant part, however
+            large, costs nothing to keep.
+        head_energy: [N], the same of each query head's share of the output alone.
+    """
+
+    gram: Tensor
+    output_gram: Tensor
+    outputs: Tensor
+    output_means: Tensor
+    query_energy: Tensor
+    key_energy: Tensor
+    value_errors: Tensor
+    output_energy: Tensor
+    head_energy: Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of every layer, and the text behind them.
+
+    Args:
+        layers: one `LayerStatistics` a layer.
+        input_ids, position_ids: [blocks, T] int32, the calibration text.
+        fingerprint: of the model, see `model_fingerprint`.
+        num_key_value_heads, head_dim: of the model.
+    """
+
+    layers: tuple[LayerStatistics, ...]
+    input_ids: Tensor
+    position_ids: Tensor
+    fingerprint: str
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the calibration text."""
+        return self.input_ids.numel()
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the model."""
+        return self.layers[0].gram.shape[0]
+
+    def check(self, model: Any) -> None:
+        """Raise `ValueError` unless the statistics were gathered from `model`."""
+        found = model_fingerprint(model)
+        if found != self.fingerprint:
+            raise ValueError(
+                f"the statistics are of another model: they have fingerprint {self.fingerprint[:12]}, this model has "
+                f"{found[:12]}; calibrate this model, or give the checkpoint they were made from"
+            )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write one safetensors file; it appears whole or not at all.
+
+        Raises:
+            FileExistsError: `path` exists and `overwrite` is False.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another name or pass overwrite (--overwrite)")
+        tensors = {"input_ids": self.input_ids.contiguous(), "position_ids": self.position_ids.contiguous()}
+        for index, layer in enumerate(self.layers):
+            for field in fields(layer):
+                tensors[f"layers.{index}.{field.name}"] = getattr(layer, field.name).contiguous()
+        about = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "sizes": json.dumps([self.num_key_value_heads, self.head_dim, len(self.layers)]),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a file of statistics, or a damaged one.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no statistics at {path}; make them with `kvlatent calibrate`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+        if about.get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a file of statistics; make one with `kvlatent calibrate`")
+        if (broken := first_not_finite(tensors.items())) is not None:
+            raise _damaged(path, ValueError(f"{broken} holds NaN or infinity"))
+        try:
+            heads, head_dim, count = json.loads(about["sizes"])
+            layers = tuple(
+                LayerStatistics(**{f.name: tensors[f"layers.{i}.{f.name}"] for f in fields(LayerStatistics)})
+                for i in range(count)
+            )
+            return cls(
+                layers, tensors["input_ids"], tensors["position_ids"], about["fingerprint"], heads, head_dim
+            )
+        except (KeyError, ValueError) as error:
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({error}); calibrate the model again")

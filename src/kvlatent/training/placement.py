@@ -1,0 +1,82 @@
+"""The original as teacher: is it of the student's shape, and how do both fit on one device.
+
+Why: the teacher is only read, so it is a view: separate parameter objects on the caller's tensors. What
+student and teacher share stays one tensor when it moves to a GPU, so the teacher costs only its own attention
+projections there.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvlatent.model.families import head_dim_of
+from kvlatent.training.trainable import merged_copy, shared_copy
+
+__all__ = ["check_teacher", "placed_teacher"]
+
+_SAME = (
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
+
+
+def check_teacher(student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    """Raise unless the teacher can be the original of the student, as far as their configs tell.
+
+    Args:
+        student: config of the model that is trained.
+        teacher: config of the original, or None where there is none.
+
+    Raises:
+        ValueError: there is no teacher, it is latent itself, or its architecture, a size or the head width differs
+            from what the student was converted from; both values are named.
+    """
+    if teacher is None:
+        raise ValueError("this stage compares with the original model and got none; pass it as the teacher")
+    if getattr(teacher, "kv_latent", None):
+        raise ValueError(
+            f"the teacher must be the original model: got a latent one of type {teacher.model_type}; "
+            "pass the checkpoint that the student was converted from"
+        )
+    pairs = [(name, getattr(student, name), getattr(teacher, name, None)) for name in _SAME]
+    if latent := getattr(student, "kv_latent", None):
+        pairs.append(("model_type", latent["original_model_type"], teacher.model_type))
+        pairs.append(("head_dim", latent["original_head_dim"], head_dim_of(teacher)))
+    for name, own, other in pairs:
+        if own != other:
+            raise ValueError(
+                f"the teacher must have the student's {name}: got {other} in the teacher and {own} in the student; "
+                "pass the checkpoint that the student was converted from"
+            )
+
+
+def placed_teacher(
+    student: PreTrainedModel, teacher: PreTrainedModel, dtype: str, device: torch.device
+) -> PreTrainedModel:
+    """Move the student to the device, in place, and give a frozen view of the teacher there, in evaluation
+    mode.
+
+    Args:
+        student: prepared for training.
+        teacher: left as it is, in values, type, place and mode.
+        dtype: "float32" makes the view fp32; otherwise the teacher's types are kept.
+        device: of the training.
+    """
+    cast = dtype == "float32"
+    view = merged_copy(teacher, torch.float32) if cast else shared_copy(teacher).requires_grad_(False).eval()
+    shared = {_place(parameter): parameter for parameter in student.parameters()}
+    twins = [(own, shared[_place(own)]) for own in view.parameters() if _place(own) in shared]
+    student.to(device)
+    for own, twin in twins:
+        own.data = twin.detach()
+    return view.to(device)
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    """Where and what a tensor is; equal for two parameters on the same memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device

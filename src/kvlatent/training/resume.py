@@ -1,0 +1,159 @@
+"""Files of a training run that survive a kill: complete checkpoints, final weights, the metrics journal.
+
+Why: the Trainer writes straight into `checkpoint-N`, `trainer_state.json` last, and resumes from the highest
+N whatever its state; a kill during the write would end the run for good. Here a checkpoint counts only when
+every file of it is whole, broken ones are moved aside, and every file of our own appears in one rename.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kvlatent.jobs.atomic import write_atomically
+
+__all__ = [
+    "last_complete_checkpoint",
+    "load_trainable",
+    "missing_from",
+    "read_final",
+    "read_journal",
+    "trim_journal",
+    "write_final",
+]
+
+WEIGHTS = "model.safetensors"
+_PICKLED = ("optimizer.pt", "scheduler.pt")
+
+
+def last_complete_checkpoint(directory: str | Path, num_processes: int = 1) -> Path | None:
+    """The newest complete `checkpoint-N` in a stage's directory, or None; broken ones are renamed `broken-N`.
+
+    A broken checkpoint is kept for inspection (an older `broken-N` of the same step gives way).
+    """
+    found = []
+    for path in Path(directory).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    for step, path in sorted(found, reverse=True):
+        if missing_from(path, num_processes) is None:
+            return path
+        _quarantine(path, step)
+    return None
+
+
+def missing_from(checkpoint: Path, num_processes: int = 1) -> str | None:
+    """What a checkpoint directory lacks to be complete, in words, or None.
+
+    Complete: the state parses as JSON, the weights are as long as their header says, the optimizer, the
+        schedule and one
+    random state per process are whole archives.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "trainer_state.json is missing or cut"
+    if not _whole_safetensors(checkpoint / WEIGHTS):
+        return f"{WEIGHTS} is missing or cut"
+    random = (
+        [f"rng_state_{rank}.pth" for rank in range(num_processes)] if num_processes > 1 else ["rng_state.pth"]
+    )
+    for name in (*_PICKLED, *random):
+        if not zipfile.is_zipfile(checkpoint / name):
+            return f"{name} is missing or cut"
+    return None
+
+
+def _whole_safetensors(path: Path) -> bool:
+    """Whether the file is as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        end = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+        )
+        return path.stat().st_size == 8 + length + end
+    except (OSError, ValueError, struct.error, KeyError, TypeError, MemoryError, OverflowError):
+        return False
+
+
+def _quarantine(checkpoint: Path, step: int) -> None:
+    """Move a broken checkpoint out of the Trainer's sight (its rotation globs `checkpoint-*`)."""
+    aside = checkpoint.with_name(f"broken-{step}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    checkpoint.rename(aside)
+
+
+def write_final(path: Path, tensors: dict[str, Tensor], summary: dict[str, Any]) -> None:
+    """Write a stage's trained tensors with its summary in the header, atomically."""
+    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda file: save_file(cpu, file, metadata={"summary": json.dumps(summary)}))
+
+
+def read_final(path: Path, module: nn.Module) -> dict[str, Any]:
+    """Copy a stage's trained tensors into the module; returns the summary stored with them.
+
+    Raises:
+        ValueError: the tensors are not those that the module trains.
+    """
+    load_trainable(path, module)
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["summary"])
+
+
+def load_trainable(path: Path, module: nn.Module) -> None:
+    """Copy the tensors of a safetensors file into the module's trained parameters; names and shapes must
+    agree.
+
+    Raises:
+        ValueError: a name or a shape differs.
+    """
+    own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    with safe_open(path, framework="pt") as file:
+        saved = set(file.keys())
+        if saved != set(own):
+            odd = min(saved ^ set(own))
+            raise ValueError(
+                f"{path} holds {len(saved)} trained tensors, the model trains {len(own)} (first difference: {odd}); "
+                "resume with the model and recipe it was written by, or delete its directory"
+            )
+        for name, parameter in own.items():
+            tensor = file.get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{path} holds {name} of shape {tuple(tensor.shape)}, the model's is {tuple(parameter.shape)}; "
+                    "resume with the widths and rank it was written with, or delete its directory"
+                )
+            parameter.data.copy_(tensor)
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut by a kill is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def trim_journal(path: Path, last_step: int) -> None:
+    """Drop the lines after `last_step`, which a resumed run writes again."""
+    if not path.is_file():
+        return
+    kept = "".join(json.dumps(row) + "\n" for row in read_journal(path) if row["step"] <= last_step)
+    write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""The commands as functions: steps of the packages below, in order."""

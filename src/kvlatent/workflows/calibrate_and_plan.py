@@ -1,0 +1,173 @@
+"""What a text says about a checkpoint before anything is converted: statistics in a file, and a plan for a budget."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.engines.facts import check_engine
+from kvlatent.engines.serving_figures import serving_figures
+from kvlatent.jobs.atomic import prepare_file
+from kvlatent.jobs.devices import choose_device, working_dtype
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.model.families import head_dim_of
+from kvlatent.planning.candidates import candidates_for
+from kvlatent.planning.figure import check_picture, draw_error_curve
+from kvlatent.planning.width_plan import CurvePoint, error_curve
+from kvlatent.planning.width_plan import plan as plan_widths
+from kvlatent.selection.statistics import Statistics
+from kvlatent.text.documents import resolve
+from kvlatent.text.parts import check_statistics, text_to_calibrate
+from kvlatent.workflows.compress_checkpoint import silent
+from kvlatent.workflows.run_plan import chosen, source_config
+from kvlatent.workflows.settings import PlanOptions, all_overrides
+from kvlatent.workflows.steps import Progress, gathered, reused
+
+__all__ = ["calibrate_checkpoint", "plan_checkpoint"]
+
+
+def calibrate_checkpoint(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[PlanOptions],
+) -> dict[str, Any]:
+    """Gather the statistics of `model` over a sample of `data` and save them in one file, for any widths.
+
+    Args:
+        model: directory or hub id of the original.
+        data: text; nothing of it is held out, so measure on another one.
+        out: file to write, safetensors.
+        overwrite: replace it.
+        progress: see `Progress`.
+        options: `blocks`, `seed`, `device`, `dtype`, `recipe` and `overrides` are read.
+
+    Returns:
+        {"out", "blocks", "tokens", "seconds", "fingerprint" (of the model), "bytes" (of the file)}.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
+    """
+    recipe, device = _recipe(options), choose_device(options.get("device", "auto"))
+    source_config(model)
+    target = prepare_file(out, overwrite, {"model": model, "data": data, "recipe": options.get("recipe")})
+    resolve(data)
+    statistics, figures = _calibrated(model, data, recipe, device, progress or silent)
+    statistics.save(target, overwrite=overwrite)
+    return {"out": str(out), **figures, "bytes": target.stat().st_size}
+
+
+def plan_checkpoint(
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    statistics: str | Path | None = None,
+    memory_bytes: float | None = None,
+    figure: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[PlanOptions],
+) -> dict[str, Any]:
+    """The widths that a budget is best spent on, what they are worth, and the error at other budgets.
+
+    Args:
+        model: directory or hub id of the original.
+        data: text to calibrate on; statistics: file of an earlier calibration instead.
+        memory_bytes: of the device that serves, for the longest context.
+        figure: picture of error against budget to write (.svg, .png or .pdf); overwrite: replace it.
+        progress: see `Progress`.
+        options: `kv` (0.5 by default), `engine`, `per_layer` and `table`; and `blocks`, `seed`, `device`, `dtype`,
+            `recipe` and `overrides` of the calibration.
+
+    Returns:
+        {"plan": see `WidthPlan.summary`, "serving": see `ServingFigures.summary`, "curve": budgets with their best and
+        their symmetric widths, "calibration", "figure"}.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
+    """
+    recipe, device = _recipe(options), choose_device(options.get("device", "auto"))
+    config = source_config(model)
+    kv, engine = options.get("kv"), options.get("engine")
+    kv, per_layer = 0.5 if kv is None else kv, bool(options.get("per_layer"))
+    choices, qk_norm = chosen(recipe.conversion, engine), recipe.conversion.qk_norm
+    table, aligned = choices.table, choices.align > 0
+    (least, *_), *_ = candidates_for(head_dim_of(config), engine, table, per_layer=per_layer).splits(kv)
+    if engine is not None:
+        check_engine(engine, least, least, table, model_type=str(config.model_type))
+    serving_figures(config, least, least, qk_norm=qk_norm).summary(memory_bytes)
+    if figure is not None:
+        inputs = {"model": model, "data": data, "statistics": statistics, "recipe": options.get("recipe")}
+        check_picture(prepare_file(figure, overwrite, inputs), overwrite=overwrite)
+    found, calibration = _found(model, data, statistics, recipe, device, progress or silent)
+    widths = plan_widths(found, kv, engine=engine, table=table, per_layer=per_layer, aligned=aligned)
+    curve = error_curve(found, engine=engine, table=table, aligned=aligned)
+    if figure is not None:
+        draw_error_curve(curve, figure, overwrite=overwrite)
+    worth = serving_figures(config, widths.d_qk, widths.d_vo, qk_norm=qk_norm)
+    return {
+        "plan": widths.summary(str(config.model_type)) | {"head_dim": widths.head_dim, "engine": engine},
+        "serving": worth.summary(memory_bytes),
+        "curve": _rows(curve),
+        "calibration": calibration,
+        "figure": None if figure is None else str(figure),
+    }
+
+
+def _recipe(options: PlanOptions) -> Recipe:
+    return Recipe.load(options.get("recipe"), all_overrides(options))
+
+
+def _found(
+    model: str | Path,
+    data: str | Path | None,
+    statistics: str | Path | None,
+    recipe: Recipe,
+    device: str,
+    progress: Progress,
+) -> tuple[Statistics, dict[str, Any]]:
+    """Statistics from a file, or gathered from a text, and the figures of the calibration."""
+    if (data is None) == (statistics is None):
+        raise ValueError(
+            f"a plan looks at one text, or at the statistics of one: got {'both' if data else 'neither'}; give --data "
+            "FILE or --statistics FILE"
+        )
+    if statistics is None:
+        assert data is not None
+        resolve(data)
+        return _calibrated(model, data, recipe, device, progress)
+    check_statistics(statistics)
+    return reused(statistics, load_model(model, dtype=working_dtype(recipe.dtype, device), device=device))
+
+
+def _calibrated(
+    model: str | Path, data: str | Path, recipe: Recipe, device: str, progress: Progress
+) -> tuple[Statistics, dict[str, Any]]:
+    progress("load", 0, 0, "")
+    original = load_model(model, dtype=working_dtype(recipe.dtype, device), device=device)
+    tokenizer = load_tokenizer(model, original.config)
+    with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
+        blocks = text_to_calibrate(recipe, tokenizer, original.config, data, cache)
+        return gathered(original, blocks, recipe, progress)
+
+
+def _rows(curve: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+    """A curve as JSON-able rows."""
+    return [
+        {
+            "kv": point.kv,
+            "d_qk": point.best.d_qk,
+            "d_vo": point.best.d_vo,
+            "error": point.best.error,
+            "symmetric_width": point.symmetric.d_qk,
+            "symmetric_error": point.symmetric.error,
+        }
+        for point in curve
+    ]

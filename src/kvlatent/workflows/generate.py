@@ -1,0 +1,55 @@
+"""A continuation of a text, for the command line and the demo: upstream's `generate` with a seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvlatent.text.tokenise import check_token_ids
+
+__all__ = ["continuation"]
+
+
+def continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The text that the model adds to `prompt`.
+
+    Args:
+        temperature: 0 takes the likeliest token each time; above 0 samples, repeatably for a seed.
+
+    Raises:
+        ValueError: the prompt is empty, a number is out of range, or prompt and continuation exceed the context.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"at least one token has to be added: got max_new_tokens={max_new_tokens}; try 64")
+    if not temperature >= 0:
+        raise ValueError(f"a temperature is 0 or more: got {temperature}; try 0 or 0.8")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise ValueError("the prompt is empty: got 0 tokens; give at least one word")
+    check_token_ids(int(inputs["input_ids"].max()), model.config.vocab_size, tokenizer)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt and continuation must fit the context of {limit} tokens: got {length} + {max_new_tokens}; "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        generator: Any = model  # upstream types `generate` as a tensor or module
+        output = generator.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+        )
+    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True))

@@ -1,0 +1,76 @@
+"""What a checkpoint is, read from its config and the record of its making; no weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvlatent.checkpoints.load import load_config
+from kvlatent.jobs.record import read_record
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import family_of
+
+__all__ = ["describe"]
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """Family, widths, selection, cache bytes per token (computed), and the figures of the run that made it.
+
+    Args:
+        model: directory or hub id, of a latent checkpoint or of a supported original.
+
+    Returns:
+        A JSON-able dict. `cache_bytes_per_token` is for the checkpoint's own dtype. "figures" is there when a local
+        directory holds `run.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or not a supported one; a damaged `run.json`.
+    """
+    config = load_config(str(model))
+    family = family_of(config)
+    saved = getattr(config, "kv_latent", None)
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    dtype = config.dtype
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    document: dict[str, Any] = {
+        "model_type": config.model_type,
+        "family": family.model_type,
+        "is_latent": saved is not None,
+    }
+    document |= {
+        "num_hidden_layers": layers,
+        "num_key_value_heads": heads,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    document["max_position_embeddings"] = getattr(config, "max_position_embeddings", None)
+    if saved is None:
+        size = 2 * head_dim * layers * heads * dtype.itemsize
+        return document | {"head_dim": head_dim, "cache_bytes_per_token": {"original": size}}
+    latent = LatentConfig.from_dict(saved)
+    original = 2 * latent.original_head_dim * layers * heads * dtype.itemsize
+    reduced = latent.cache_bytes_per_token(layers, heads, dtype.itemsize)
+    document |= {
+        "d_qk": latent.d_qk,
+        "d_vo": latent.d_vo,
+        "original_head_dim": latent.original_head_dim,
+        "selection": {
+            "keys": latent.keys,
+            "values": latent.values,
+            "frequencies": latent.frequencies,
+            "table": _scope(latent),
+            "qk_norm": latent.qk_norm,
+        },
+        "cache_bytes_per_token": {"original": original, "latent": reduced, "share": reduced / original},
+    }
+    if (made := read_record(Path(model) / "run.json")) is not None:
+        document |= {
+            name: made[name] for name in ("command", "calibration", "figures", "training") if made.get(name)
+        }
+    return document
+
+
+def _scope(latent: LatentConfig) -> str:
+    """Who shares a rotary table: each head has its own, each layer, or the model has one."""
+    if any(len(layer) > 1 for layer in latent.tables):
+        return "head"
+    return "model" if len(set(latent.tables)) == 1 else "layer"

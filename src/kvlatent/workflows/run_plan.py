@@ -1,0 +1,227 @@
+"""What a run will do, before it does it: choices, widths, bytes per token, tokens per stage, and an estimate of the time.
+
+Numbers of tokens follow from the model's size and the device alone, never from a clock, so that a second call
+plans the same run; the clock only serves the printed estimate. Where a share of the cache is asked for and text will be
+looked at, the split between keys and values stays open until the statistics are there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from transformers import PretrainedConfig
+
+from kvlatent.checkpoints.load import load_config
+from kvlatent.engines.facts import check_engine, engine_named
+from kvlatent.jobs.devices import choose_device, working_dtype
+from kvlatent.jobs.recipe import Conversion, Recipe
+from kvlatent.model.cache_bytes import equal_widths, layer_cache_bytes
+from kvlatent.model.families import LATENT_PREFIX, family_of, head_dim_of
+from kvlatent.model.time_estimate import estimate_seconds, layer_size, stage_settings
+from kvlatent.planning.candidates import candidates_for
+from kvlatent.planning.shares import check_latent
+from kvlatent.selection.choices import (
+    BLIND,
+    BY_PAIRS,
+    NO_DATA,
+    UNMEASURED,
+    Choices,
+    resolve_choices,
+    without_statistics,
+)
+from kvlatent.workflows.settings import PlanOptions, Width, resolve_recipe
+
+__all__ = ["STAGES", "Plan", "chosen", "plan_run", "resolve_widths", "source_config"]
+
+STAGES: dict[str, tuple[int, ...]] = {"none": (), "1": (1,), "2": (2,), "both": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it would happen.
+
+    Args:
+        choices: of the conversion.
+        kv: share of the cache to keep; it decides only where `widths` is None.
+        widths: (d_qk, d_vo), or None where the statistics will decide the split.
+        engine: that must be able to run the result, or None.
+        per_layer: layers may differ in width where the split is open.
+        head_dim, num_layers, num_key_value_heads: of the model.
+        recipe: resolved, with its tokens.
+        stages: which stages run.
+        device: "cpu" or "cuda".
+        stored_dtype: of the original's weights, and so of the result's.
+        seconds: rough estimate of the training time.
+        notes: what the user should know before it starts.
+    """
+
+    choices: Choices
+    kv: float
+    widths: tuple[Width, Width] | None
+    head_dim: int
+    num_layers: int
+    num_key_value_heads: int
+    recipe: Recipe
+    stages: tuple[int, ...]
+    device: str
+    stored_dtype: torch.dtype
+    seconds: float
+    engine: str | None = None
+    per_layer: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether statistics of a text are needed."""
+        return self.choices.needs_statistics
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able: widths (None while open), choices, bytes per token before and after, tokens per stage, seconds."""
+        measured_in = working_dtype(self.recipe.dtype, self.device)
+        sizes = (self.num_layers, self.num_key_value_heads, getattr(torch, measured_in).itemsize)
+        original = int(sum(layer_cache_bytes(self.head_dim, self.head_dim, *sizes)))
+        keys, values = self.widths or (None, None)
+        reduced = int(self.kv * original)
+        if keys is not None and values is not None:
+            reduced = int(sum(layer_cache_bytes(keys, values, *sizes)))
+        return {
+            "d_qk": keys,
+            "d_vo": values,
+            "head_dim": self.head_dim,
+            "preset": self.recipe.conversion.preset,
+            "choices": asdict(self.choices),
+            "engine": self.engine,
+            "calibration_blocks": self.recipe.calibration.blocks if self.calibrates else 0,
+            "cache_bytes_per_token": {"original": original, "latent": reduced, "dtype": measured_in},
+            "share": reduced / original,
+            "tokens": {f"stage{stage}": stage_settings(self.recipe, stage).tokens for stage in self.stages},
+            "device": self.device,
+            "dtype": self.recipe.dtype,
+            "estimated_seconds": float(f"{self.seconds:.2g}"),
+            "notes": list(self.notes),
+        }
+
+
+def plan_run(
+    model: str | Path, *, has_text: bool = True, is_measured: bool = True, **options: Unpack[PlanOptions]
+) -> Plan:
+    """What `compress` would do with these arguments; reads the model's config, not its weights.
+
+    Args:
+        model: directory or hub id of the original.
+        has_text: there is text, or statistics of a text, to calibrate on; otherwise choices that need them give way.
+        is_measured: there is text to measure the result on.
+
+    Raises:
+        ValueError: an argument, a recipe key or a width that cannot be.
+    """
+    stages = STAGES.get(options.get("stages", "both"))
+    if stages is None:
+        raise ValueError(f"--stages is one of {', '.join(STAGES)}: got {options['stages']!r}")
+    device = choose_device(options.get("device", "auto"))
+    config = source_config(model)
+    size, head = layer_size(config)
+    recipe = resolve_recipe(options, size=size, device=device, stages=stages)
+    engine = options.get("engine")
+    choices = chosen(recipe.conversion, engine)
+    widths = resolve_widths(config, choices, has_text=has_text, **options)
+    full = widths == (head_dim_of(config), head_dim_of(config))
+    notes: tuple[str, ...] = ()
+    if not has_text and not full:
+        notes = (NO_DATA if choices.needs_statistics else BLIND,)
+    if not is_measured and not full:
+        notes = (*notes, UNMEASURED)
+    if not has_text or full:
+        choices = without_statistics(choices)
+    kv = options.get("kv")
+    given = options.get("d_qk") is not None or options.get("d_vo") is not None
+    check_latent(config, widths, choices, recipe.conversion, engine, kv=kv, given=given)
+    return Plan(
+        choices=choices,
+        kv=0.5 if kv is None else kv,
+        widths=widths,
+        head_dim=head_dim_of(config),
+        num_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        recipe=recipe,
+        stages=stages,
+        device=device,
+        stored_dtype=config.dtype,
+        seconds=estimate_seconds(recipe, stages, size, head, config.num_hidden_layers, device),
+        engine=engine,
+        per_layer=bool(options.get("per_layer")),
+        notes=notes,
+    )
+
+
+def source_config(model: str | Path) -> Any:
+    """The transformers config of an original.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: it is not supported, or latent already.
+    """
+    config = load_config(str(model))
+    family_of(config)
+    if str(config.model_type).startswith(LATENT_PREFIX):
+        raise ValueError(
+            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
+        )
+    return config
+
+
+def chosen(wanted: Conversion, engine: str | None) -> Choices:
+    """The recipe's choices; a table that nobody named is as fine as the engine takes."""
+    settings = wanted.model_dump(exclude={"qk_norm"})
+    choices = resolve_choices(**settings)
+    if engine is None or wanted.table is not None or choices.keys not in BY_PAIRS:
+        return choices
+    return replace(choices, table=engine_named(engine).scopes[0])
+
+
+def resolve_widths(
+    config: PretrainedConfig, choices: Choices, *, has_text: bool = True, **options: Unpack[PlanOptions]
+) -> tuple[Width, Width] | None:
+    """(d_qk, d_vo) from a share of the cache or from explicit numbers; half of the cache when nothing is said.
+
+    A side that is left out beside an explicit one keeps its full width. A share is split evenly, except where the
+    statistics will be there to say better: then None.
+
+    Raises:
+        ValueError: both ways at once, a share outside (0, 1] or too small, or different layers where that cannot be.
+    """
+    kv, d_qk, d_vo = options.get("kv"), options.get("d_qk"), options.get("d_vo")
+    engine, per_layer, head_dim = options.get("engine"), bool(options.get("per_layer")), head_dim_of(config)
+    if kv is not None and (d_qk is not None or d_vo is not None):
+        raise ValueError(
+            f"--kv and --d-qk/--d-vo exclude each other: got kv={kv:g}, d_qk={d_qk}, d_vo={d_vo}; give one of the two"
+        )
+    if d_qk is not None or d_vo is not None:
+        if per_layer:
+            raise ValueError(
+                f"--per-layer lets a plan choose the widths, but they were given: got d_qk={d_qk}, d_vo={d_vo}; leave "
+                "it out, or give --kv"
+            )
+        return head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo
+    share = 0.5 if kv is None else kv
+    # A stride or a slice fits divisors of the head width alone, so there is nothing to choose.
+    free = choices.keys in BY_PAIRS and choices.values != "slice"
+    splits_by_text = choices.needs_statistics and has_text and free
+    if per_layer and not splits_by_text:
+        raise ValueError(
+            "--per-layer needs statistics to tell layers apart: got no text, or choices that do not look at it; give "
+            "--data FILE with the preset calibrated"
+        )
+    if share != 1 and (splits_by_text or engine is not None):
+        candidates = candidates_for(
+            head_dim, engine, choices.table, per_layer=per_layer, symmetric=not splits_by_text
+        )
+        splits = candidates.splits(share)
+        if engine is not None:
+            check_engine(engine, *splits[0], candidates.table, model_type=str(config.model_type))
+        return None if splits_by_text else splits[-1]
+    width = equal_widths(share, head_dim)
+    return width, width

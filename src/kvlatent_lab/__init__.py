@@ -1,0 +1,1 @@
+"""For researchers: studies that redo the paper's tables, and the page that shows all results."""

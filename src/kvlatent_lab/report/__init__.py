@@ -1,0 +1,5 @@
+"""One self-contained HTML page from result files."""
+
+from kvlatent_lab.report.page import report
+
+__all__ = ["report"]

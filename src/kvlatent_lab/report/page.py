@@ -1,0 +1,149 @@
+"""The page: sections in order, one template, one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from kvlatent.jobs.apart import check_apart
+from kvlatent.jobs.atomic import write_atomically
+from kvlatent_lab.report.blocks import Section
+from kvlatent_lab.report.charts import check_libraries
+from kvlatent_lab.report.comparisons import comparisons
+from kvlatent_lab.report.headline import diagnoses, headline
+from kvlatent_lab.report.page_making import layers, training
+from kvlatent_lab.report.positions import needles, word_order
+from kvlatent_lab.report.provenance import anchor, provenance, title_of
+from kvlatent_lab.report.quality_charts import quality
+from kvlatent_lab.report.result_files import Documents, read_documents
+from kvlatent_lab.report.rotary_charts import attenuation_curves
+from kvlatent_lab.report.speed import speed
+from kvlatent_lab.report.studies import studies
+
+__all__ = ["report"]
+
+Progress = Callable[[str, int, int, str], None]
+
+_MARK = '<meta name="generator" content="kvlatent report">'
+
+
+def report(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write one self-contained HTML page from result files.
+
+    The page needs no network and no script. It is written whole or not at all; an earlier report in its place is
+    replaced.
+
+    Args:
+        paths: files and folders with what `eval --json`, `bench --json`, `study`, `compress`, `convert` and the
+            benchmarks wrote.
+        out: the HTML file.
+        overwrite: replace `out` even if it is no report.
+        progress: called with a step's name, files or sections done, their number, and a note.
+
+    Returns:
+        A JSON-able dict: `out`, `model`, `sections` (titles), `used` (`file` and `kind`), `skipped` (`file` and
+        `reason`).
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        FileExistsError: `out` exists, is no report, and `overwrite` is false.
+        ValueError: `out` is a directory or one of the inputs, no usable result, results of different models, or a missing library.
+    """
+    out = Path(out)
+    _check_out(out, overwrite, paths)
+    check_libraries()
+    tell = progress or _silent
+    documents = read_documents(paths, lambda done, total: tell("read the results", done, total, ""))
+    sections = _sections(documents, tell)
+    html = _rendered(documents, sections)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda file: file.write_text(html, encoding="utf-8"))
+    return {
+        "out": str(out),
+        "model": documents.model[0],
+        "sections": [section.title for section in sections],
+        "used": [{"file": one.name, "kind": one.kind} for one in documents.found],
+        "skipped": [{"file": name, "reason": reason} for name, reason in documents.skipped],
+    }
+
+
+def _silent(step: str, done: int, total: int, note: str) -> None:
+    """For nobody who waits."""
+
+
+def _check_out(out: Path, overwrite: bool, paths: Sequence[str | Path]) -> None:
+    """Refuse, before any work, a place where the page cannot be written.
+
+    A new page, or one that replaces a report, may stand in a folder of results; what is read is replaced by none.
+    """
+    if out.is_dir():
+        raise ValueError(f"a report is one HTML file: {out} is a directory; give {out / 'report.html'}")
+    foreign = out.exists() and not _is_report(out)
+    for path in paths:
+        if foreign or not Path(path).is_dir():
+            check_apart(out, {"input": path})
+    if foreign and not overwrite:
+        raise FileExistsError(
+            f"{out} exists and is no report; choose another name or pass overwrite (--overwrite)"
+        )
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _MARK.encode() in file.read(1000)
+
+
+def _sections(documents: Documents, progress: Progress) -> list[Section]:
+    """Sections in reading order: what it is worth, why, how it was made."""
+    measured = (
+        headline,
+        diagnoses,
+        quality,
+        needles,
+        word_order,
+        speed,
+        layers,
+        training,
+        attenuation_curves,
+    )
+    made: list[Section | None] = []
+    for number, make in enumerate(measured):
+        progress("draw", number, len(measured) + 1, make.__name__.replace("_", " "))
+        made.append(make(documents))
+    progress("draw", len(measured), len(measured) + 1, "studies")
+    made += [*studies(documents), comparisons(documents)]
+    progress("draw", len(measured) + 1, len(measured) + 1, "")
+    return [section for section in made if section is not None]
+
+
+def _rendered(documents: Documents, sections: Sequence[Section]) -> str:
+    """The page as text; every name in it is escaped, and charts, whose text is escaped already, are put in as they are."""
+    jinja2, markup = import_module("jinja2"), import_module("markupsafe")
+    here = files("kvlatent_lab.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["origin"] = lambda document: (anchor(document), title_of(document))
+    template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
+    name, fingerprint = documents.model
+    sheets, machines = provenance(documents)
+    return template.render(
+        style=markup.Markup((here / "page.css").read_text(encoding="utf-8")),
+        mark=markup.Markup(_MARK),
+        svg=markup.Markup,
+        model=name,
+        fingerprint=fingerprint,
+        sections=sections,
+        sheets=sheets,
+        machines=machines,
+        documents=documents,
+    )

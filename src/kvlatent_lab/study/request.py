@@ -1,0 +1,166 @@
+"""What a call of a study asks for, checked before anything is loaded: model, texts, recipe, cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from kvlatent.jobs.devices import choose_device
+from kvlatent.jobs.recipe import Conversion, Recipe
+from kvlatent.jobs.record import command_line, spoken_name
+from kvlatent.model.families import head_dim_of
+from kvlatent.workflows.run_plan import source_config
+from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, refusal
+from kvlatent_lab.study.grids import STUDIES, grid_of
+from kvlatent_lab.study.subject import Source, source_of
+
+__all__ = ["Request", "request"]
+
+_OWN = ("align", "qk_norm")  # of the recipe's conversion; the rest is what studies vary
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call that makes sense.
+
+    Args:
+        grid, source, recipe, scale: of the study; `recipe` is the one that cells differ from.
+        cells: that were asked for; impossible: cells whose widths do not fit the model, with the reason.
+        eval_tokens, device: as asked for.
+        spoken: the options as the command line spells them.
+    """
+
+    grid: Grid
+    source: Source
+    recipe: Recipe
+    scale: Scale
+    cells: list[Cell]
+    impossible: dict[str, str]
+    eval_tokens: int
+    device: str
+    spoken: dict[str, Any]
+
+    def decides(self, tools: dict[str, Any] | None) -> dict[str, Any]:
+        """Everything that decides the figures of all cells, beside their own settings."""
+        found = {
+            **self.source.sha256(),
+            "tokens": self.scale.tokens,
+            "eval_tokens": self.eval_tokens,
+            "device": self.device,
+            "recipe": self.recipe.model_dump(mode="json", exclude={"seed"}),
+        }
+        return found if tools is None else {**found, "tools": tools["versions"]}
+
+    def command(self, cell: Cell) -> str:
+        """A command that measures one cell again."""
+        return command_line("study", self.grid.name, {**self.spoken, "cells": cell.name})
+
+
+def request(
+    name: str,
+    model: str | Path | None,
+    out: str | Path,
+    *,
+    data: str | Path | None,
+    eval_data: str | Path | None,
+    seeds: Sequence[int] | None,
+    tokens: int | None,
+    eval_tokens: int,
+    cells: str | None,
+    recipe: str | Path | None,
+    overrides: Iterable[str],
+    threads: int | None,
+    device: str,
+    python: str | None,
+) -> Request:
+    """Check a call of `study`; the arguments are its own.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence naming what is wrong and what to do.
+    """
+    grid, overrides = grid_of(name), list(overrides)
+    if python is not None and grid.requires is None:
+        users = " and ".join(study for study, one in STUDIES.items() if one.requires is not None)
+        raise ValueError(
+            f"--python is for the study {users} only: got --python {python} with {name}; leave it out"
+        )
+    base, device = _recipe(recipe, overrides), choose_device(device)
+    source = source_of(model, data, eval_data)
+    config = source_config(source.model)
+    scale = _scale(grid, config, base, seeds, tokens)
+    possible, impossible = [], {}
+    for cell in grid.cells(scale):
+        if (why := refusal(config, cell, base)) is None:
+            possible.append(cell)
+        else:
+            impossible[cell.name] = why
+    spoken = {
+        "model": None if model is None else spoken_name(model),
+        "data": None if data is None else spoken_name(data),
+        "eval-data": None if eval_data is None else spoken_name(eval_data),
+        "out": Path(out),
+        "seeds": scale.seeds,
+        "tokens": scale.tokens,
+        "eval-tokens": eval_tokens,
+        "recipe": None if recipe is None else Path(recipe),
+        "set": overrides,
+        "threads": threads,
+        "device": device,
+        "python": None if python is None else Path(python),
+    }
+    wanted = _matching(grid, possible, cells)
+    return Request(grid, source, base, scale, wanted, impossible, eval_tokens, device, spoken)
+
+
+def _recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
+    """The recipe that cells differ from; what a study varies may not be set by hand."""
+    base, plain = Recipe.load(path, overrides), Recipe.load(path).conversion
+    for key in Conversion.model_fields:
+        value = getattr(base.conversion, key)
+        if key not in _OWN and value != getattr(plain, key):
+            raise ValueError(
+                f"a study sets conversion.{key} itself: got conversion.{key}={value}; leave it out "
+                f"(conversion.{' and conversion.'.join(_OWN)} can be set)"
+            )
+    return base
+
+
+def _scale(grid: Grid, config: Any, base: Recipe, seeds: Sequence[int] | None, tokens: int | None) -> Scale:
+    """What the grid is laid out for.
+
+    Raises:
+        ValueError: no seeds, one twice, a negative number of tokens, or none where the study trains.
+    """
+    chosen = list(grid.seeds if seeds is None else seeds)
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
+        raise ValueError(f"a study takes different seeds from 0 on: got {chosen}; try 0,1,2")
+    wanted = grid.tokens if tokens is None else tokens
+    if wanted < 0 or (grid.trains and not wanted):
+        least = "positive, as it is about training" if grid.trains else "0 (untrained) or more"
+        raise ValueError(f"--tokens of the study {grid.name} must be {least}: got {wanted}; try 100000")
+    block = base.data.block_size
+    block = min(block, getattr(config, "max_position_embeddings", None) or block)
+    steps = [s.batch_size * s.gradient_accumulation * block for s in (base.stage1, base.stage2)]
+    share = base.stage1.tokens / (base.stage1.tokens + base.stage2.tokens)
+    return Scale(head_dim_of(config), chosen, wanted, share, lcm(*steps))
+
+
+def _matching(grid: Grid, cells: list[Cell], patterns: str | None) -> list[Cell]:
+    """The cells whose names match one of the patterns, in order.
+
+    Raises:
+        ValueError: none does.
+    """
+    wanted = ["*"] if patterns is None else [pattern.strip() for pattern in patterns.split(",")]
+    found = [cell for cell in cells if any(fnmatch(cell.name, pattern) for pattern in wanted)]
+    if not found:
+        named = f", such as {', '.join(cell.name for cell in cells[:3])}" if cells else ""
+        raise ValueError(
+            f"no cell of the study {grid.name} matches {patterns or '*'}: the model has {len(cells)}{named}; name one "
+            "or more of them, with * for any characters"
+        )
+    return found

@@ -1,0 +1,242 @@
+"""What all cells of a study share: the model, its texts in blocks, and what was found out about them once.
+
+What takes long is kept in the work folder, each under a lock, so that of two processes one makes it and the other reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.evaluation.perplexity import Perplexity
+from kvlatent.evaluation.quality import measure, precision
+from kvlatent.jobs.atomic import write_text
+from kvlatent.jobs.devices import working_dtype
+from kvlatent.jobs.fingerprints import fingerprint, identity
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.record import spoken_name
+from kvlatent.text.corpus import evaluation_blocks, prepare
+from kvlatent.text.documents import resolve
+from kvlatent.text.parts import first_blocks
+from kvlatent.text.standard_library import model_path, stdlib_documents
+from kvlatent_lab.study.folder import Folder
+
+__all__ = ["Source", "Subject", "source_of"]
+
+_ROOM = 8  # how much more text is read than is calibrated and measured on, so that blocks come from many documents
+
+
+class Source(NamedTuple):
+    """The model and the texts of a study: where they are, and what identifies them."""
+
+    model: Path | str
+    name: str
+    data: Path | str | None
+    eval_data: Path | str | None
+
+    def sha256(self) -> dict[str, Any]:
+        """What the files hold; the standard library stands for its text in this Python."""
+        if self.data is None:
+            texts = {split: stdlib_lines(split) for split in ("train", "held_out")}
+            found = {use: f"stdlib:{fingerprint({'text': text})}" for use, text in texts.items()}
+            return {
+                "model": identity(self.model),
+                "data": found["train"],
+                "eval_data": found["held_out"],
+            }
+        return {
+            "model": identity(self.model),
+            "data": identity(self.data),
+            "eval_data": None if self.eval_data is None else identity(self.eval_data),
+        }
+
+
+def source_of(model: str | Path | None, data: Any, eval_data: Any) -> Source:
+    """The model and texts that a call names; without a model the embedded one, without text the standard library's.
+
+    Raises:
+        ValueError: a model comes without text, or what is measured on is the training text.
+        FileNotFoundError: no such text.
+    """
+    if model is not None and data is None:
+        raise ValueError(
+            f"a study of {model} needs text to calibrate and train on: got none; pass --data FILE, or leave the model "
+            "out to study the embedded one"
+        )
+    if data is None and eval_data is not None:
+        raise ValueError(
+            "a text to measure on needs one to calibrate and train on beside it: got --eval-data alone; pass --data FILE"
+        )
+    for source in (data, eval_data):
+        if source is not None:
+            resolve(source)
+    if eval_data is not None and identity(data) == identity(eval_data):
+        raise ValueError(
+            "--eval-data is the training text; leave it out to measure on a held-out part, or give another file"
+        )
+    path = model_path() if model is None else model
+    return Source(path, spoken_name(path), data, eval_data)
+
+
+def stdlib_lines(split: Any) -> str:
+    """Standard library text as JSON lines, one a module, in seeded order.
+
+    Raises:
+        ValueError: this Python ships none.
+    """
+    documents = stdlib_documents(split)
+    if not documents:
+        raise ValueError(
+            f"this Python ships no standard library text for the part {split!r}; use a full installation, or pass "
+            "--data FILE"
+        )
+    random.Random(0).shuffle(documents)
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents)
+
+
+class Subject:
+    """The model and the texts, loaded.
+
+    Args:
+        source: where they are.
+        folder: of the study.
+        recipe: `data`, `calibration`, `dtype` and `seed` are read.
+        eval_tokens: measure on at most that many tokens.
+        tokens: that a cell trains on at the most.
+        device: "cpu" or "cuda".
+        python: interpreter of an environment with the tools of a study that needs some.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Folder,
+        recipe: Recipe,
+        *,
+        eval_tokens: int,
+        tokens: int,
+        device: str,
+        python: str | None = None,
+    ) -> None:
+        self.source, self.folder, self.recipe, self.device = source, folder, recipe, device
+        self.eval_tokens, self.tokens, self.python = eval_tokens, tokens, python
+        dtype = working_dtype(recipe.dtype, device)
+        self.model = load_model(source.model, dtype=dtype, device=device).requires_grad_(False).eval()
+        self.tokenizer = load_tokenizer(source.model, self.model.config)
+        limit = getattr(self.model.config, "max_position_embeddings", None) or recipe.data.block_size
+        self.block_size = min(recipe.data.block_size, limit)
+
+    def remembered(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returned when it was first called under that name in this folder (JSON-able)."""
+        path = self.folder.work / f"{name}.json"
+        with self.folder.lock(name):
+            if not path.is_file():
+                write_text(path, json.dumps(compute()))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def train_blocks(self) -> Dataset:
+        """Blocks to calibrate and train on."""
+        return self._parts(self.recipe.data.isolate)[0]
+
+    def blocks(self, part: str = "reported") -> Dataset:
+        """Blocks to measure on: "reported", or "validation", which settings may be chosen by.
+
+        Raises:
+            ValueError: the text is too short for both.
+        """
+        held_out = self._held_out
+        reported = first_blocks(held_out, self.eval_tokens, self.block_size)
+        if part == "reported":
+            return reported
+        first = len(reported) + 1  # a block apart, so that they hardly share a document
+        last = min(len(held_out), first + len(reported))
+        if last <= first:
+            raise ValueError(
+                f"settings are chosen on other text than is reported: {len(reported)} of {len(held_out)} blocks of "
+                f"{self.block_size} tokens are reported, which leaves none; give a longer --eval-data or fewer "
+                "--eval-tokens"
+            )
+        return held_out.select(range(first, last))
+
+    @cached_property
+    def _held_out(self) -> Dataset:
+        return self._parts(self.recipe.data.isolate)[1]
+
+    def running_blocks(self) -> Dataset:
+        """The reported text with documents end to end, as a cache sees it that is not told of their ends."""
+        return first_blocks(self._parts(isolate=False)[1], self.eval_tokens, self.block_size)
+
+    def _parts(self, isolate: bool) -> tuple[Dataset, Dataset]:
+        """Blocks to train on, and blocks to measure on: at least twice `eval_tokens`, where there is so much."""
+        section, size = self.recipe.data, self.block_size
+        data, eval_data = self._files()
+        wanted = 2 * self.eval_tokens + 2 * size
+        shared: dict[str, Any] = {
+            "cache_dir": self.folder.work / "blocks",
+            "vocab_size": self.model.config.vocab_size,
+            "block_size": size,
+            "separator": section.separator,
+            "isolate": isolate,
+            "text_field": section.text_field,
+        }
+        room = _ROOM * (self.recipe.calibration.blocks * size + wanted) + self.tokens
+        corpus = prepare(
+            data,
+            self.tokenizer,
+            held_out=section.held_out if eval_data is None else 0.0,
+            least_held_out=wanted,
+            max_tokens=room,
+            **shared,
+        )
+        held_out = corpus.held_out
+        if eval_data is not None:
+            held_out = evaluation_blocks(eval_data, self.tokenizer, max_tokens=wanted, **shared)
+        if held_out is None:
+            raise ValueError(
+                "nothing is held out to measure on: data.held_out is 0; raise it, or pass --eval-data FILE"
+            )
+        assert corpus.train is not None
+        return corpus.train, held_out
+
+    def _files(self) -> tuple[Path | str, Path | str | None]:
+        if self.source.data is not None:
+            return self.source.data, self.source.eval_data
+        files = {split: self.folder.work / f"stdlib_{split}.jsonl" for split in ("train", "held_out")}
+        for split, path in files.items():
+            if not path.is_file():
+                write_text(path, stdlib_lines(split))
+        return files["train"], files["held_out"]
+
+    def original(self, part: str = "reported") -> tuple[dict[str, Any], Perplexity]:
+        """Figures and perplexity of the original on a part of the text, measured once."""
+
+        def compute() -> dict[str, Any]:
+            with self.precision():
+                figures, result = measure(self.model, self.blocks(part))
+            return {"figures": figures, "paired": dataclasses.asdict(result)}
+
+        found = self.remembered(f"original-{part}", compute)
+        fields: dict[str, Any] = dict(found["paired"])
+        fields |= {name: tuple(fields[name]) for name in ("block_losses", "block_tokens")}
+        return found["figures"], Perplexity(**fields)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context in which models are measured."""
+        return precision(self.device, str(self.dtype).removeprefix("torch."))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the original is held in."""
+        return self.model.dtype
