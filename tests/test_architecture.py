@@ -1,0 +1,83 @@
+"""The house as docs/architecture.md draws it: its rooms, its names, and the page that walks through them."""
+
+import re
+import tomllib
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rooms():
+    """Modules and packages at the top of the library."""
+    top = (ROOT / "src" / "kvlatent").iterdir()
+    return {
+        path.stem
+        for path in top
+        if (path / "__init__.py").is_file() or (path.suffix == ".py" and path.stem != "__init__")
+    }
+
+
+def test_few_rooms_on_few_floors():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = (one["layers"] for one in settings["contracts"] if one.get("containers") == ["kvlatent"])
+    assert len(layers) <= 7
+    assert {room for layer in layers for room in layer.split(" | ")} == rooms()
+    assert len(rooms()) <= 16
+
+
+def test_no_module_name_twice():
+    names = [path.stem for path in (ROOT / "src").rglob("*.py") if not path.stem.startswith("__")]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_the_architecture_names_every_room():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert rooms() <= set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
+
+
+def steps_of_the_walkthrough():
+    text = (ROOT / "docs" / "walkthrough.md").read_text()
+    return re.findall(r"`(kvlatent(?:_\w+)?(?:\.\w+)+)`", text)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(steps_of_the_walkthrough()))
+def test_every_name_of_the_walkthrough_exists(name):
+    """`package.module.function` or `package.module.Class.method`, imported as written."""
+    parts, at = name.split("."), 1
+    thing = import_module(parts[0])
+    while at < len(parts):
+        try:
+            thing = import_module(".".join(parts[: at + 1]))
+        except ModuleNotFoundError:
+            break
+        at += 1
+    for attribute in parts[at:]:
+        thing = getattr(thing, attribute)
+    assert at < len(parts), "a module is no step: name its function"
+
+
+def test_the_walkthrough_goes_from_the_command_to_the_cache():
+    names = steps_of_the_walkthrough()
+    assert len(names) >= 20
+    assert names[0].startswith("kvlatent_cli.") and "LatentAttention" in names[-1]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_in_the_documents_exists(document):
+    """Files of the project that a document names; `at commit` in the same paragraph speaks of the past."""
+    missing = []
+    for paragraph in document.read_text().split("\n\n"):
+        if "at commit" in paragraph:
+            continue
+        for name in re.findall(r"(?<![\w/])(?:src|tests|docs|recipes|benchmarks)/[\w./*-]*[\w*]", paragraph):
+            if not list(ROOT.glob(name)):
+                missing.append(name)
+        for name in re.findall(r"\]\((?!http)([\w./-]+)\)", paragraph):
+            if not (document.parent / name).exists():
+                missing.append(name)
+    assert missing == []
