@@ -17,8 +17,6 @@ from kvlatent.evaluation.layerwise import sampled_rows
 from kvlatent.families import family_of
 from tiny import tiny_model, tokens
 
-pytestmark = pytest.mark.numerics
-
 LENGTH, CUT = 48, 20
 DOCUMENTS = (slice(0, CUT), slice(CUT, LENGTH))
 

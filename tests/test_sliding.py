@@ -18,8 +18,6 @@ from kvlatent.hub import load_model, load_tokenizer
 from kvlatent.perplexity import perplexity_ratio
 from tiny import SWITCH, tiny_model
 
-pytestmark = pytest.mark.numerics
-
 TEXTS = [" ".join(SENTENCES), SENTENCES[0], "", " ".join(reversed(SENTENCES)), "The cat über alles."]
 
 

@@ -13,8 +13,6 @@ from kvlatent.modeling import latent_config_of
 from kvlatent.strategies import STRATEGIES, layer_report
 from tiny import tiny_model, tokens
 
-pytestmark = pytest.mark.numerics
-
 
 def packed(batch=3, length=48):
     """Random blocks of two documents each."""
