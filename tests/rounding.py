@@ -75,5 +75,7 @@ def moved(result: Tensor, entered: Tensor, generator: torch.Generator, alike: bo
     share = (
         2 * torch.rand(shape, generator=generator, dtype=torch.promote_types(result.dtype, torch.float32)) - 1
     )
+    if result.dtype.itemsize < 4:  # summed in float32 and rounded once
+        entered = result.abs()
     out = torch.empty_like(result)  # keeps the strides
     return out.copy_(result + (share * torch.finfo(result.dtype).eps * entered).to(result.dtype))

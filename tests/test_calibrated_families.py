@@ -19,8 +19,6 @@ from test_hub import LOAD
 from tiny import FAMILIES, HEAD_DIM, SWITCH, logits, padded, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale
 
-pytestmark = pytest.mark.numerics
-
 BATCH = text(blocks=6, length=48)
 EXACT = {"rtol": 0, "atol": 0}
 

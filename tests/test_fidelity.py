@@ -17,8 +17,6 @@ from kvlatent.model.families import family_of
 from kvlatent.selection.choices import resolve_choices, without_statistics
 from tiny import tiny_model, tokens
 
-pytestmark = pytest.mark.numerics
-
 LENGTH, CUT = 48, 20
 DOCUMENTS = (slice(0, CUT), slice(CUT, LENGTH))
 

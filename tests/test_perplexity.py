@@ -10,8 +10,6 @@ from datasets import Dataset
 
 from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio, summarise
 
-pytestmark = pytest.mark.numerics
-
 
 @pytest.fixture
 def blocks():

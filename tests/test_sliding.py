@@ -19,8 +19,6 @@ from kvlatent.evaluation.sliding import measure_sliding, read_documents, sliding
 from kvlatent.text.standard_library import MODEL_PATH
 from tiny import SWITCH, tiny_model
 
-pytestmark = pytest.mark.numerics
-
 TEXTS = [" ".join(SENTENCES), SENTENCES[0], "", " ".join(reversed(SENTENCES)), "The cat über alles."]
 
 

@@ -9,8 +9,6 @@ from kvlatent.training.layer_loss import capture, layer_losses
 from kvlatent.training.loop import collate
 from training_setup import blocks, original, student_of
 
-pytestmark = pytest.mark.numerics
-
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "phi3"])
 def pair(request):

@@ -13,8 +13,6 @@ from kvlatent.model.classes import latent_config_of
 from kvlatent.selection.calibrate import calibrate
 from tiny import tiny_model, tokens
 
-pytestmark = pytest.mark.numerics
-
 
 def packed(batch=3, length=48):
     """Random blocks of two documents each."""

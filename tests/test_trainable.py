@@ -13,8 +13,6 @@ from kvlatent.training.trainable import merged_copy, prepare_for_training, train
 from tolerances import ROUNDING, assert_close_to_scale
 from training_setup import digest, hashes, original, recipe, run, student_of
 
-pytestmark = pytest.mark.numerics
-
 IDS = torch.arange(1, 25).view(2, 12)
 
 

@@ -21,7 +21,7 @@ def assert_close_to_scale(actual, expected, tolerance, scale=None) -> None:
         actual, expected: tensors of one shape and dtype.
         scale: the magnitude (or energy) that the computation sums up, where the result may cancel down to 0.
     """
-    scale = float(expected.abs().max() if scale is None else scale)
+    scale = float(expected.detach().abs().max()) if scale is None else scale
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
 
 
