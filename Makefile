@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # installed from another checkout is installed again.
 STAMP := $(VENV)/.kvlatent-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 
-.PHONY: install demo test test-numerics lint types imports check clean
+.PHONY: install demo test test-numerics test-rounding lint types imports check clean
 
 install: $(STAMP)
 
@@ -27,15 +27,15 @@ demo: install
 
 # One thread a process unless OMP_NUM_THREADS says otherwise, since two workers share the cores. Threads that wait sleep:
 # by default they spin, on a core that another thread needs.
-test test-numerics: export OMP_NUM_THREADS ?= 1
-test test-numerics: export OMP_WAIT_POLICY ?= passive
-test test-numerics: export HF_HUB_OFFLINE = 1
+test test-numerics test-rounding: export OMP_NUM_THREADS ?= 1
+test test-numerics test-rounding: export OMP_WAIT_POLICY ?= passive
+test test-numerics test-rounding: export HF_HUB_OFFLINE = 1
 
 test: install
 	$(BIN)/python -m pytest -n 2
 
-# The numerics with the kernels of other processors, with sums split over two threads, and with kernels that each round
-# in a way of their own (tests/rounding.py). ATEN_CPU_CAPABILITY is torch's own choice of kernels.
+# The numerics with the kernels of other processors and with sums split over two threads. torch reads
+# ATEN_CPU_CAPABILITY.
 test-numerics: install
 	best=$$(env -u ATEN_CPU_CAPABILITY $(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())'); \
 	for kernels in default avx2; do \
@@ -48,6 +48,10 @@ test-numerics: install
 			ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -m numerics -n 2 || exit 1; \
 		done; \
 	done
+
+# The same with kernels that each round in a way of their own (tests/rounding.py): finds tolerances that hold by the luck
+# of one processor. Minutes, so not a part of `check`.
+test-rounding: install
 	$(BIN)/python -m pytest -q -m numerics -n 2 --rounding 1
 
 lint: install

@@ -11,9 +11,11 @@ from tolerances import ROUNDING, assert_close_to_scale
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+# torch 2.13's own kernel: without vector instructions it does not compile, and under avx2 plain flex_attention, queries
+# and keys and values all 16 wide, gives NaN or other numbers than sdpa; its compile cache then serves them to avx512.
 @pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
-    reason="torch's compiler writes flex attention with vector instructions, which ATEN_CPU_CAPABILITY=default has not",
+    torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"),
+    reason="torch's flex attention on a CPU needs avx512 to be right at these widths",
 )
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "phi3-longrope"])
 def test_flex_agrees_with_sdpa_and_is_causal(name):
