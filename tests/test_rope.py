@@ -154,3 +154,11 @@ def test_the_long_table_starts_after_the_switch():
     cos, _ = rotary(x, torch.arange(3)[None])
     torch.testing.assert_close(cos[0, :, 0], 2 * torch.cos(torch.arange(3.0)))
     assert not list(rotary.buffers()) and not list(rotary.parameters())
+
+
+@pytest.mark.parametrize(
+    ("width", "fitting"), [(2, "try 4$"), (3, "try 4$"), (6, "try 4 or 8$"), (10, "try 8 or 12$")]
+)
+def test_widths_that_fit_are_named_once(width, fitting):
+    with pytest.raises(ValueError, match=f"got {width}; {fitting}"):
+        frequency_aware_exponents(width)

@@ -39,9 +39,10 @@ def frequency_aware_exponents(rotary_dim: int) -> tuple[float, ...]:
         ValueError: `rotary_dim` is not divisible by 4.
     """
     if rotary_dim % 4:
+        below = rotary_dim - rotary_dim % 4
+        fitting = " or ".join(str(width) for width in (below, below + 4) if width)
         raise ValueError(
-            f"the frequency-aware table needs a rotated width divisible by 4: got {rotary_dim}; "
-            f"try {rotary_dim - rotary_dim % 4 or 4} or {rotary_dim + 4 - rotary_dim % 4}"
+            f"the frequency-aware table needs a rotated width divisible by 4: got {rotary_dim}; try {fitting}"
         )
     coarse = tuple(0.25 + 2 * j / rotary_dim for j in range(rotary_dim // 4))
     fine = tuple(0.75 + j / rotary_dim for j in range(rotary_dim // 4))
