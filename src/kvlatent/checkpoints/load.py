@@ -63,6 +63,7 @@ def load_model(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             trust_remote_code=False,

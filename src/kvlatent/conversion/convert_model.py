@@ -20,9 +20,10 @@ from kvlatent.model.assembly import assemble, full_width
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import Family, effective_table, family_of, head_dim_of
 from kvlatent.model.finite import check_finite_weights
+from kvlatent.model.widths import Width
 from kvlatent.selection.attention_rows import pair_layout
 from kvlatent.selection.choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
-from kvlatent.selection.latent_config import Pairs, Widths, check_widths, choose
+from kvlatent.selection.latent_config import Pairs, check_widths, choose
 from kvlatent.selection.pairs import choose_pairs, strongest_pairs
 from kvlatent.selection.statistics import Statistics
 
@@ -33,8 +34,8 @@ def convert(
     model: PreTrainedModel,
     config: LatentConfig | None = None,
     *,
-    d_qk: Widths | None = None,
-    d_vo: Widths | None = None,
+    d_qk: Width | None = None,
+    d_vo: Width | None = None,
     preset: str = "calibrated",
     keys: str | None = None,
     frequencies: str | None = None,
@@ -74,9 +75,11 @@ def convert(
         choices = resolve_choices(
             preset, keys, frequencies, values, table=table, align=align, gains=gains, refit=refit
         )
-    sides = (head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo)
-    narrow = config is None and sides != (head_dim, head_dim)
     _check_source(model, config, family, head_dim)
+    widths = check_widths(
+        model.config, head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo
+    )
+    narrow = config is None and widths != (head_dim, head_dim)
     check_finite_weights(model)
     if statistics is not None:
         statistics.check(model)
@@ -92,8 +95,8 @@ def convert(
             "statistics=calibrate(model, ...), or choose(...) with values=svd"
         )
     if config is None:
-        pairs = _pairs(model, sides[0], choices, statistics) if narrow else None
-        config = choose(model.config, *sides, choices, qk_norm=qk_norm, pairs=pairs)
+        pairs = _choose_pairs(model, widths.d_qk, choices, statistics) if narrow else None
+        config = choose(model.config, *widths, choices, qk_norm=qk_norm, pairs=pairs)
     _check_source(model, config, family, head_dim)
     config.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
     with torch.inference_mode(False):  # which also turns gradients on where the caller turned them off
@@ -128,15 +131,16 @@ def _weights(
     return weights
 
 
-def _pairs(model: Any, d_qk: Widths, choices: Choices, statistics: Statistics | None) -> Pairs | None:
+def _choose_pairs(
+    model: Any, d_qk: int | tuple[int, ...], choices: Choices, statistics: Statistics | None
+) -> Pairs | None:
     """Kept channel pairs where statistics or weights name them, else None."""
     if choices.keys not in BY_PAIRS:
         return None
-    width, _ = check_widths(model.config, d_qk, head_dim_of(model.config))
     if choices.keys != "weights":
         assert statistics is not None, "without_statistics replaced the others"
-        return choose_pairs(statistics, width, choices.table, choices.keys)
-    return strongest_pairs(_weight_energies(model), width, choices.table)
+        return choose_pairs(statistics, d_qk, choices.table, choices.keys)
+    return strongest_pairs(_weight_energies(model), d_qk, choices.table)
 
 
 def _weight_energies(model: Any) -> list[Tensor]:

@@ -11,6 +11,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+from kvlatent.model.widths import Width, width_per_layer
+
 __all__ = [
     "attention_parameters",
     "cache_bytes",
@@ -68,8 +70,8 @@ def live_cache_bytes(cache: Any) -> int:
 
 
 def layer_cache_bytes(
-    d_qk: int | Sequence[int],
-    d_vo: int | Sequence[int],
+    d_qk: Width,
+    d_vo: Width,
     num_layers: int,
     num_key_value_heads: int,
     element_size: float,
@@ -81,8 +83,7 @@ def layer_cache_bytes(
         num_layers, num_key_value_heads: of the model.
         element_size: bytes of one stored number; 0.5 for four bits.
     """
-    keys = (d_qk,) * num_layers if isinstance(d_qk, int) else d_qk
-    values = (d_vo,) * num_layers if isinstance(d_vo, int) else d_vo
+    keys, values = width_per_layer(d_qk, num_layers), width_per_layer(d_vo, num_layers)
     return tuple(num_key_value_heads * (k + v) * element_size for k, v in zip(keys, values, strict=True))
 
 

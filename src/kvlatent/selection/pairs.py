@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvlatent.model.config import TABLE_SCOPES as SCOPES
+from kvlatent.model.widths import width_per_layer
 from kvlatent.selection.pair_search import greedy_order, kept_error, search
 from kvlatent.selection.statistics import LayerStatistics, Statistics
 
@@ -76,7 +77,7 @@ def _per_set(
     """`pick` for every set of heads that share their pairs; `join` puts the statistics of several heads together."""
     if scope not in SCOPES:
         raise ValueError(f"unknown table scope {scope!r}; choose one of {', '.join(SCOPES)}")
-    widths = [d_qk] * len(members) if isinstance(d_qk, int) else list(d_qk)
+    widths = width_per_layer(d_qk, len(members))
     if scope == "model":
         if len(set(widths)) > 1:
             raise ValueError(
@@ -142,7 +143,7 @@ def scope_errors(statistics: Statistics, d_qk: int | tuple[int, ...]) -> dict[st
 
     First order, with gains, before alignment. "model" is left out where layers differ in width.
     """
-    uniform = isinstance(d_qk, int) or len(set(d_qk)) == 1
+    uniform = len(set(width_per_layer(d_qk))) == 1
     groups = groups_of(statistics)
     prices = {}
     for scope in SCOPES if uniform else SCOPES[:2]:
