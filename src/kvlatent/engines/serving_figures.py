@@ -9,13 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvlatent.model.cache_bytes import (
-    attention_parameters,
-    cache_bytes,
-    decode_speedup,
-    layer_cache_bytes,
-    maximum_context,
-)
+from kvlatent.engines.roofline import attention_parameters, decode_speedup, maximum_context
+from kvlatent.model.cache_bytes import cache_bytes, layer_cache_bytes
 from kvlatent.model.families import family_of, head_dim_of
 from kvlatent.model.widths import Width, width_per_layer
 

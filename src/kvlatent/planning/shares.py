@@ -11,10 +11,9 @@ from typing import Any
 
 from kvlatent.engines.facts import check_engine
 from kvlatent.jobs.recipe import Conversion
-from kvlatent.model.cache_bytes import share_at_least
 from kvlatent.model.families import family_of, head_dim_of
 from kvlatent.model.widths import width_per_layer
-from kvlatent.planning.candidates import candidates_for
+from kvlatent.planning.candidates import candidates_for, share_at_least
 from kvlatent.selection.choices import BY_PAIRS, Choices
 from kvlatent.selection.latent_config import check_widths, choose
 

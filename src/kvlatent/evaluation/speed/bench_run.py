@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.source import named
+from kvlatent.engines.roofline import maximum_context
 from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of, working_caches
 from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size
 from kvlatent.evaluation.speed.checked_options import (
@@ -36,7 +37,6 @@ from kvlatent.evaluation.speed.variants import (
     random_prompt,
 )
 from kvlatent.jobs.record import environment
-from kvlatent.model.cache_bytes import maximum_context
 from kvlatent.model.time_estimate import DEFAULT_SECONDS
 
 __all__ = ["bench"]
