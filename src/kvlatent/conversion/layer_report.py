@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.assembly import full_width
 from kvlatent.model.config import LatentConfig, table_scope
+from kvlatent.model.families import parts_of
 from kvlatent.selection.choices import BY_PAIRS, PAPER, Choices, resolve_choices
 from kvlatent.selection.statistics import Statistics
 
@@ -148,7 +149,7 @@ def _errors(twin: Any, latent: Any, layers: list[int], ids: Tensor, positions: T
     with ExitStack() as hooks:
         hooks.callback(latent.train, training)
         for index in layers:
-            attention, other = (m.model.layers[index].self_attn for m in (twin, latent))
+            attention, other = (parts_of(m.model, index).attention for m in (twin, latent))
             hook = attention.register_forward_hook(compare(index, other), with_kwargs=True)
             hooks.callback(hook.remove)
         for block in range(len(ids)):

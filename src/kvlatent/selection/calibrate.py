@@ -174,17 +174,17 @@ class _MomentSums:
         outputs, groups = self.outputs / self.tokens, self.attention.num_key_value_groups
         energy = self.output_energy / self.tokens
         varying = energy - (self.output_sum / self.tokens).square().sum()
-        means = (
-            self.output_gram / self.sampled,
-            outputs,
-            self.output_means / self.tokens,
-            self.query_energy / self.tokens,
-            self.key_energy / self.tokens,
-            value_errors(self.w_o.double(), outputs, groups),
-            torch.maximum(varying, _ROUNDING * energy),
-            self._head_energy(outputs),
-        )
-        return LayerStatistics(*(tensor.cpu() for tensor in means))
+        means = {
+            "output_gram": self.output_gram / self.sampled,
+            "outputs": outputs,
+            "output_means": self.output_means / self.tokens,
+            "query_energy": self.query_energy / self.tokens,
+            "key_energy": self.key_energy / self.tokens,
+            "value_errors": value_errors(self.w_o.double(), outputs, groups),
+            "output_energy": torch.maximum(varying, _ROUNDING * energy),
+            "head_energy": self._head_energy(outputs),
+        }
+        return LayerStatistics(**{name: tensor.cpu() for name, tensor in means.items()})
 
     def _head_energy(self, outputs: Tensor) -> Tensor:
         """What varies of every head's share of the output, from the moments of what it averages: [N]."""

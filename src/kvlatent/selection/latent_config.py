@@ -10,6 +10,7 @@ from kvlatent.model.rotary import frequency_aware_table
 from kvlatent.model.table import RotaryTable
 from kvlatent.model.widths import Width, Widths, width_per_layer
 from kvlatent.selection.choices import BY_PAIRS, FULL, PAPER, Choices
+from kvlatent.selection.pairs import Pairs
 from kvlatent.selection.paper_rules import (
     latent_rotary_dim,
     matched_pairs,
@@ -19,8 +20,6 @@ from kvlatent.selection.paper_rules import (
 )
 
 __all__ = ["check_widths", "choose"]
-
-Pairs = Channels  # by layer, then by key-value head, as for channels
 
 
 def choose(
