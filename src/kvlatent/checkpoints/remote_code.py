@@ -49,8 +49,8 @@ def remote_code(model_type: str) -> str:
     bodies = []
     for module in _MODULES:
         source = files("kvlatent.model").joinpath(f"{module}.py").read_text(encoding="utf-8")
-        body, found = _split(source)
-        imports.update(dict.fromkeys(found))
+        body, outside = _split(source)
+        imports.update(dict.fromkeys(outside))
         bodies.append(body)
     names = [
         f"KVLatent{FAMILIES[model_type].prefix}{suffix}" for suffix in ("Config", "Model", "ForCausalLM")

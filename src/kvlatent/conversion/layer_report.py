@@ -79,19 +79,19 @@ def layer_report(
         if name == "calibrated" and latent is not None:
             parts = iter([(list(range(num_layers)), latent)])
         else:
-            parts = _built(model, statistics, config, choices, widths)
-        for layers, made in parts:
-            if isinstance(made, str):
+            parts = _build(model, statistics, config, choices, widths)
+        for layers, converted in parts:
+            if isinstance(converted, str):
                 for index in layers:
-                    rows[index]["errors"][name], rows[index]["reasons"][name] = None, made
+                    rows[index]["errors"][name], rows[index]["reasons"][name] = None, converted
                 continue
-            found = _errors(twin, made, layers, *text)
+            errors = _measure_errors(twin, converted, layers, *text)
             for index in layers:
-                rows[index]["errors"][name] = found[index]
+                rows[index]["errors"][name] = errors[index]
     return rows
 
 
-def _built(
+def _build(
     model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[Widths]
 ) -> Iterator[tuple[list[int], Any]]:
     """Layers and the model in which they follow `choices`, or the sentence that says why they cannot.
@@ -99,18 +99,18 @@ def _built(
     Where not all layers can, each set of layers of equal widths is tried alone, the others kept whole.
     """
     everything = list(range(len(widths)))
-    made = _converted(model, statistics, config, choices, widths)
-    if not isinstance(made, str) or len(set(widths)) == 1:
-        yield everything, made
+    converted = _convert(model, statistics, config, choices, widths)
+    if not isinstance(converted, str) or len(set(widths)) == 1:
+        yield everything, converted
         return
     full = (config.original_head_dim, config.original_head_dim)
     for one in sorted(set(widths)):
         alone = [width if width == one else full for width in widths]
         layers = [index for index in everything if widths[index] == one]
-        yield layers, _converted(model, statistics, config, choices, alone)
+        yield layers, _convert(model, statistics, config, choices, alone)
 
 
-def _converted(
+def _convert(
     model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[Widths]
 ) -> Any:
     """The closed form of a strategy, its chosen pairs shared as in `config`; or why it is impossible."""
@@ -129,7 +129,9 @@ def _converted(
         return str(error)
 
 
-def _errors(twin: Any, latent: Any, layers: list[int], ids: Tensor, positions: Tensor) -> dict[int, float]:
+def _measure_errors(
+    twin: Any, latent: Any, layers: list[int], ids: Tensor, positions: Tensor
+) -> dict[int, float]:
     """Relative squared error of the attention output of `layers` of `latent`, on what the twin's layers see."""
     error, energy = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
 

@@ -117,17 +117,19 @@ def _refine_layer(
         tuned.inputs.path.with_name("wanted"), tuned.inputs.shape, tuned.inputs.dtype, tuned.inputs.device
     )
     tuned.outputs.write(_original_pass(tuned, wanted))
-    found: dict[str, Any] = {"layer": tuned.index}
+    measured: dict[str, Any] = {"layer": tuned.index}
     if choices.align and keys:
-        found["attention_divergence"] = align_attention(tuned, choices.align, seed, steps)
+        measured["attention_divergence"] = align_attention(tuned, choices.align, seed, steps)
         _put_back(tuned)
     if choices.refit and values:
-        found["refit_ridge"] = refit_outputs(tuned, wanted)
+        measured["refit_ridge"] = refit_outputs(tuned, wanted)
         _put_back(tuned)
     if choices.align and (keys or values):
-        found["output_error"] = align_output(tuned, choices.align, seed + 1, steps, keys=keys, values=values)
+        measured["output_error"] = align_output(
+            tuned, choices.align, seed + 1, steps, keys=keys, values=values
+        )
         _put_back(tuned)
-    return found
+    return measured
 
 
 @torch.no_grad()

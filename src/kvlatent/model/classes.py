@@ -138,8 +138,8 @@ def latent_classes(model_type: str) -> tuple[Any, Any, Any]:
             self.model = Model(config)
             self.post_init()
 
-    for made, suffix in ((Model, "Model"), (CausalLM, "ForCausalLM")):
-        made.__name__ = made.__qualname__ = f"KVLatent{family.prefix}{suffix}"
+    for kind, suffix in ((Model, "Model"), (CausalLM, "ForCausalLM")):
+        kind.__name__ = kind.__qualname__ = f"KVLatent{family.prefix}{suffix}"
     return config_type, Model, CausalLM
 
 

@@ -83,12 +83,12 @@ class Statistics:
         return self.layers[0].output_gram.shape[0]
 
     def check(self, model: Any) -> None:
-        """Raise `ValueError` unless the statistics were gathered from `model`."""
-        found = model_fingerprint(model)
-        if found != self.fingerprint:
+        """Raise `ValueError` unless the statistics were collected from `model`."""
+        fingerprint = model_fingerprint(model)
+        if fingerprint != self.fingerprint:
             raise ValueError(
                 f"the statistics are of another model: they have fingerprint {self.fingerprint[:12]}, this model has "
-                f"{found[:12]}; calibrate this model, or give the checkpoint they were made from"
+                f"{fingerprint[:12]}; calibrate this model, or give the checkpoint they were made from"
             )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
