@@ -32,8 +32,6 @@ STRATEGIES: dict[str, Choices] = {
 }
 """Closed forms, nothing tuned; pairs keep their own frequencies and the softmax its scale, but for the paper's."""
 
-Widths = tuple[int, int]
-
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -43,7 +41,6 @@ def layer_report(
     statistics: Statistics,
     config: LatentConfig,
     *,
-    latent: Any = None,
     blocks: int = 4,
 ) -> list[dict[str, Any]]:
     """Relative squared error ||o' - o||^2 / ||o||^2 of the attention output of every layer under every strategy.
@@ -54,7 +51,6 @@ def layer_report(
         model: the original; it is left as it was.
         statistics: of `model`; their text is looked at again.
         config: whose widths, scope of the tables and treatment of a QK-norm all strategies get.
-        latent: the finished conversion, measured as "calibrated" in place of its closed form.
         blocks: how many calibration blocks to look at; 0 < blocks.
 
     Returns:
@@ -67,20 +63,15 @@ def layer_report(
     if blocks < 1:
         raise ValueError(f"the layer report looks at 1 calibration block or more: got blocks={blocks}; try 4")
     statistics.check(model)
-    num_layers = model.config.num_hidden_layers
     twin = full_width(model).eval()
     text = [t[:blocks].long().to(model.device) for t in (statistics.input_ids, statistics.position_ids)]
-    widths = [(config.d_qk_at(index), config.d_vo_at(index)) for index in range(num_layers)]
+    widths = config.widths.per_layer(model.config.num_hidden_layers)
     rows: list[dict[str, Any]] = [
         {"layer": index, "d_qk": d_qk, "d_vo": d_vo, "errors": {}, "reasons": {}}
         for index, (d_qk, d_vo) in enumerate(widths)
     ]
     for name, choices in STRATEGIES.items():
-        if name == "calibrated" and latent is not None:
-            parts = iter([(list(range(num_layers)), latent)])
-        else:
-            parts = _build(model, statistics, config, choices, widths)
-        for layers, converted in parts:
+        for layers, converted in _build(model, statistics, config, choices, widths):
             if isinstance(converted, str):
                 for index in layers:
                     rows[index]["errors"][name], rows[index]["reasons"][name] = None, converted
@@ -92,7 +83,7 @@ def layer_report(
 
 
 def _build(
-    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[Widths]
+    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[tuple[int, int]]
 ) -> Iterator[tuple[list[int], Any]]:
     """Layers and the model in which they follow `choices`, or the sentence that says why they cannot.
 
@@ -111,7 +102,7 @@ def _build(
 
 
 def _convert(
-    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[Widths]
+    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[tuple[int, int]]
 ) -> Any:
     """The closed form of a strategy, its chosen pairs shared as in `config`; or why it is impossible."""
     if choices.keys in BY_PAIRS:
@@ -146,10 +137,8 @@ def _measure_errors(
 
         return hook
 
-    training = latent.training
     latent.eval()
     with ExitStack() as hooks:
-        hooks.callback(latent.train, training)
         for index in layers:
             attention, other = (parts_of(m.model, index).attention for m in (twin, latent))
             hook = attention.register_forward_hook(compare(index, other), with_kwargs=True)

@@ -164,10 +164,7 @@ class LatentConfig:
         """The JSON dict saved as `kv_latent`."""
         return {
             "version": self.version,
-            "widths": {
-                name: width if isinstance(width, int) else list(width)
-                for name, width in self.widths._asdict().items()
-            },
+            "widths": self.widths.to_dict(),
             "tables": [[table.to_dict() for table in layer] for layer in self.tables],
             "selection": {
                 "keys": self.keys,

@@ -48,6 +48,12 @@ class Widths(NamedTuple):
             if not isinstance(width, int):
                 _check_length(name, width, num_layers)
 
+    def to_dict(self) -> dict[str, int | list[int]]:
+        """JSON form."""
+        return {
+            name: width if isinstance(width, int) else list(width) for name, width in self._asdict().items()
+        }
+
     def per_layer(self, num_layers: int) -> list[tuple[int, int]]:
         """(d_qk, d_vo) of every layer."""
         sides = (width_per_layer(width, num_layers) for width in self)

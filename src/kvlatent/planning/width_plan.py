@@ -69,8 +69,7 @@ class WidthPlan:
         """JSON-able: widths, share, predicted errors, engines by scope of the rotary table."""
         return {
             "kv": self.kv,
-            "d_qk": self.d_qk if isinstance(self.d_qk, int) else list(self.d_qk),
-            "d_vo": self.d_vo if isinstance(self.d_vo, int) else list(self.d_vo),
+            **Widths(self.d_qk, self.d_vo).to_dict(),
             "share": self.share,
             "predicted_error": {"keys": self.key_error, "values": self.value_error, "total": self.error},
             "table": self.table,

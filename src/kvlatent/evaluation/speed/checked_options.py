@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from kvlatent.checkpoints.source import Source as Model
+from kvlatent.checkpoints.source import ModelSource as Model
 from kvlatent.checkpoints.source import resolve_model
 
 __all__ = ["Model", "check_context", "check_numbers", "context_limit", "loaded"]
