@@ -7,10 +7,10 @@ import torch
 
 from calibration_setup import realistic_model, short_descent, text
 from kvlatent.conversion import tuning
-from kvlatent.conversion.alignment import LayerPair, align_attention, align_output, tuned_copy
+from kvlatent.conversion.alignment import TunedLayer, align_attention, align_output, copy_for_tuning
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.assembly import full_width
-from kvlatent.model.hidden_states import Stream, one_layer
+from kvlatent.model.hidden_states import HiddenStateFile, isolate_layer
 from kvlatent.selection.attention_rows import row_logits
 from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, HEAD_DIM, SWITCH
@@ -51,13 +51,13 @@ def pair_of(name, folder, index=1, held_out=HELD, batch=BATCH, d_qk=8, d_vo=8):
     streams = {}
     size = batch["input_ids"].shape[1], model.config.hidden_size
     for file, blocks in (("in", theirs[index]), ("out", theirs[index + 1]), ("latent", ours[index])):
-        streams[file] = Stream(folder / file, size, model.dtype, model.device)
+        streams[file] = HiddenStateFile(folder / file, size, model.dtype, model.device)
         streams[file].write(blocks)
-    return LayerPair(
+    return TunedLayer(
         index,
         model.model,
         latent.model,
-        tuned_copy(latent.model.layers[index].self_attn),
+        copy_for_tuning(latent.model.layers[index].self_attn),
         streams["in"],
         streams["latent"],
         streams["out"],
@@ -85,7 +85,7 @@ def weights_of(decoder, pair, block):
     before, decoder.config._attn_implementation = decoder.config._attn_implementation, "eager"
     hook = module.register_forward_hook(lambda *call: caught.append(call[-1][1]))
     with torch.no_grad():
-        one_layer(decoder, pair.index)(
+        isolate_layer(decoder, pair.index)(
             inputs_embeds=pair.inputs.read([block]),
             position_ids=pair.positions[block, None],
             use_cache=False,
@@ -139,7 +139,7 @@ def test_output_alignment_measures_and_lowers_the_error_behind_the_next_norm(nam
         energy = wanted[: tuning.BLOCKS].square().mean()
         given = torch.cat(
             [
-                one_layer(pair.latent, 1)(
+                isolate_layer(pair.latent, 1)(
                     inputs_embeds=pair.latent_inputs.read([b]),
                     position_ids=pair.positions[b, None],
                     use_cache=False,

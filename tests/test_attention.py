@@ -10,6 +10,7 @@ from kvlatent.model.cache_bytes import live_cache_bytes
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import effective_table, family_of
+from kvlatent.model.kernel_width import kernel_width
 from kvlatent.model.table import RotaryTable
 from kvlatent.selection.choices import resolve_choices
 from kvlatent.selection.latent_config import choose
@@ -305,9 +306,10 @@ def test_prefill_on_a_cpu_uses_the_fused_kernel_and_decoding_stays_unpadded(narr
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # refuses unequal widths
         assert_close_to_scale(logits(latent, x), expected, ROUNDING)
     query = torch.zeros(1, 4, 1, 16)
-    assert attention._kernel_width(query, {}) is None
-    assert attention._kernel_width(query.expand(-1, -1, 2, -1), {}) == 16
-    assert attention._kernel_width(query, {"cache": object()}) == latent.config.head_dim
+    widths = attention.d_qk, attention.d_vo
+    assert kernel_width(latent.config, *widths, query, is_paged=False) is None
+    assert kernel_width(latent.config, *widths, query.expand(-1, -1, 2, -1), is_paged=False) == 16
+    assert kernel_width(latent.config, *widths, query, is_paged=True) == latent.config.head_dim
 
 
 def test_values_wider_than_keys_run_as_well():

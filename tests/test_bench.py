@@ -9,6 +9,7 @@ import torch
 
 from bench_setup import FULL, HEADS, LAYERS, QUICK, make_pair
 from kvlatent.conversion.convert_model import convert
+from kvlatent.engines.roofline import decode_speedup
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.evaluation.speed import timing
 from kvlatent.evaluation.speed import variants as cells
@@ -19,7 +20,6 @@ from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
 from kvlatent.evaluation.speed.ratios import largest_contexts, ratio_rows, stacked_rows, table_rows
 from kvlatent.evaluation.speed.timing import Run, interleaved, ratios, run, spread
 from kvlatent.evaluation.speed.variants import Variant, measure_cell, random_prompt
-from kvlatent.model.cache_bytes import decode_speedup
 from tiny import SIZES, tiny_model, tokens
 
 

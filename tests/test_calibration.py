@@ -37,15 +37,14 @@ def test_moments_against_a_slow_oracle(name):
     for layer in (0, 2):  # of the windowed models, one with and one without
         w_o = output_weights(model, layer)
         heads = len(w_o)
-        gram = torch.zeros(heads, PAIRS, PAIRS).double()
-        output_gram, outputs = gram.clone(), torch.zeros(heads, HEAD_DIM, HEAD_DIM).double()
+        output_gram = torch.zeros(heads, PAIRS, PAIRS).double()
+        outputs = torch.zeros(heads, HEAD_DIM, HEAD_DIM).double()
         means, energy, mean = torch.zeros(heads, HEAD_DIM).double(), 0.0, 0.0
         shares: list[list] = [[] for _ in range(heads)]
         queries, parts = torch.zeros(heads, PAIRS).double(), []
         for row in slow_rows(model, batch, layer):
             y = row.weights @ row.values
             centred = row.pairs - row.weights @ row.pairs
-            gram[row.head] += (row.weights[:, None] * centred).T @ centred
             moved = w_o[row.head] @ ((row.weights[:, None] * centred).T @ row.values).T  # [D, P]
             output_gram[row.head] += moved.T @ moved
             outputs[row.head] += torch.outer(y, y)
@@ -58,7 +57,6 @@ def test_moments_against_a_slow_oracle(name):
                 mean = mean + sum(parts) / total
                 parts.clear()
         found = statistics.layers[layer]
-        assert_close_to_scale(found.gram, gram / total, 2e-4)
         assert_close_to_scale(found.output_gram, output_gram / total, 2e-4)
         assert_close_to_scale(found.outputs, outputs / total, 2e-4)
         assert_close_to_scale(found.output_means, means / total, 2e-4)
@@ -85,19 +83,17 @@ def test_key_energies_are_those_of_every_position(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-window", "phi3-longrope"])
-def test_the_gram_matrices_predict_what_a_small_change_of_the_logits_does(name):
+def test_the_gram_matrix_predicts_what_a_small_change_of_the_logits_does(name):
     model, batch = realistic_model(name), text(**SMALL)
     statistics = calibrate(model, batch, rows=EVERY_ROW).layers[1]
     w_o, small = output_weights(model, 1), 1e-3
     dropped = torch.arange(PAIRS) % 3 == 0
-    kl, error = torch.zeros(len(w_o)).double(), torch.zeros(len(w_o)).double()
+    error = torch.zeros(len(w_o)).double()
     for row in slow_rows(model, batch, 1):
         changed = (row.pairs.sum(1) - small * row.pairs[:, dropped].sum(1)).softmax(0)
-        kl[row.head] += (row.weights * (row.weights.log() - changed.log())).sum()
         error[row.head] += (w_o[row.head] @ (row.values.T @ (changed - row.weights))).square().sum()
     total = batch["input_ids"].numel() * small**2
     block = (slice(None), dropped.nonzero(), dropped.nonzero().T)
-    torch.testing.assert_close(kl / total, statistics.gram[block].sum((1, 2)) / 2, rtol=0.01, atol=0)
     torch.testing.assert_close(error / total, statistics.output_gram[block].sum((1, 2)), rtol=0.01, atol=0)
 
 
@@ -114,30 +110,28 @@ def test_rows_a_few_at_a_time_change_nothing(monkeypatch):
 def test_the_order_of_the_sampled_rows_changes_nothing(monkeypatch):
     model, batch = realistic_model("llama"), text()
     expected = calibrate(model, batch, rows=9)
-    see = calibration._Sums.see_input
+    add = calibration._MomentSums.add_attention
 
     def backwards(self, *call):
         self.rows = self.rows.flip(0)
-        see(self, *call)
+        add(self, *call)
 
-    monkeypatch.setattr(calibration._Sums, "see_input", backwards)
+    monkeypatch.setattr(calibration._MomentSums, "add_attention", backwards)
     for ours, theirs in zip(calibrate(model, batch, rows=9).layers, expected.layers, strict=True):
-        assert_close_to_scale(ours.gram, theirs.gram, 1e-5)
         assert_close_to_scale(ours.output_gram, theirs.output_gram, 1e-5)
 
 
 def test_sampled_rows_are_drawn_from_the_seed_and_estimate_all_rows():
     model, batch = realistic_model("llama-mha"), text()
     once, again = (calibrate(model, batch, rows=8, seed=1).layers[1] for _ in range(2))
-    assert torch.equal(once.gram, again.gram)
+    assert torch.equal(once.output_gram, again.output_gram)
     samples = [calibrate(model, batch, rows=8, seed=seed).layers[1] for seed in range(9)]
     full, other = (calibrate(model, batch, rows=EVERY_ROW, seed=seed).layers[1] for seed in (1, 2))
-    for name in ("gram", "output_gram"):
-        assert torch.equal(getattr(full, name), getattr(other, name))
-        assert not torch.equal(getattr(samples[1], name), getattr(samples[2], name))
-        trace = torch.stack([getattr(one, name).diagonal(dim1=1, dim2=2).sum() for one in samples])
-        wanted, spread = getattr(full, name).diagonal(dim1=1, dim2=2).sum(), trace.std() / 3
-        assert (trace.mean() - wanted).abs() < 3 * spread and spread < 0.1 * wanted
+    assert torch.equal(full.output_gram, other.output_gram)
+    assert not torch.equal(samples[1].output_gram, samples[2].output_gram)
+    trace = torch.stack([one.output_gram.diagonal(dim1=1, dim2=2).sum() for one in samples])
+    wanted, spread = full.output_gram.diagonal(dim1=1, dim2=2).sum(), trace.std() / 3
+    assert (trace.mean() - wanted).abs() < 3 * spread and spread < 0.1 * wanted
 
 
 def test_documents_and_windows_against_a_loop():
@@ -174,7 +168,7 @@ def test_the_model_is_left_as_it_was_and_runs_in_evaluation_mode():
     assert digest(model) == before and model.training and all(p.requires_grad for p in model.parameters())
     assert not any(p.grad is not None for p in model.parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    assert torch.equal(found.layers[2].gram, expected.layers[2].gram)
+    assert torch.equal(found.layers[2].output_gram, expected.layers[2].output_gram)
 
 
 class Blocks:

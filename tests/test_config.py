@@ -5,6 +5,7 @@ import pytest
 
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.table import RotaryTable
+from kvlatent.model.widths import Widths, width_per_layer
 
 
 def make(**changes):
@@ -61,6 +62,33 @@ def test_cache_bytes_is_the_sum_over_layers():
 def test_bad_fields_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+def test_widths_are_one_number_or_one_per_layer():
+    assert Widths.check(4, [6, 8, 2], 8, 3) == (4, (6, 8, 2))
+    assert Widths.check([4, 4, 4], (6,) * 3, 8, 3) == (4, 6)  # agreed by all layers
+    assert Widths.check([4, 4], 6, 8) == ((4, 4), 6)  # of how many layers is not known yet
+    assert Widths(4, (6, 8)).per_layer(2) == [(4, 6), (4, 8)]
+    assert Widths(4, (6, 8)).to_dict() == {"d_qk": 4, "d_vo": [6, 8]}
+    assert width_per_layer(4, 3) == (4, 4, 4) and width_per_layer([4, 2], 3) == (4, 2)
+    assert make(d_vo=[6, 8]).d_vo == (6, 8)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ((4, [6, 8]), "a list of d_vo needs one width per layer: got 2 for 3 layers"),
+        (([], 6), "a list of d_qk needs one width per layer: got 0 for 3 layers"),
+        (([4, 4, 3], 6), "d_qk must be even, .*got d_qk=3, head_dim=8; try 2 or 4"),
+        ((4, [6, 9, 6]), "d_vo cannot exceed head_dim: got d_vo=9, head_dim=8; try 4"),
+        ((4, [6, 6, 0.5]), "d_vo must be a positive integer: got d_vo=0.5"),
+        (("4", 6), "d_qk must be a positive integer: got d_qk=4"),
+        ((None, 6), "d_qk must be a positive integer: got d_qk=None"),
+    ],
+)
+def test_bad_widths_are_refused(widths, message):
+    with pytest.raises(ValueError, match=message):
+        Widths.check(*widths, 8, 3)
 
 
 def test_bad_tables_are_refused():

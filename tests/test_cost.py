@@ -5,15 +5,9 @@ from itertools import pairwise
 import pytest
 from torch import nn
 
-from kvlatent.model.cache_bytes import (
-    attention_parameters,
-    cache_bytes,
-    decode_speedup,
-    equal_widths,
-    layer_cache_bytes,
-    maximum_context,
-    share_at_least,
-)
+from kvlatent.engines.roofline import attention_parameters, decode_speedup, maximum_context
+from kvlatent.model.cache_bytes import cache_bytes, layer_cache_bytes
+from kvlatent.planning.candidates import equal_widths, share_at_least
 
 
 def test_equal_widths():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     CohereConfig,
     DeepseekV3Config,
@@ -12,8 +13,17 @@ from transformers import (
     T5Config,
 )
 
-from kvlatent.model.families import effective_table, family_of
-from tiny import FAMILIES, HEAD_DIM, LLAMA3_ROPE, SWITCH, tiny_model
+from calibration_setup import text
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.save import save
+from kvlatent.conversion.convert_model import convert
+from kvlatent.model.assembly import full_width
+from kvlatent.model.families import FAMILIES as FAMILY_ROWS
+from kvlatent.model.families import Family, effective_table, family_of, parts_of
+from kvlatent.selection.calibrate import calibrate
+from kvlatent.training.trainable import trainable_names
+from tiny import FAMILIES, HEAD_DIM, LLAMA3_ROPE, SIZES, SWITCH, logits, tiny_model, tokens
+from tolerances import assert_same_model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -88,3 +98,52 @@ def test_every_family_names_its_parts():
             for m in ("q_proj", "o_proj")
         ]
         assert family.biases(model.config) == tuple(biases)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layer_is_what_the_row_says(name):
+    """x + attention(norm(x)), then x + ffn(norm(x)), by the modules that the family names."""
+    decoder = tiny_model(name).model
+    x = torch.randn(1, 6, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    rotary = decoder.rotary_emb(x, torch.arange(6)[None])
+    parts = parts_of(decoder, 1)
+    with torch.no_grad():
+        middle = x + parts.attention(parts.attention_norm(x), rotary, None)[0]
+        expected = middle + parts.ffn(parts.ffn_norm(middle))
+        given = decoder.layers[1](x, position_embeddings=rotary, attention_mask=None)
+    torch.testing.assert_close(given, expected, rtol=0, atol=0)
+
+
+NEW_ROWS = {
+    "arcee": Family(
+        *("arcee", "Arcee"),
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        ffn_modules=("up_proj", "down_proj"),
+    ),
+    "apertus": Family(
+        *("apertus", "Apertus"),
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        attention_norm="attention_layernorm",
+        ffn_norm="feedforward_layernorm",
+        ffn_modules=("up_proj", "down_proj"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEW_ROWS)
+def test_a_new_family_is_one_row(name, monkeypatch, tmp_path):
+    """Converted by text, saved and loaded."""
+    monkeypatch.setitem(FAMILY_ROWS, name, NEW_ROWS[name])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES, head_dim=HEAD_DIM)).eval()
+    x = tokens()
+    torch.testing.assert_close(logits(full_width(model), x), logits(model, x), rtol=0, atol=0)
+    statistics = calibrate(model, text(blocks=16))
+    latent = convert(model, d_qk=16, d_vo=8, align=2, statistics=statistics)
+    assert (logits(latent, x) - logits(model, x)).abs().max() > 1e-3
+    save(latent, tmp_path / "latent")
+    assert_same_model(load_model(tmp_path / "latent"), latent, x)
+    assert {n.split(".")[-2] for n in trainable_names(latent)} >= {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -102,10 +102,10 @@ def test_statistics_are_looked_at(place, tmp_path):
     with safe_open(file, framework="pt") as opened:
         about = opened.metadata()
     tensors = load_file(file)
-    tensors["layers.1.gram"].view(-1)[0] = torch.nan
+    tensors["layers.1.output_gram"].view(-1)[0] = torch.nan
     save_file(tensors, file, metadata=about)
     done = call("convert", place / "model", "--statistics", file, "--out", tmp_path / "out")
-    assert done.exit_code == 2 and "layers.1.gram holds NaN or infinity" in done.stderr
+    assert done.exit_code == 2 and "layers.1.output_gram holds NaN or infinity" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,9 @@
 """Saving, loading in a fresh process with and without kvlatent, and every checkpoint that must be refused."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.jobs.atomic import atomic_directory
 from kvlatent.model.classes import latent_classes, latent_config_of
+from kvlatent.model.config import LatentConfig
 from tiny import FAMILIES, logits, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale, assert_same_model
 
@@ -90,6 +93,25 @@ def test_the_saved_config_has_one_source_of_truth(saved, name):
     }  # fmt: skip
     assert set(data["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert (folder / f"{MODULE_NAME}.py").read_text() == remote_code(latent.original_model_type)
+
+
+def test_the_latent_config_is_parsed_once_a_model(saved, monkeypatch):
+    """By the config, both model classes and every reader; not again by copies, but for another dict or other sizes."""
+    folder, parse, calls = saved["llama"][0], LatentConfig.from_dict, []
+    monkeypatch.setattr(LatentConfig, "from_dict", lambda data: calls.append(data) or parse(data))
+    config = load_model(folder).config
+    latent = latent_config_of(config)
+    for copied in (config, copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config and latent_config_of(copied) == latent
+    assert len(calls) == 1
+    text = config.to_json_string(use_diff=False)
+    assert "_parsed" not in text and "_parsed" not in config.to_dict()
+    config.kv_latent = copy.deepcopy(config.kv_latent)
+    config.kv_latent["selection"]["values"] = "slice"
+    assert latent_config_of(config).values == "slice" != latent.values and len(calls) == 2
+    config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="needs one width per layer: got 3 for 2 layers"):
+        latent_config_of(config)
 
 
 @pytest.mark.parametrize("field", ["qk_head_dim", "v_head_dim", "head_dim"])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import kvlatent
 from kvlatent.checkpoints.card import model_card
 from kvlatent.checkpoints.lineage import lineage
-from kvlatent.checkpoints.source import named
+from kvlatent.checkpoints.source import name_and_fingerprint
 from kvlatent.jobs.record import command_line, spoken_name
 from kvlatent.workflows.compress_checkpoint import spoken
 from kvlatent.workflows.training_history import options_of
@@ -80,11 +80,14 @@ def test_every_recorded_command_keeps_the_owner(place):
     assert (said["data"], said["teacher"], said["out"]) == ("owner/data", HUB, "out")
     assert source_of(HUB, place / "text.txt", None).name == HUB
     model = kvlatent.load_model("models/local")
-    assert named(model, model)["name"] == "local" and named(model, HUB)["name"] == HUB
+    assert (
+        name_and_fingerprint(model, model)["name"] == "local"
+        and name_and_fingerprint(model, HUB)["name"] == HUB
+    )
     model.config._name_or_path = HUB
-    assert named(model, model)["name"] == HUB
+    assert name_and_fingerprint(model, model)["name"] == HUB
     model.config._name_or_path = ""
-    assert named(model, model)["name"] == "LlamaForCausalLM"
+    assert name_and_fingerprint(model, model)["name"] == "LlamaForCausalLM"
 
 
 def test_a_model_of_the_hub_in_run_eval_and_card(place, hub):

@@ -162,10 +162,8 @@ def statistics(seed=0, energies=(1.0, 5.0, 0.01)):
     layers = []
     for layer, energy in enumerate(energies):
         grams, _ = gram(10 * seed + layer, members=HEADS)
-        other, _ = gram(1000 + 10 * seed + layer, members=HEADS)
         layers.append(
             LayerStatistics(
-                gram=other,
                 output_gram=grams * energy / grams.sum(),
                 outputs=torch.zeros(HEADS, 2 * P, 2 * P),
                 output_means=torch.zeros(HEADS, 2 * P),

@@ -25,7 +25,6 @@ def layer_of(keys, values, *, energy=1.0, heads=2):
     tails = values.sort().values.cumsum(0).flip(0)
     gram = torch.diag(keys).expand(heads, -1, -1).clone()
     return LayerStatistics(
-        gram=gram,
         output_gram=gram,
         outputs=torch.eye(HEAD_DIM, dtype=torch.float64).expand(heads, -1, -1),
         output_means=torch.zeros(heads, HEAD_DIM, dtype=torch.float64),

@@ -17,8 +17,8 @@ from calibration_setup import (
     text,
     turned,
 )
+from kvlatent.conversion.attention_weights import kept_pairs
 from kvlatent.conversion.convert_model import convert
-from kvlatent.conversion.projections import kept_pairs
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.families import effective_table
 from kvlatent.model.rotary import apply_rotary

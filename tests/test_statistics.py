@@ -59,6 +59,19 @@ def test_one_pass_serves_any_widths_after_loading(gathered, path):
         assert torch.equal(logits(ours, tokens()), logits(theirs, tokens()))
 
 
+def test_a_file_of_before_with_tensors_that_nothing_reads_is_read(gathered, path):
+    wanted = Statistics.load(path)
+    rewrite(
+        path,
+        lambda about, tensors: tensors.update({f"layers.{n}.gram": torch.ones(4, 16, 16) for n in range(3)}),
+    )
+    found = Statistics.load(path)
+    for ours, theirs in zip(found.layers, wanted.layers, strict=True):
+        assert vars(ours).keys() == vars(theirs).keys()
+        assert all(torch.equal(tensor, vars(theirs)[name]) for name, tensor in vars(ours).items())
+    assert found.fingerprint == wanted.fingerprint and torch.equal(found.input_ids, wanted.input_ids)
+
+
 def test_views_are_saved_and_folders_made(gathered, tmp_path):
     batch = {name: value.int() for name, value in text(packed=False).items()}
     batch["position_ids"] = batch["position_ids"][:1].expand(4, -1)  # one row, seen four times
@@ -115,7 +128,7 @@ def test_other_files_are_not_statistics(path, tmp_path):
 
 
 DAMAGE = [
-    lambda about, tensors: tensors.pop("layers.1.gram"),
+    lambda about, tensors: tensors.pop("layers.1.output_gram"),
     lambda about, tensors: tensors.pop("input_ids"),
     lambda about, tensors: about.pop("fingerprint"),
     lambda about, tensors: about.pop("sizes"),

@@ -68,22 +68,6 @@ def test_every_strategy_is_measured_on_the_originals_inputs(name):
         assert min(errors) > 1e-3
 
 
-def test_a_finished_conversion_takes_the_place_of_its_closed_form():
-    model, text = tiny_model("llama"), packed()
-    statistics = calibrate(model, text)
-    latent = convert(model, d_qk=16, d_vo=8, align=2, statistics=statistics).train()
-    config = latent_config_of(latent.config)
-    plain, tuned = (layer_report(model, statistics, config, latent=one, blocks=2) for one in (None, latent))
-    seen = {key: column[:2] for key, column in text.items()}
-    assert latent.training and latent.model.layers[0].self_attn.training
-    errors = direct(model, latent.eval(), seen)
-    assert [row["errors"]["calibrated"] for row in tuned] == pytest.approx(errors, rel=1e-4)
-    assert errors[0] < plain[0]["errors"]["calibrated"]  # the refit of the first layer sees the same inputs
-    for row in (*plain, *tuned):
-        del row["errors"]["calibrated"]
-    assert plain == tuned
-
-
 def test_the_scope_of_the_tables_is_the_configs():
     model, text = tiny_model("llama-mha"), packed()
     statistics, seen = calibrate(model, text), {key: column[:1] for key, column in text.items()}

@@ -5,7 +5,7 @@ import torch
 
 from calibration_setup import short_descent, text
 from kvlatent.conversion.convert_model import convert
-from kvlatent.model.hidden_states import Stream, one_layer
+from kvlatent.model.hidden_states import HiddenStateFile, isolate_layer
 from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, tiny_model
 
@@ -20,7 +20,7 @@ def quick():
 def test_blocks_come_back_bit_for_bit_in_any_order(tmp_path, dtype):
     blocks = torch.randn(5, 7, 3).to(dtype)
     blocks[2, 1] = torch.tensor([float("nan"), float("inf"), -0.0])
-    stream = Stream(tmp_path / "s", (7, 3), dtype, torch.device("cpu"))
+    stream = HiddenStateFile(tmp_path / "s", (7, 3), dtype, torch.device("cpu"))
     stream.write(block[None] for block in blocks)
     found = stream.read([4, 0, 2, 2])
     assert found.dtype == dtype and found.shape == (4, 7, 3)
@@ -31,7 +31,7 @@ def test_blocks_come_back_bit_for_bit_in_any_order(tmp_path, dtype):
 
 
 def test_writing_replaces_what_can_be_read_until_the_end(tmp_path):
-    stream = Stream(tmp_path / "s", (2, 3), torch.float32, torch.device("cpu"))
+    stream = HiddenStateFile(tmp_path / "s", (2, 3), torch.float32, torch.device("cpu"))
     stream.write(torch.full((2, 3), float(b)) for b in range(4))
     stream.write(stream.read([b]) + 10 for b in (3, 2, 1))
     assert stream.read([0, 1, 2])[:, 0, 0].tolist() == [13, 12, 11]
@@ -62,7 +62,7 @@ def test_layers_one_at_a_time_are_the_decoder(name, latent):
             hidden = decoder.embed_tokens(ids)
             assert torch.equal(hidden, whole.hidden_states[0])
             for index in range(3):
-                hidden = one_layer(decoder, index)(
+                hidden = isolate_layer(decoder, index)(
                     inputs_embeds=hidden, position_ids=positions, use_cache=False
                 ).last_hidden_state
                 if index < 2:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.families import head_dim_of
+from kvlatent.model.widths import Width
 from kvlatent.selection.choices import Choices
-from kvlatent.selection.latent_config import Widths
 
 __all__ = ["SHAPES", "random_pair"]
 
@@ -75,8 +75,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def random_pair(
     shape: str | Mapping[str, Any],
-    d_qk: Widths,
-    d_vo: Widths,
+    d_qk: Width,
+    d_vo: Width,
     *,
     layers: int | None = None,
     context: int | None = None,

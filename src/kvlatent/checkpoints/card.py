@@ -23,7 +23,7 @@ _TEMPLATE = """---
 # Latent-attention checkpoint
 
 Keys are cached at width {d_qk} and values at {d_vo} a head, where the original has {head_dim} for both: {share:.1%} of
-its cache. Made by kvlatent with preset `{preset}`; stages trained: {stages}.{made}
+its cache. Made by kvlatent with preset `{preset}`; stages trained: {stages}.{conversion}
 
 {measured}
 
@@ -51,7 +51,7 @@ Bytes are those of one token of one sequence in the live cache, in {cache_dtype}
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """The card of a run, from the record that `pipeline.compress` writes as run.json (Markdown)."""
+    """The card of a run, from the record written as run.json (Markdown)."""
     plan, figures = record["plan"], record["figures"]
     measured = "Its quality has not been measured; `kvlatent eval DIR --against ORIGINAL` does that."
     if figures:
@@ -68,14 +68,14 @@ def model_card(record: Mapping[str, Any]) -> str:
         metadata=about.to_yaml(),
         **{name: plan[name] for name in ("d_qk", "d_vo", "head_dim", "share", "preset")},
         stages=", ".join("I" * int(stage[-1]) for stage in plan["tokens"]) or "none",
-        made=_conversion(record),
+        conversion=_describe_conversion(record),
         measured=measured,
         command=record["command"],
         needs=NEEDS,
     )
 
 
-def _conversion(record: Mapping[str, Any]) -> str:
+def _describe_conversion(record: Mapping[str, Any]) -> str:
     """Sentences on what the conversion looked at, and what it warned of."""
     notes = [f"{note[0].upper()}{note[1:]}." for note in record["plan"].get("notes", ())]
     calibration = record.get("calibration")

@@ -42,12 +42,12 @@ def _metadata(model: str | Path) -> dict[str, Any]:
     """What stands at the top of a model's card; nothing where there is none, or it cannot be read."""
     try:
         local = Path(model, constants.REPOCARD_NAME)
-        found = metadata_load(
+        metadata = metadata_load(
             local if Path(model).is_dir() else hf_hub_download(str(model), constants.REPOCARD_NAME)
         )
     except (OSError, ValueError, YAMLError):
         return {}
-    return found or {}
+    return metadata or {}
 
 
 def _names(model: str | Path) -> Iterator[str]:

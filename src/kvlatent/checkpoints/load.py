@@ -63,6 +63,7 @@ def load_model(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -134,6 +135,6 @@ def _add_code(folder: str | os.PathLike[str], config: Any) -> None:
     path = Path(folder) / "config.json"
     data = json.loads(path.read_text())
     names = zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), latent_classes(model_type), strict=True)
-    data["auto_map"] = {auto: f"{MODULE_NAME}.{made.__name__}" for auto, made in names}
+    data["auto_map"] = {auto: f"{MODULE_NAME}.{kind.__name__}" for auto, kind in names}
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
     (Path(folder) / f"{MODULE_NAME}.py").write_text(remote_code(model_type))

@@ -11,17 +11,17 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.jobs.fingerprints import identity, model_fingerprint
 from kvlatent.jobs.record import spoken_name
 
-__all__ = ["Source", "check_same_vocabulary", "named", "opened"]
+__all__ = ["ModelSource", "check_same_vocabulary", "name_and_fingerprint", "resolve_model"]
 
-Source = str | Path | PreTrainedModel
+ModelSource = str | Path | PreTrainedModel
 
 
-def opened(source: Source, dtype: str | None, device: str) -> PreTrainedModel:
+def resolve_model(source: ModelSource, dtype: str | None, device: str) -> PreTrainedModel:
     """The model; one that is loaded already stays as and where it is."""
     return source if isinstance(source, PreTrainedModel) else load_model(source, dtype=dtype, device=device)
 
 
-def named(model: PreTrainedModel, source: Source) -> dict[str, str]:
+def name_and_fingerprint(model: PreTrainedModel, source: ModelSource) -> dict[str, str]:
     """Name (see `record.spoken_name`) and fingerprint: of the files where there are files, else of the weights."""
     loaded = isinstance(source, PreTrainedModel)
     name = getattr(model.config, "_name_or_path", "") if loaded else str(source)

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
-from kvlatent.conversion.tuning import BLOCKS, Chosen, tune
-from kvlatent.model.hidden_states import Stream
+from kvlatent.conversion.tuning import BLOCKS, TunableRows, tune
+from kvlatent.model.families import parts_of
+from kvlatent.model.hidden_states import HiddenStateFile
 from kvlatent.selection.attention_rows import row_logits
 
-__all__ = ["LayerPair", "align_attention", "align_output", "tuned_copy"]
+__all__ = ["TunedLayer", "align_attention", "align_output", "copy_for_tuning"]
 
 
 @dataclass
-class LayerPair:
-    """One layer of the original (as its full-width twin) and of the latent model, and what flows into them.
+class TunedLayer:
+    """One layer of the latent model that is being tuned, its original (as its full-width twin), and what flows into both.
 
     Args:
         index: of the layer.
@@ -43,42 +44,43 @@ class LayerPair:
     original: Any
     latent: Any
     attention: Any
-    inputs: Stream
-    latent_inputs: Stream
-    outputs: Stream
+    inputs: HiddenStateFile
+    latent_inputs: HiddenStateFile
+    outputs: HiddenStateFile
     positions: Tensor
     held_out: list[int]
 
 
-def tuned_copy(attention: Any) -> Any:
+def copy_for_tuning(attention: Any) -> Any:
     """A float32 copy of a latent attention module, with parameters of its own, all frozen."""
-    made = copy.deepcopy(attention).float()
-    return made.requires_grad_(False)
+    return copy.deepcopy(attention).float().requires_grad_(False)
 
 
-def align_attention(pair: LayerPair, steps: int, seed: int, progress: Callable[[], None]) -> dict[str, float]:
+def align_attention(
+    tuned: TunedLayer, steps: int, seed: int, progress: Callable[[], None]
+) -> dict[str, float]:
     """Tune queries and keys on KL(original, latent) of the attention rows, on the original's inputs.
 
     Returns:
         Mean divergence a row and head, in nats, on held-out blocks before and after.
     """
-    layer = pair.original.layers[pair.index]
+    original = parts_of(tuned.original, tuned.index)
 
     def loss(blocks: list[int], rows: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden, positions = pair.inputs.read(blocks), pair.positions[blocks]
-            normed = layer.input_layernorm(hidden)
+            hidden, positions = tuned.inputs.read(blocks), tuned.positions[blocks]
+            normed = original.attention_norm(hidden)
             target = log_softmax(
-                row_logits(layer.self_attn, pair.original, normed, positions, rows)[0], dim=-1
+                row_logits(original.attention, tuned.original, normed, positions, rows)[0], dim=-1
             )
-        logits, _ = row_logits(pair.attention, pair.latent, normed.float(), positions, rows)
+        logits, _ = row_logits(tuned.attention, tuned.latent, normed.float(), positions, rows)
         return (target.exp() * (target - log_softmax(logits, dim=-1))).sum(-1).mean()
 
-    return _tuned(pair, _key_parameters(pair.attention), loss, steps, seed, progress)
+    return _tune(tuned, _key_parameters(tuned.attention), loss, steps, seed, progress)
 
 
 def align_output(
-    pair: LayerPair, steps: int, seed: int, progress: Callable[[], None], *, keys: bool, values: bool
+    tuned: TunedLayer, steps: int, seed: int, progress: Callable[[], None], *, keys: bool, values: bool
 ) -> dict[str, float]:
     """Tune the narrow sides on the error of the layer's output, on the converted model's inputs.
 
@@ -88,12 +90,12 @@ def align_output(
     Returns:
         Squared error behind the next norm, relative to what it should give, on held-out blocks before and after.
     """
-    layer = pair.latent.layers[pair.index]
-    dtype = layer.input_layernorm.weight.dtype
-    following = _next_norm(pair)
+    layer = parts_of(tuned.latent, tuned.index)
+    dtype = layer.attention_norm.weight.dtype
+    following = _next_norm(tuned)
     with torch.no_grad():
         energy = (
-            following(pair.outputs.read(list(range(min(BLOCKS, len(pair.positions))))))
+            following(tuned.outputs.read(list(range(min(BLOCKS, len(tuned.positions))))))
             .float()
             .square()
             .mean()
@@ -101,68 +103,65 @@ def align_output(
 
     def loss(blocks: list[int], rows: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden, positions = pair.latent_inputs.read(blocks), pair.positions[blocks]
-            normed = layer.input_layernorm(hidden).float()
+            hidden, positions = tuned.latent_inputs.read(blocks), tuned.positions[blocks]
+            normed = layer.attention_norm(hidden).float()
             index = rows[..., None].expand(-1, -1, hidden.shape[-1])
-            wanted = pair.outputs.read(blocks).gather(1, index)
+            wanted = tuned.outputs.read(blocks).gather(1, index)
             hidden = hidden.gather(1, index)
-        logits, value = row_logits(pair.attention, pair.latent, normed, positions, rows)
-        mixed = softmax(logits, dim=-1) @ value.repeat_interleave(pair.attention.num_key_value_groups, dim=1)
-        middle = hidden + pair.attention.o_proj(mixed.transpose(1, 2).flatten(2)).to(dtype)
-        given = middle + layer.mlp(layer.post_attention_layernorm(middle))
+        logits, value = row_logits(tuned.attention, tuned.latent, normed, positions, rows)
+        mixed = softmax(logits, dim=-1) @ value.repeat_interleave(tuned.attention.num_key_value_groups, dim=1)
+        middle = hidden + tuned.attention.o_proj(mixed.transpose(1, 2).flatten(2)).to(dtype)
+        given = middle + layer.ffn(layer.ffn_norm(middle))
         return (following(given) - following(wanted)).float().square().mean() / energy
 
-    chosen = (_key_parameters(pair.attention) if keys else []) + (
-        _value_parameters(pair.attention) if values else []
+    chosen = (_key_parameters(tuned.attention) if keys else []) + (
+        _value_parameters(tuned.attention) if values else []
     )
-    return _tuned(pair, chosen, loss, steps, seed, progress)
+    return _tune(tuned, chosen, loss, steps, seed, progress)
 
 
-def _tuned(
-    pair: LayerPair,
-    chosen: Chosen,
+def _tune(
+    tuned: TunedLayer,
+    chosen: TunableRows,
     loss: Callable[[list[int], Tensor], Tensor],
     steps: int,
     seed: int,
     progress: Callable[[], None],
 ) -> dict[str, float]:
-    width = pair.attention.o_proj.out_features
+    width = tuned.attention.o_proj.out_features
     return tune(
         chosen,
         loss,
-        pair.positions,
-        pair.held_out,
+        tuned.positions,
+        tuned.held_out,
         fan_in=width,
         steps=steps,
-        seed=seed + 1000 * pair.index,
+        seed=seed + 1000 * tuned.index,
         progress=progress,
     )
 
 
-def _next_norm(pair: LayerPair) -> Any:
+def _next_norm(tuned: TunedLayer) -> Any:
     """What the layer's output passes next: the following layer's norm, or the decoder's.
 
     Errors are measured behind it, as that layer sees them. Before it, the few channels and tokens of huge activation
     that most models have would drown the rest.
     """
-    layers = pair.original.layers
-    return pair.original.norm if pair.index + 1 == len(layers) else layers[pair.index + 1].input_layernorm
+    if tuned.index + 1 == len(tuned.original.layers):
+        return tuned.original.norm
+    return parts_of(tuned.original, tuned.index + 1).attention_norm
 
 
-def _key_parameters(attention: Any) -> Chosen:
+def _key_parameters(attention: Any) -> TunableRows:
     if attention.q_map is not None:
-        return [(attention.q_map, None)]
-    if hasattr(attention, "qkv_proj"):
-        return [(p, slice(0, sum(attention.widths[:2]))) for p in attention.qkv_proj.parameters()]
-    modules = [attention.q_proj, attention.k_proj]
-    modules += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-    return [(parameter, None) for module in modules for parameter in module.parameters()]
+        return [(attention.q_map, slice(None))]
+    norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+    return [
+        *(attention.parameters_of("q") + attention.parameters_of("k")),
+        *((parameter, slice(None)) for norm in norms for parameter in norm.parameters()),
+    ]
 
 
-def _value_parameters(attention: Any) -> Chosen:
-    outputs: Chosen = [(parameter, None) for parameter in attention.o_proj.parameters()]
-    if hasattr(attention, "qkv_proj"):
-        return outputs + [
-            (p, slice(sum(attention.widths[:2]), None)) for p in attention.qkv_proj.parameters()
-        ]
-    return outputs + [(parameter, None) for parameter in attention.v_proj.parameters()]
+def _value_parameters(attention: Any) -> TunableRows:
+    outputs = [(parameter, slice(None)) for parameter in attention.o_proj.parameters()]
+    return outputs + attention.parameters_of("v")

@@ -1,6 +1,6 @@
 """From a pretrained model and widths to a latent model; the original stays untouched.
 
-`choose` decides what is kept, `projections` computes the narrow weights in closed form, `refinement` tunes them on the
+`choose` decides what is kept, `attention_weights` computes the narrow weights in closed form, `refinement` tunes them on the
 calibration text. Only attention projections are new tensors; everything else shares storage with the original.
 """
 
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvlatent.conversion.projections import attention_weights
+from kvlatent.conversion.attention_weights import attention_weights
 from kvlatent.conversion.refinement import refine
 from kvlatent.model.assembly import assemble, full_width
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import Family, effective_table, family_of, head_dim_of
+from kvlatent.model.families import Family, effective_table, family_of, head_dim_of, parts_of
 from kvlatent.model.finite import check_finite_weights
+from kvlatent.model.widths import Width
 from kvlatent.selection.attention_rows import pair_layout
 from kvlatent.selection.choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
-from kvlatent.selection.latent_config import Pairs, Widths, check_widths, choose
-from kvlatent.selection.pairs import choose_pairs, strongest_pairs
+from kvlatent.selection.latent_config import check_widths, choose
+from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs
 from kvlatent.selection.statistics import Statistics
 
 __all__ = ["convert"]
@@ -33,8 +34,8 @@ def convert(
     model: PreTrainedModel,
     config: LatentConfig | None = None,
     *,
-    d_qk: Widths | None = None,
-    d_vo: Widths | None = None,
+    d_qk: Width | None = None,
+    d_vo: Width | None = None,
     preset: str = "calibrated",
     keys: str | None = None,
     frequencies: str | None = None,
@@ -74,9 +75,11 @@ def convert(
         choices = resolve_choices(
             preset, keys, frequencies, values, table=table, align=align, gains=gains, refit=refit
         )
-    sides = (head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo)
-    narrow = config is None and sides != (head_dim, head_dim)
     _check_source(model, config, family, head_dim)
+    widths = check_widths(
+        model.config, head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo
+    )
+    narrow = config is None and widths != (head_dim, head_dim)
     check_finite_weights(model)
     if statistics is not None:
         statistics.check(model)
@@ -92,8 +95,8 @@ def convert(
             "statistics=calibrate(model, ...), or choose(...) with values=svd"
         )
     if config is None:
-        pairs = _pairs(model, sides[0], choices, statistics) if narrow else None
-        config = choose(model.config, *sides, choices, qk_norm=qk_norm, pairs=pairs)
+        pairs = _choose_pairs(model, widths.d_qk, choices, statistics) if narrow else None
+        config = choose(model.config, *widths, choices, qk_norm=qk_norm, pairs=pairs)
     _check_source(model, config, family, head_dim)
     config.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
     with torch.inference_mode(False):  # which also turns gradients on where the caller turned them off
@@ -116,7 +119,7 @@ def _weights(
 
     def weights(index: int) -> dict[str, Tensor]:
         return attention_weights(
-            model.model.layers[index].self_attn,
+            parts_of(model.model, index).attention,
             family,
             model.config,
             config,
@@ -128,44 +131,42 @@ def _weights(
     return weights
 
 
-def _pairs(model: Any, d_qk: Widths, choices: Choices, statistics: Statistics | None) -> Pairs | None:
+def _choose_pairs(
+    model: Any, d_qk: int | tuple[int, ...], choices: Choices, statistics: Statistics | None
+) -> Pairs | None:
     """Kept channel pairs where statistics or weights name them, else None."""
     if choices.keys not in BY_PAIRS:
         return None
-    width, _ = check_widths(model.config, d_qk, head_dim_of(model.config))
     if choices.keys != "weights":
         assert statistics is not None, "without_statistics replaced the others"
-        return choose_pairs(statistics, width, choices.table, choices.keys)
-    return strongest_pairs(_weight_energies(model), width, choices.table)
+        return choose_pairs(statistics, d_qk, choices.table, choices.keys)
+    return strongest_pairs(_weight_energies(model), d_qk, choices.table)
 
 
 def _weight_energies(model: Any) -> list[Tensor]:
     """E|q_j|^2 E|k_j|^2 [K, P] a layer, from the weights alone, as if normalised inputs were white."""
     energies = []
-    for layer in full_width(model).model.layers:
-        attention = layer.self_attn
+    decoder, rotary_dim = full_width(model).model, effective_table(model.config).rotary_dim
+    for index in range(len(decoder.layers)):
+        attention, attention_norm, *_ = parts_of(decoder, index)
         sides = []
-        for index, norm in enumerate((attention.q_norm, attention.k_norm)):
-            weight, bias = _rows(attention, index)
-            rows = (weight.float() * layer.input_layernorm.weight.float()).square().sum(1)
+        for part, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
+            weight, bias = _weight_and_bias(attention, part)
+            rows = (weight.float() * attention_norm.weight.float()).square().sum(1)
             rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
             if norm is not None:
                 rows = rows / rows.mean(1, keepdim=True) * norm.weight.float().square()
-            first, second = pair_layout(rows, effective_table(model.config).rotary_dim)
+            first, second = pair_layout(rows, rotary_dim)
             sides.append(first + second)
         queries, keys = sides
         energies.append(queries.unflatten(0, (len(keys), -1)).sum(1) * keys)
     return energies
 
 
-def _rows(attention: Any, index: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the queries (0) or the keys (1) of a full-width latent attention."""
-    if hasattr(attention, "qkv_proj"):
-        weight, bias = attention.qkv_proj.weight, attention.qkv_proj.bias
-        parts = (None,) * 3 if bias is None else bias.detach().split(attention.widths)
-        return weight.detach().split(attention.widths)[index], parts[index]
-    module = (attention.q_proj, attention.k_proj)[index]
-    return module.weight.detach(), None if module.bias is None else module.bias.detach()
+def _weight_and_bias(attention: Any, part: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of "q" or "k" of a full-width latent attention."""
+    weight, *bias = (parameter.detach()[rows] for parameter, rows in attention.parameters_of(part))
+    return weight, bias[0] if bias else None
 
 
 def _check_source(model: Any, config: LatentConfig | None, family: Family, head_dim: int) -> None:

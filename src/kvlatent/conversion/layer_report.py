@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.assembly import full_width
 from kvlatent.model.config import LatentConfig, table_scope
+from kvlatent.model.families import parts_of
 from kvlatent.selection.choices import BY_PAIRS, PAPER, Choices, resolve_choices
 from kvlatent.selection.statistics import Statistics
 
@@ -31,8 +32,6 @@ STRATEGIES: dict[str, Choices] = {
 }
 """Closed forms, nothing tuned; pairs keep their own frequencies and the softmax its scale, but for the paper's."""
 
-Widths = tuple[int, int]
-
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -42,7 +41,6 @@ def layer_report(
     statistics: Statistics,
     config: LatentConfig,
     *,
-    latent: Any = None,
     blocks: int = 4,
 ) -> list[dict[str, Any]]:
     """Relative squared error ||o' - o||^2 / ||o||^2 of the attention output of every layer under every strategy.
@@ -53,7 +51,6 @@ def layer_report(
         model: the original; it is left as it was.
         statistics: of `model`; their text is looked at again.
         config: whose widths, scope of the tables and treatment of a QK-norm all strategies get.
-        latent: the finished conversion, measured as "calibrated" in place of its closed form.
         blocks: how many calibration blocks to look at; 0 < blocks.
 
     Returns:
@@ -66,51 +63,46 @@ def layer_report(
     if blocks < 1:
         raise ValueError(f"the layer report looks at 1 calibration block or more: got blocks={blocks}; try 4")
     statistics.check(model)
-    num_layers = model.config.num_hidden_layers
     twin = full_width(model).eval()
     text = [t[:blocks].long().to(model.device) for t in (statistics.input_ids, statistics.position_ids)]
-    widths = [(config.d_qk_at(index), config.d_vo_at(index)) for index in range(num_layers)]
+    widths = config.widths.per_layer(model.config.num_hidden_layers)
     rows: list[dict[str, Any]] = [
         {"layer": index, "d_qk": d_qk, "d_vo": d_vo, "errors": {}, "reasons": {}}
         for index, (d_qk, d_vo) in enumerate(widths)
     ]
     for name, choices in STRATEGIES.items():
-        if name == "calibrated" and latent is not None:
-            parts = iter([(list(range(num_layers)), latent)])
-        else:
-            parts = _built(model, statistics, config, choices, widths)
-        for layers, made in parts:
-            if isinstance(made, str):
+        for layers, converted in _build(model, statistics, config, choices, widths):
+            if isinstance(converted, str):
                 for index in layers:
-                    rows[index]["errors"][name], rows[index]["reasons"][name] = None, made
+                    rows[index]["errors"][name], rows[index]["reasons"][name] = None, converted
                 continue
-            found = _errors(twin, made, layers, *text)
+            errors = _measure_errors(twin, converted, layers, *text)
             for index in layers:
-                rows[index]["errors"][name] = found[index]
+                rows[index]["errors"][name] = errors[index]
     return rows
 
 
-def _built(
-    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[Widths]
+def _build(
+    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[tuple[int, int]]
 ) -> Iterator[tuple[list[int], Any]]:
     """Layers and the model in which they follow `choices`, or the sentence that says why they cannot.
 
     Where not all layers can, each set of layers of equal widths is tried alone, the others kept whole.
     """
     everything = list(range(len(widths)))
-    made = _converted(model, statistics, config, choices, widths)
-    if not isinstance(made, str) or len(set(widths)) == 1:
-        yield everything, made
+    converted = _convert(model, statistics, config, choices, widths)
+    if not isinstance(converted, str) or len(set(widths)) == 1:
+        yield everything, converted
         return
     full = (config.original_head_dim, config.original_head_dim)
     for one in sorted(set(widths)):
         alone = [width if width == one else full for width in widths]
         layers = [index for index in everything if widths[index] == one]
-        yield layers, _converted(model, statistics, config, choices, alone)
+        yield layers, _convert(model, statistics, config, choices, alone)
 
 
-def _converted(
-    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[Widths]
+def _convert(
+    model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[tuple[int, int]]
 ) -> Any:
     """The closed form of a strategy, its chosen pairs shared as in `config`; or why it is impossible."""
     if choices.keys in BY_PAIRS:
@@ -128,7 +120,9 @@ def _converted(
         return str(error)
 
 
-def _errors(twin: Any, latent: Any, layers: list[int], ids: Tensor, positions: Tensor) -> dict[int, float]:
+def _measure_errors(
+    twin: Any, latent: Any, layers: list[int], ids: Tensor, positions: Tensor
+) -> dict[int, float]:
     """Relative squared error of the attention output of `layers` of `latent`, on what the twin's layers see."""
     error, energy = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
 
@@ -143,12 +137,10 @@ def _errors(twin: Any, latent: Any, layers: list[int], ids: Tensor, positions: T
 
         return hook
 
-    training = latent.training
     latent.eval()
     with ExitStack() as hooks:
-        hooks.callback(latent.train, training)
         for index in layers:
-            attention, other = (m.model.layers[index].self_attn for m in (twin, latent))
+            attention, other = (parts_of(m.model, index).attention for m in (twin, latent))
             hook = attention.register_forward_hook(compare(index, other), with_kwargs=True)
             hooks.callback(hook.remove)
         for block in range(len(ids)):

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlatent.conversion.alignment import LayerPair, align_attention, align_output, tuned_copy
+from kvlatent.conversion.alignment import TunedLayer, align_attention, align_output, copy_for_tuning
 from kvlatent.conversion.refit import refit_outputs
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.hidden_states import Stream, one_layer
+from kvlatent.model.families import parts_of
+from kvlatent.model.hidden_states import HiddenStateFile, isolate_layer
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 
@@ -58,7 +59,9 @@ def refine(
     steps = _Steps(progress, len(twin.model.layers), choices.align)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         streams = {
-            name: Stream(Path(folder) / name, (size, twin.config.hidden_size), twin.dtype, twin.device)
+            name: HiddenStateFile(
+                Path(folder) / name, (size, twin.config.hidden_size), twin.dtype, twin.device
+            )
             for name in ("inputs", "outputs", "latent")
         }
         for name in ("inputs", "latent"):
@@ -66,19 +69,19 @@ def refine(
         held = list(range(blocks))[_HELD_OUT - 1 :: _HELD_OUT] or ([blocks - 1] if blocks > 1 else [])
         for index in range(len(twin.model.layers)):
             steps.start(index)
-            pair = LayerPair(
+            tuned = TunedLayer(
                 index,
                 twin.model,
                 latent.model,
-                tuned_copy(latent.model.layers[index].self_attn),
+                copy_for_tuning(parts_of(latent.model, index).attention),
                 streams["inputs"],
                 streams["latent"],
                 streams["outputs"],
                 positions,
                 held,
             )
-            report.append(_refine_layer(pair, config, choices, seed, steps))
-            latent_layer = one_layer(latent.model, index)
+            report.append(_refine_layer(tuned, config, choices, seed, steps))
+            latent_layer = isolate_layer(latent.model, index)
             streams["latent"].write(_pass(latent_layer, streams["latent"], positions))
             streams["outputs"].path.replace(streams["inputs"].path)
     steps.start(len(twin.model.layers))  # a last layer that needed fewer steps counts as done as well
@@ -105,30 +108,32 @@ class _Steps:
 
 
 def _refine_layer(
-    pair: LayerPair, config: LatentConfig, choices: Choices, seed: int, steps: _Steps
+    tuned: TunedLayer, config: LatentConfig, choices: Choices, seed: int, steps: _Steps
 ) -> dict[str, Any]:
     """Align, refit, align; returns what alignment measured."""
-    keys = config.d_qk_at(pair.index) < config.original_head_dim
-    values = config.d_vo_at(pair.index) < config.original_head_dim
-    wanted = Stream(
-        pair.inputs.path.with_name("wanted"), pair.inputs.shape, pair.inputs.dtype, pair.inputs.device
+    keys = config.d_qk_at(tuned.index) < config.original_head_dim
+    values = config.d_vo_at(tuned.index) < config.original_head_dim
+    wanted = HiddenStateFile(
+        tuned.inputs.path.with_name("wanted"), tuned.inputs.shape, tuned.inputs.dtype, tuned.inputs.device
     )
-    pair.outputs.write(_original_pass(pair, wanted))
-    found: dict[str, Any] = {"layer": pair.index}
+    tuned.outputs.write(_original_pass(tuned, wanted))
+    measured: dict[str, Any] = {"layer": tuned.index}
     if choices.align and keys:
-        found["attention_divergence"] = align_attention(pair, choices.align, seed, steps)
-        _put_back(pair)
+        measured["attention_divergence"] = align_attention(tuned, choices.align, seed, steps)
+        _put_back(tuned)
     if choices.refit and values:
-        found["refit_ridge"] = refit_outputs(pair, wanted)
-        _put_back(pair)
+        measured["refit_ridge"] = refit_outputs(tuned, wanted)
+        _put_back(tuned)
     if choices.align and (keys or values):
-        found["output_error"] = align_output(pair, choices.align, seed + 1, steps, keys=keys, values=values)
-        _put_back(pair)
-    return found
+        measured["output_error"] = align_output(
+            tuned, choices.align, seed + 1, steps, keys=keys, values=values
+        )
+        _put_back(tuned)
+    return measured
 
 
 @torch.no_grad()
-def _pass(layer: Any, inputs: Stream, positions: Tensor) -> Iterator[Tensor]:
+def _pass(layer: Any, inputs: HiddenStateFile, positions: Tensor) -> Iterator[Tensor]:
     """The outputs of one layer, block by block."""
     for block in range(len(positions)):
         output = layer(
@@ -137,29 +142,29 @@ def _pass(layer: Any, inputs: Stream, positions: Tensor) -> Iterator[Tensor]:
         yield output.last_hidden_state
 
 
-def _original_pass(pair: LayerPair, wanted: Stream) -> Iterator[Tensor]:
+def _original_pass(tuned: TunedLayer, wanted: HiddenStateFile) -> Iterator[Tensor]:
     """The outputs of the original layer; `wanted` gets its input plus its attention's output, o + h, on the way."""
     caught: list[Tensor] = []
-    hook = pair.original.layers[pair.index].self_attn.register_forward_hook(
+    hook = parts_of(tuned.original, tuned.index).attention.register_forward_hook(
         lambda module, args, output: caught.append(output[0])
     )
     wanted.path.unlink(missing_ok=True)
     try:
         for block, output in enumerate(
-            _pass(one_layer(pair.original, pair.index), pair.inputs, pair.positions)
+            _pass(isolate_layer(tuned.original, tuned.index), tuned.inputs, tuned.positions)
         ):
-            wanted.append(pair.inputs.read([block]) + caught.pop())
+            wanted.append(tuned.inputs.read([block]) + caught.pop())
             yield output
     finally:
         hook.remove()
 
 
 @torch.no_grad()
-def _put_back(pair: LayerPair) -> None:
+def _put_back(tuned: TunedLayer) -> None:
     """Give the latent layer the tuned parameters; a tensor that did not change stays the original's own."""
-    module = pair.latent.layers[pair.index].self_attn
-    for name, tuned in pair.attention.named_parameters():
+    module = parts_of(tuned.latent, tuned.index).attention
+    for name, new in tuned.attention.named_parameters():
         parameter = module.get_parameter(name)
-        value = tuned.detach().to(parameter.dtype)
+        value = new.detach().to(parameter.dtype)
         if not torch.equal(value, parameter):
             parameter.data = value.clone()

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlatent.conversion.alignment import LayerPair
-from kvlatent.model.hidden_states import Stream, one_layer
+from kvlatent.conversion.alignment import TunedLayer
+from kvlatent.model.families import parts_of
+from kvlatent.model.hidden_states import HiddenStateFile, isolate_layer
 
 __all__ = ["refit_outputs"]
 
@@ -43,8 +44,8 @@ class _Moments:
 
 
 @torch.no_grad()
-def refit_outputs(pair: LayerPair, wanted: Stream) -> float | None:
-    """Regress W_O towards itself: W_O + (sum r y^T)(sum y y^T + l I)^-1, in place in `pair.attention`.
+def refit_outputs(tuned: TunedLayer, wanted: HiddenStateFile) -> float | None:
+    """Regress W_O towards itself: W_O + (sum r y^T)(sum y y^T + l I)^-1, in place in `tuned.attention`.
 
     y is what enters the converted W_O on the converted stream h', r what is then missing from o + h - h', so that the
     layer also takes back what those below it left (method: closed-form refit; towards the factored W_O, as a ridge
@@ -52,17 +53,17 @@ def refit_outputs(pair: LayerPair, wanted: Stream) -> float | None:
     W_O stays as it is where none helps there: little text fits itself only.
 
     Args:
-        pair: with `latent` holding what was tuned so far; wanted: o + h, the original's stream behind its attention.
+        tuned: with `latent` holding what was tuned so far; wanted: o + h, the original's stream behind its attention.
 
     Returns:
         The ridge chosen, over the mean diagonal; None where W_O stayed.
     """
-    module = pair.latent.layers[pair.index].self_attn.o_proj
+    module = parts_of(tuned.latent, tuned.index).attention.o_proj
     learnt, held = (_empty(module) for _ in range(2))
-    for block, y, r in _missing(pair, wanted, module):
-        (held if block in pair.held_out else learnt).add(y, r)
+    for block, y, r in _missing(tuned, wanted, module):
+        (held if block in tuned.held_out else learnt).add(y, r)
     ridge: float | None = _RIDGES[0]
-    if pair.held_out:
+    if tuned.held_out:
         gains = {ridge: held.gained(learnt.change(ridge)) for ridge in _RIDGES}
         best = max(_RIDGES, key=lambda ridge: gains[ridge])
         ridge = best if gains[best] > 0 else None
@@ -70,7 +71,7 @@ def refit_outputs(pair: LayerPair, wanted: Stream) -> float | None:
         return None
     learnt.inner += held.inner
     learnt.missing += held.missing
-    weight = pair.attention.o_proj.weight
+    weight = tuned.attention.o_proj.weight
     weight.copy_((weight.double() + learnt.change(ridge)).to(weight.dtype))
     return ridge
 
@@ -83,15 +84,15 @@ def _empty(module: Any) -> _Moments:
     )
 
 
-def _missing(pair: LayerPair, wanted: Stream, module: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _missing(tuned: TunedLayer, wanted: HiddenStateFile, module: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For every block: its number, y [T, F] and r [T, D] in float32."""
     seen: list[Tensor] = []
     hook = module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output)))
-    layer = one_layer(pair.latent, pair.index)
+    layer = isolate_layer(tuned.latent, tuned.index)
     try:
-        for block in range(len(pair.positions)):
-            hidden = pair.latent_inputs.read([block])
-            layer(inputs_embeds=hidden, position_ids=pair.positions[block, None], use_cache=False)
+        for block in range(len(tuned.positions)):
+            hidden = tuned.latent_inputs.read([block])
+            layer(inputs_embeds=hidden, position_ids=tuned.positions[block, None], use_cache=False)
             y, given = (t.float().flatten(0, -2) for t in seen)
             seen.clear()
             target = (wanted.read([block]).float() - hidden.float()).flatten(0, -2)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BLOCKS", "Chosen", "tune"]
+__all__ = ["BLOCKS", "TunableRows", "tune"]
 
 BLOCKS = 4
 """Text blocks of a step."""
@@ -22,12 +22,12 @@ _ROWS = 128
 _EVALUATIONS = 8
 _PATIENCE = 3
 
-Chosen = list[tuple[nn.Parameter, slice | None]]
-"""Parameters to tune, each with the rows that may change (None: all)."""
+TunableRows = list[tuple[nn.Parameter, slice]]
+"""Parameters to tune, each with the rows that may change."""
 
 
 def tune(
-    chosen: Chosen,
+    chosen: TunableRows,
     loss: Callable[[list[int], Tensor], Tensor],
     positions: Tensor,
     held_out: list[int],
@@ -64,7 +64,7 @@ def tune(
         total = sum(float(loss(blocks, rows)) * len(blocks) for blocks, rows in fixed)
         return total / max(1, len(held_out))
 
-    with _open(chosen) as parameters:
+    with _unfreeze(chosen) as parameters:
         before = best = last = measured()
         kept, waited = [p.detach().clone() for p in parameters], 0
         groups = [{"params": [p], "lr": _rate_of(p, fan_in)} for p in parameters]
@@ -114,12 +114,12 @@ def _rate(step: int, steps: int) -> float:
 
 
 @contextmanager
-def _open(chosen: Chosen) -> Generator[list[nn.Parameter]]:
+def _unfreeze(chosen: TunableRows) -> Generator[list[nn.Parameter]]:
     """Make the chosen rows learn and nothing else; freeze all again afterwards."""
     masks: dict[nn.Parameter, Tensor] = {}
     for parameter, rows in chosen:
         mask = masks.setdefault(parameter, torch.zeros_like(parameter))
-        mask[slice(None) if rows is None else rows] = 1
+        mask[rows] = 1
     hooks = []
     for parameter, mask in masks.items():
         parameter.requires_grad_(True)

@@ -8,15 +8,13 @@ it wrongly: the model builder of ONNX Runtime GenAI drops the rotary table witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from kvlatent.model.config import TABLE_SCOPES
+from kvlatent.model.widths import Width, width_per_layer
 
 __all__ = ["ENGINES", "TABLE_SCOPES", "Engine", "check_engine", "engine_named", "engines_for"]
-
-Widths = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def engine_named(name: str) -> Engine:
 
 
 def check_engine(
-    engine: str, d_qk: Widths, d_vo: Widths, scope: str = "head", *, model_type: str | None = None
+    engine: str, d_qk: Width, d_vo: Width, scope: str = "head", *, model_type: str | None = None
 ) -> Engine:
     """The row of `engine`, once it is known to accept these widths and this scope of the rotary table.
 
@@ -119,7 +117,7 @@ def check_engine(
 
 
 def engines_for(
-    d_qk: Widths, d_vo: Widths, scope: str = "head", *, model_type: str | None = None
+    d_qk: Width, d_vo: Width, scope: str = "head", *, model_type: str | None = None
 ) -> tuple[str, ...]:
     """Names of the engines that accept these widths with a rotary table of this scope."""
     keys, values = _distinct(d_qk), _distinct(d_vo)
@@ -128,8 +126,8 @@ def engines_for(
     )
 
 
-def _distinct(widths: Widths) -> tuple[int, ...]:
-    return (widths,) if isinstance(widths, int) else tuple(sorted(set(widths)))
+def _distinct(width: Width) -> tuple[int, ...]:
+    return tuple(sorted(set(width_per_layer(width))))
 
 
 def _obstacle(

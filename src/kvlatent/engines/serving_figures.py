@@ -9,20 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvlatent.model.cache_bytes import (
-    attention_parameters,
-    cache_bytes,
-    decode_speedup,
-    layer_cache_bytes,
-    maximum_context,
-)
+from kvlatent.engines.roofline import attention_parameters, decode_speedup, maximum_context
+from kvlatent.model.cache_bytes import cache_bytes, layer_cache_bytes
 from kvlatent.model.families import family_of, head_dim_of
+from kvlatent.model.widths import Width, width_per_layer
 
 __all__ = ["BATCHES", "CONTEXTS", "Footprint", "ServingFigures", "serving_figures"]
 
 CONTEXTS = (4096, 32_768, 131_072)
 BATCHES = (1, 8, 32)
-Widths = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -133,8 +128,8 @@ class ServingFigures:
 
 def serving_figures(
     config: Any,
-    d_qk: Widths,
-    d_vo: Widths,
+    d_qk: Width,
+    d_vo: Width,
     *,
     element_size: float | None = None,
     cache_element_size: float | None = None,
@@ -166,12 +161,11 @@ def serving_figures(
 
 
 def _footprint(
-    config: Any, d_qk: Widths, d_vo: Widths, qk_norm: str, element_size: float, cache_element_size: float
+    config: Any, d_qk: Width, d_vo: Width, qk_norm: str, element_size: float, cache_element_size: float
 ) -> Footprint:
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     family, embeddings = family_of(config), config.vocab_size * config.hidden_size
-    keys = (d_qk,) * layers if isinstance(d_qk, int) else d_qk
-    values = (d_vo,) * layers if isinstance(d_vo, int) else d_vo
+    keys, values = width_per_layer(d_qk, layers), width_per_layer(d_vo, layers)
     parameters = sum(_layer_parameters(config, k, v, qk_norm) for k, v in zip(keys, values, strict=True))
     read = parameters + config.hidden_size + embeddings
     held = read if config.tie_word_embeddings else read + embeddings

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.load import check_block_size
-from kvlatent.checkpoints.source import check_same_vocabulary, opened
+from kvlatent.checkpoints.source import check_same_vocabulary, resolve_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
 from kvlatent.model.cache_bytes import live_cache_bytes
@@ -128,8 +128,8 @@ def evaluate(
     Raises:
         ValueError: the two models have different vocabularies, the text is too short, or an unknown dtype.
     """
-    loaded = opened(model, dtype, device)
-    other = None if against is None else opened(against, dtype, device)
+    loaded = resolve_model(model, dtype, device)
+    other = None if against is None else resolve_model(against, dtype, device)
     if other is not None:
         check_same_vocabulary(loaded, other)
     if tokenizer is None and not isinstance(data, Dataset):

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.checkpoints.source import check_same_vocabulary, named, opened
+from kvlatent.checkpoints.source import check_same_vocabulary, name_and_fingerprint, resolve_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.check_options import CHECKS, check_all, checks_of, options_of
 from kvlatent.evaluation.checks.causality import causality
@@ -107,9 +107,9 @@ def standard_evaluation(
     start = time.perf_counter()
     if progress is not None:
         progress("load", 0, 0, "")
-    models = {"latent": opened(model, dtype, device)}
+    models = {"latent": resolve_model(model, dtype, device)}
     if against is not None:
-        models["original"] = opened(against, dtype, device)
+        models["original"] = resolve_model(against, dtype, device)
         check_same_vocabulary(models["latent"], models["original"])
     tokenizer = tokenizer or _tokenizer(model, models["latent"])
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
@@ -232,4 +232,4 @@ def _tokenizer(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> 
 def _about(model: PreTrainedModel, source: Any) -> dict[str, Any]:
     """Name and fingerprint, and the latent config where there is one."""
     latent = getattr(model.config, "kv_latent", None)
-    return named(model, source) | ({} if latent is None else {"latent": latent})
+    return name_and_fingerprint(model, source) | ({} if latent is None else {"latent": latent})

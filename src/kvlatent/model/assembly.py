@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvlatent.model.classes import latent_classes
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import LATENT_PREFIX, effective_table, family_of, head_dim_of
+from kvlatent.model.families import LATENT_PREFIX, effective_table, family_of, head_dim_of, parts_of
 
 __all__ = ["assemble", "full_width", "has_tied_head"]
 
@@ -28,29 +28,32 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
         ValueError: lists of the config do not fit the model's layers and heads.
     """
     latent.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
-    config_type, _, causal_type = latent_classes(family_of(model.config).model_type)
+    family = family_of(model.config)
+    config_type, _, causal_type = latent_classes(family.model_type)
     config = config_type(**_config_fields(model, latent))
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
-        made = causal_type(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
+        latent_model = causal_type(config)
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if f".{family.attention}." not in name
+    }
     for index in range(model.config.num_hidden_layers):
         for name, tensor in attention(index).items():
-            state[f"model.layers.{index}.self_attn.{name}"] = tensor
-    made.load_state_dict(state, strict=True, assign=True)
-    made.tie_weights()
-    made.generation_config = copy.deepcopy(model.generation_config)
-    return made.train(model.training)
+            state[f"model.layers.{index}.{family.attention}.{name}"] = tensor
+    latent_model.load_state_dict(state, strict=True, assign=True)
+    latent_model.tie_weights()
+    latent_model.generation_config = copy.deepcopy(model.generation_config)
+    return latent_model.train(model.training)
 
 
 def full_width(model: Any) -> Any:
     """The latent twin of `model` at full width: the same function, bit for bit, sharing every tensor."""
-    layers = model.model.layers
     return assemble(
         model,
         _at_full_width(model.config),
-        lambda index: {
-            name: tensor.detach() for name, tensor in layers[index].self_attn.state_dict().items()
+        lambda layer: {
+            name: tensor.detach()
+            for name, tensor in parts_of(model.model, layer).attention.state_dict().items()
         },
     )
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import FAMILIES, LATENT_PREFIX
+from kvlatent.model.families import FAMILIES, LATENT_PREFIX, family_of
 from kvlatent.model.rotary import LatentRotary
 
 __all__ = ["latent_classes", "latent_config_of"]
 
 
 def latent_config_of(config: Any) -> LatentConfig:
-    """The parsed `kv_latent` of a transformers config.
+    """The parsed `kv_latent` of a transformers config; parsed once, as long as the config keeps that dict.
 
     Raises:
         ValueError: the config has none, or it does not fit the model's layers and heads.
@@ -30,6 +30,11 @@ def latent_config_of(config: Any) -> LatentConfig:
             f"config of type {getattr(config, 'model_type', None)!r} has no 'kv_latent': it is not a latent model; "
             "make one with `kvlatent convert`"
         )
+    read_from = config.kv_latent, config.model_type, config.num_hidden_layers, config.num_key_value_heads
+    if (known := getattr(config, "_parsed", None)) is not None:
+        latent, parsed_from = known
+        if parsed_from[0] is read_from[0] and parsed_from[1:] == read_from[1:]:
+            return latent
     latent = LatentConfig.from_dict(config.kv_latent)
     if config.model_type != LATENT_PREFIX + latent.original_model_type:
         raise ValueError(
@@ -37,6 +42,7 @@ def latent_config_of(config: Any) -> LatentConfig:
             f"{latent.original_model_type!r}; restore the file or convert the model again"
         )
     latent.check_model(config.num_hidden_layers, config.num_key_value_heads)
+    config._parsed = latent, read_from
     return latent
 
 
@@ -55,6 +61,7 @@ def _check_derived(given: dict[str, Any], latent: LatentConfig) -> dict[str, int
 
 def _make_config(base: Any, family_name: str, prefix: str) -> type:
     class Config(base):
+        __slots__ = ("_parsed",)  # outside `__dict__`, which is what upstream saves and compares
         model_type = LATENT_PREFIX + family_name
         kv_latent: dict | None = None
         qk_head_dim: int | None = None
@@ -78,7 +85,7 @@ def _install(decoder: Any, config: Any) -> None:
     latent = latent_config_of(config)
     decoder.rotary_emb = LatentRotary(latent.tables_at(0) if latent.one_table else ())
     for index, layer in enumerate(decoder.layers):
-        layer.self_attn = LatentAttention(config, latent, index)
+        setattr(layer, family_of(config).attention, LatentAttention(config, latent, index))
 
 
 _HUB_OPTIONS = ("commit_description", "commit_message", "create_pr", "private", "revision", "tags")
@@ -131,8 +138,8 @@ def latent_classes(model_type: str) -> tuple[Any, Any, Any]:
             self.model = Model(config)
             self.post_init()
 
-    for made, suffix in ((Model, "Model"), (CausalLM, "ForCausalLM")):
-        made.__name__ = made.__qualname__ = f"KVLatent{family.prefix}{suffix}"
+    for kind, suffix in ((Model, "Model"), (CausalLM, "ForCausalLM")):
+        kind.__name__ = kind.__qualname__ = f"KVLatent{family.prefix}{suffix}"
     return config_type, Model, CausalLM
 
 

@@ -7,13 +7,13 @@ the first forward (a buffer would come back as uninitialised memory from the met
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvlatent.model.table import RotaryTable
+from kvlatent.model.widths import Widths, width_per_layer
 
-__all__ = ["FORMAT_VERSION", "TABLE_SCOPES", "LatentConfig", "check_length", "check_width", "table_scope"]
+__all__ = ["FORMAT_VERSION", "TABLE_SCOPES", "LatentConfig", "table_scope"]
 
 FORMAT_VERSION = 1
 TABLE_SCOPES = ("head", "layer", "model")
@@ -74,14 +74,22 @@ class LatentConfig:
                 raise ValueError(
                     f"{name} is one of {', '.join(allowed)}: got {getattr(self, name)!r}; convert the model again"
                 )
-        for name in ("d_qk", "d_vo"):
-            for width in _each(getattr(self, name)):
-                check_width(name, width, self.original_head_dim)
+        for name, width in Widths.check(self.d_qk, self.d_vo, self.original_head_dim)._asdict().items():
+            object.__setattr__(self, name, width)  # a list becomes a tuple
         if len(self.tables) != len(self.channels):
             raise ValueError(
                 f"rotary tables and kept channels must be listed for the same layers: got {len(self.tables)} and "
                 f"{len(self.channels)}; the config was edited by hand or is damaged"
             )
+
+    @property
+    def widths(self) -> Widths:
+        """Key and value width."""
+        return Widths(self.d_qk, self.d_vo)
+
+    def widths_at(self, layer: int) -> tuple[int, int]:
+        """(d_qk, d_vo) of `layer`."""
+        return self.d_qk_at(layer), self.d_vo_at(layer)
 
     def d_qk_at(self, layer: int) -> int:
         """Key width of `layer`."""
@@ -107,24 +115,21 @@ class LatentConfig:
     @property
     def max_d_qk(self) -> int:
         """Largest key width over the layers."""
-        return max(_each(self.d_qk))
+        return max(width_per_layer(self.d_qk))
 
     @property
     def max_d_vo(self) -> int:
         """Largest value width over the layers."""
-        return max(_each(self.d_vo))
+        return max(width_per_layer(self.d_vo))
 
     def cache_bytes_per_token(self, num_layers: int, num_key_value_heads: int, element_size: int) -> int:
         """Bytes to store one token of one sequence: sum over layers of kv_heads x (d_qk + d_vo) x element size."""
-        widths = sum(self.d_qk_at(layer) + self.d_vo_at(layer) for layer in range(num_layers))
-        return widths * num_key_value_heads * element_size
+        channels = sum(sum(self.widths_at(layer)) for layer in range(num_layers))
+        return channels * num_key_value_heads * element_size
 
     def check_model(self, num_layers: int, num_key_value_heads: int) -> None:
         """Raise `ValueError` unless lists per layer and per head fit a model of this many layers and heads."""
-        for name in ("d_qk", "d_vo"):
-            value = getattr(self, name)
-            if not isinstance(value, int):
-                check_length(name, value, num_layers)
+        self.widths.check_layers(num_layers)
         if len(self.tables) not in (1, num_layers):
             raise ValueError(
                 f"rotary tables are listed once or once per layer: got {len(self.tables)} for {num_layers} layers; "
@@ -159,7 +164,7 @@ class LatentConfig:
         """The JSON dict saved as `kv_latent`."""
         return {
             "version": self.version,
-            "widths": {"d_qk": _plain(self.d_qk), "d_vo": _plain(self.d_vo)},
+            "widths": self.widths.to_dict(),
             "tables": [[table.to_dict() for table in layer] for layer in self.tables],
             "selection": {
                 "keys": self.keys,
@@ -179,8 +184,8 @@ class LatentConfig:
         try:
             widths, selection = data["widths"], data["selection"]
             return cls(
-                d_qk=_frozen(widths["d_qk"]),
-                d_vo=_frozen(widths["d_vo"]),
+                d_qk=widths["d_qk"],
+                d_vo=widths["d_vo"],
                 tables=tuple(tuple(RotaryTable.from_dict(t) for t in layer) for layer in data["tables"]),
                 channels=tuple(tuple(tuple(kept) for kept in layer) for layer in selection["channels"]),
                 original_head_dim=data["original_head_dim"],
@@ -198,46 +203,8 @@ class LatentConfig:
             ) from error
 
 
-def check_width(name: str, width: Any, head_dim: int) -> None:
-    """Raise `ValueError` unless `width` is an integer in [1, head_dim], even for keys."""
-    if isinstance(width, bool) or not isinstance(width, int) or width <= 0:
-        raise ValueError(
-            f"{name} must be a positive integer: got {name}={width}, head_dim={head_dim}; try {head_dim // 2}"
-        )
-    if width > head_dim:
-        raise ValueError(
-            f"{name} cannot exceed head_dim: got {name}={width}, head_dim={head_dim}; try {head_dim // 2}"
-        )
-    if name == "d_qk" and width % 2:
-        raise ValueError(
-            f"d_qk must be even, since rotary channels come in pairs: got d_qk={width}, head_dim={head_dim}; "
-            f"try {f'{width - 1} or ' if width > 1 else ''}{width + 1}"
-        )
-
-
-def check_length(name: str, widths: Sequence[int], num_layers: int) -> None:
-    """Raise `ValueError` unless a list of widths has one entry per layer."""
-    if len(widths) != num_layers:
-        raise ValueError(
-            f"a list of {name} needs one width per layer: got {len(widths)} for {num_layers} layers; "
-            "give one number for all layers or one per layer"
-        )
-
-
-def _each(widths: int | tuple[int, ...]) -> Iterator[int]:
-    yield from widths if isinstance(widths, tuple) else (widths,)
-
-
-def _plain(widths: int | tuple[int, ...]) -> int | list[int]:
-    return widths if isinstance(widths, int) else list(widths)
-
-
-def _frozen(widths: int | list[int]) -> int | tuple[int, ...]:
-    return tuple(widths) if isinstance(widths, list | tuple) else widths
-
-
 def table_scope(config: LatentConfig) -> str:
     """Who shares a rotary table in `config`: "head", "layer" or "model"."""
     if any(len(layer) > 1 for layer in config.tables):
         return "head"
-    return "layer" if len(config.tables) > 1 else "model"
+    return "layer" if len(set(config.tables)) > 1 else "model"

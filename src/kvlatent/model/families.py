@@ -1,5 +1,10 @@
 """The supported architectures, one row each, and why the others are refused.
 
+To add a family, add its row to `FAMILIES` (and its name leaves the lists below it), give tests/tiny.py a toy of it,
+and run the tests: full width must be the identity, bit for bit. A row says what differs between decoders whose layers
+are x + attention(norm(x)), then x + ffn(norm(x)), with rotary channels in half-split pairs; anything else (sandwich
+norms, scaled residuals, interleaved pairs) needs code and not a row.
+
 Upstream facts that this table relies on (transformers 5.23): the modules `model.layers[i].self_attn` with `q_proj`,
 `k_proj`, `v_proj`, `o_proj` (Phi-3: `qkv_proj`, `o_proj`), `q_norm` and `k_norm` on Qwen3, the rotary modules'
 `inv_freq` and `attention_scaling`, and `ROPE_INIT_FUNCTIONS["longrope"]`.
@@ -9,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvlatent.model.table import RotaryTable
 
-__all__ = ["FAMILIES", "Family", "effective_table", "family_of", "head_dim_of"]
+__all__ = ["FAMILIES", "Family", "LayerParts", "effective_table", "family_of", "head_dim_of", "parts_of"]
 
 LATENT_PREFIX = "kv_latent_"
 
@@ -25,22 +30,31 @@ class Family:
     Args:
         model_type: of the source model, as transformers spells it.
         prefix: of its class names (`Llama` in `LlamaForCausalLM`).
+        qkv_bias, o_bias: whether the projections have biases: "never", "always", or as the config says in
+            "attention_bias".
         fused_qkv: q, k and v live in one `qkv_proj`.
         qk_norm: queries and keys are RMS-normalised per head before the rotation.
-        ffn_modules: linear layers of the FFN, the targets of LoRA.
         windowed: "never", "always" (when `config.sliding_window` is set) or "by layer type".
+        attention, attention_norm, ffn, ffn_norm: names of a layer's modules; a norm comes before what it is named for.
+        ffn_modules: linear layers of the FFN, the targets of LoRA.
     """
 
     model_type: str
     prefix: str
+    qkv_bias: str = "never"
+    o_bias: str = "never"
     fused_qkv: bool = False
     qk_norm: bool = False
-    ffn_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     windowed: str = "never"
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    ffn: str = "mlp"
+    ffn_norm: str = "post_attention_layernorm"
+    ffn_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
     @property
     def attention_modules(self) -> tuple[str, ...]:
-        """Names of the linear layers inside `self_attn`."""
+        """Names of the linear layers of its attention."""
         return ("qkv_proj", "o_proj") if self.fused_qkv else ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def upstream(self, suffix: str) -> Any:
@@ -51,10 +65,9 @@ class Family:
 
     def biases(self, config: Any) -> tuple[bool, bool]:
         """Whether (q, k, v) and o have biases."""
-        if self.model_type == "qwen2":
-            return True, False
-        bias = bool(getattr(config, "attention_bias", False)) and self.model_type in ("llama", "qwen3")
-        return bias, bias
+        as_configured = bool(getattr(config, "attention_bias", False))
+        answers = {"never": False, "always": True, "attention_bias": as_configured}
+        return answers[self.qkv_bias], answers[self.o_bias]
 
     def sliding_window(self, config: Any, layer: int) -> int | None:
         """Window of `layer` in tokens, or None for full attention."""
@@ -68,11 +81,18 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama"),
+        Family("llama", "Llama", qkv_bias="attention_bias", o_bias="attention_bias"),
         Family("mistral", "Mistral", windowed="always"),
-        Family("qwen2", "Qwen2", windowed="by layer type"),
-        Family("qwen3", "Qwen3", qk_norm=True, windowed="by layer type"),
-        Family("phi3", "Phi3", fused_qkv=True, ffn_modules=("gate_up_proj", "down_proj"), windowed="always"),
+        Family("qwen2", "Qwen2", qkv_bias="always", windowed="by layer type"),
+        Family(
+            "qwen3",
+            "Qwen3",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm=True,
+            windowed="by layer type",
+        ),
+        Family("phi3", "Phi3", fused_qkv=True, windowed="always", ffn_modules=("gate_up_proj", "down_proj")),
     )
 }
 
@@ -137,6 +157,21 @@ def _rope_obstacle(rope: dict[str, Any]) -> str | None:
     if rope_type not in _ROPE_TYPES:
         return f"rope_type {rope_type!r} is not supported; supported are {', '.join(_ROPE_TYPES)}"
     return None
+
+
+class LayerParts(NamedTuple):
+    """Modules of one layer, whatever its family calls them."""
+
+    attention: Any
+    attention_norm: Any
+    ffn: Any
+    ffn_norm: Any
+
+
+def parts_of(decoder: Any, layer: int) -> LayerParts:
+    """The modules of a layer of a decoder, original or latent."""
+    family = family_of(decoder.config)
+    return LayerParts(*(getattr(decoder.layers[layer], getattr(family, name)) for name in LayerParts._fields))
 
 
 def head_dim_of(config: Any) -> int:

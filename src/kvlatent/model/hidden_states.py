@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Stream", "one_layer"]
+__all__ = ["HiddenStateFile", "isolate_layer"]
 
 
-class Stream:
+class HiddenStateFile:
     """A file of blocks of hidden states, in the dtype and for the device of the model.
 
     Args:
@@ -31,7 +31,7 @@ class Stream:
 
     def write(self, blocks: Iterable[Tensor]) -> None:
         """Replace the file by these blocks, each [1, T, D] or [T, D]; the old one can be read until the end."""
-        sibling = Stream(self.path.with_suffix(".new"), self.shape, self.dtype, self.device)
+        sibling = HiddenStateFile(self.path.with_suffix(".new"), self.shape, self.dtype, self.device)
         sibling.path.unlink(missing_ok=True)
         for block in blocks:
             sibling.append(block)
@@ -54,7 +54,7 @@ class Stream:
         return torch.from_numpy(raw).view(self.dtype).view(self.shape)
 
 
-def one_layer(decoder: Any, index: int) -> Any:
+def isolate_layer(decoder: Any, index: int) -> Any:
     """`decoder` with layer `index` alone and no final norm, sharing its modules; call it with `inputs_embeds`.
 
     So upstream makes the masks and the rotary embedding, for every family.

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvlatent.engines.facts import Engine, check_engine, engine_named
-from kvlatent.model.cache_bytes import check_share, share_at_least
 
-__all__ = ["Candidates", "candidates_for"]
+__all__ = ["Candidates", "candidates_for", "equal_widths", "share_at_least"]
 
 _MULTIPLE, _ENGINE_MULTIPLE = 4, 8
 _LEAST, _MOST = 3 / 8, 5 / 8
 """Share of a split that the keys get. Beyond it the predicted errors, which are of first order, called splits best that
 measured far worse than equal widths (docs/log.md, 2026-11-22)."""
+
+
+def equal_widths(kv: float, head_dim: int) -> int:
+    """Largest multiple of 4 that, as both d_qk and d_vo, keeps at most the share `kv` of the original cache.
+
+    Args:
+        kv: share of the original cache to keep, in (0, 1].
+        head_dim: original head width, channels.
+
+    Raises:
+        ValueError: the share is outside (0, 1] or too small for a width of 4.
+    """
+    _check_share(kv)
+    if kv == 1:
+        return head_dim
+    width = int(kv * head_dim + 1e-9) // 4 * 4
+    if width == 0:
+        raise ValueError(
+            f"--kv {kv:g} of head_dim={head_dim} is less than the smallest width 4; "
+            f"try {share_at_least(4 / head_dim):g} or more"
+        )
+    return width
+
+
+def _check_share(kv: float) -> None:
+    """Raise `ValueError` unless `kv` lies in (0, 1]."""
+    if not 0 < kv <= 1:
+        raise ValueError(f"--kv is the share of the cache to keep and lies in (0, 1]: got {kv:g}; try 0.5")
+
+
+def share_at_least(share: float) -> float:
+    """`share` rounded up to four decimals, so that what an error suggests is enough."""
+    return math.ceil(share * 1e4 - 1e-6) / 1e4
 
 
 @dataclass(frozen=True)
@@ -47,7 +80,7 @@ class Candidates:
         Raises:
             ValueError: the share is outside (0, 1], or too small for any.
         """
-        check_share(kv)
+        _check_share(kv)
         if not self.meets(kv):
             least = self.widths[0]
             raise ValueError(

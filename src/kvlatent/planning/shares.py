@@ -11,9 +11,9 @@ from typing import Any
 
 from kvlatent.engines.facts import check_engine
 from kvlatent.jobs.recipe import Conversion
-from kvlatent.model.cache_bytes import share_at_least
 from kvlatent.model.families import family_of, head_dim_of
-from kvlatent.planning.candidates import candidates_for
+from kvlatent.model.widths import width_per_layer
+from kvlatent.planning.candidates import candidates_for, share_at_least
 from kvlatent.selection.choices import BY_PAIRS, Choices
 from kvlatent.selection.latent_config import check_widths, choose
 
@@ -74,7 +74,7 @@ def _share_refused(
 def _check(config: Any, widths: Any, choices: Choices, qk_norm: str, engine: str | None) -> None:
     """Raise `ValueError` unless the model, the choices and the engine can have the widths (None: still open)."""
     d_qk, d_vo = check_widths(config, *(widths or [head_dim_of(config)] * 2))
-    each = [d_qk] * config.num_hidden_layers if isinstance(d_qk, int) else d_qk
+    each = width_per_layer(d_qk, config.num_hidden_layers)
     if choices.table == "model" and choices.keys in BY_PAIRS and len(set(each)) > 1:
         raise ValueError(
             f"one rotary table for the model needs one key width: got d_qk from {min(each)} to {max(each)}; use --table "

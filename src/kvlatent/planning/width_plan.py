@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlatent.engines.facts import TABLE_SCOPES, engines_for
+from kvlatent.model.widths import Width, Widths, width_per_layer
 from kvlatent.planning.candidates import Candidates, candidates_for
 from kvlatent.planning.layer_groups import group_layers
 from kvlatent.planning.predicted_errors import LayerErrors, predicted_errors
@@ -22,7 +23,6 @@ SHARES = tuple(sixteenths / 16 for sixteenths in range(2, 17))
 """Shares of the cache that `error_curve` looks at when none are given."""
 
 _SAME = 1e-9  # errors that differ by less are the same (they are relative to the output's energy)
-Widths = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class WidthPlan:
     """
 
     kv: float
-    d_qk: Widths
-    d_vo: Widths
+    d_qk: int | tuple[int, ...]
+    d_vo: int | tuple[int, ...]
     key_error: float
     value_error: float
     head_dim: int
@@ -69,8 +69,7 @@ class WidthPlan:
         """JSON-able: widths, share, predicted errors, engines by scope of the rotary table."""
         return {
             "kv": self.kv,
-            "d_qk": self.d_qk if isinstance(self.d_qk, int) else list(self.d_qk),
-            "d_vo": self.d_vo if isinstance(self.d_vo, int) else list(self.d_vo),
+            **Widths(self.d_qk, self.d_vo).to_dict(),
             "share": self.share,
             "predicted_error": {"keys": self.key_error, "values": self.value_error, "total": self.error},
             "table": self.table,
@@ -182,15 +181,10 @@ def _by_layer(uniform: WidthPlan, candidates: Candidates, errors: LayerErrors) -
     key_error, value_error = (float(side[layers, chosen].mean()) for side in (keys, values))
     if key_error + value_error >= uniform.error - _SAME:
         return uniform
-    d_qk, d_vo = ([options[choice][side] for choice in chosen] for side in (0, 1))
-    return replace(
-        uniform, d_qk=_plain(d_qk), d_vo=_plain(d_vo), key_error=key_error, value_error=value_error
-    )
+    sides = ([options[choice][side] for choice in chosen] for side in (0, 1))
+    widths = Widths.check(*sides, candidates.head_dim, len(chosen))
+    return replace(uniform, **widths._asdict(), key_error=key_error, value_error=value_error)
 
 
-def _plain(widths: list[int]) -> Widths:
-    return widths[0] if len(set(widths)) == 1 else tuple(widths)
-
-
-def _mean(widths: Widths) -> float:
-    return float(widths) if isinstance(widths, int) else sum(widths) / len(widths)
+def _mean(width: Width) -> float:
+    return sum(width_per_layer(width)) / len(width_per_layer(width))

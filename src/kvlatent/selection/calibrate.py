@@ -1,4 +1,4 @@
-"""One pass over text that gathers what selection, factoring, alignment and planning need to know of a model.
+"""One pass over text that collects what selection, factoring, alignment and planning need to know of a model.
 
 The model runs as its full-width latent twin (exact, sharing every tensor), whose attention modules speak one language
 for all families. Hooks look at what enters and leaves them; nothing is kept but sums.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kvlatent.jobs.fingerprints import model_fingerprint
 from kvlatent.model.assembly import full_width
+from kvlatent.model.families import parts_of
 from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.attention_rows import allowed, pair_layout
 from kvlatent.selection.statistics import LayerStatistics, Statistics
@@ -57,19 +58,19 @@ def calibrate(
     twin = full_width(model).eval()
     columns = blocks[0 : len(blocks)] if not isinstance(blocks, dict) else blocks
     ids, positions = (torch.as_tensor(columns[name]) for name in ("input_ids", "position_ids"))
-    layers = twin.model.layers
-    needed = layers[0].self_attn.o_proj.in_features
+    attentions = [parts_of(twin.model, layer).attention for layer in range(len(twin.model.layers))]
+    needed = attentions[0].o_proj.in_features
     if ids.numel() < needed:
         raise ValueError(
             f"calibration needs at least num_attention_heads x head_dim = {needed} tokens, the rank of its largest "
             f"statistic: got {ids.numel()}; give more text or more blocks"
         )
-    sums = [_Sums(layer.self_attn) for layer in layers]
+    sums = [_MomentSums(attention) for attention in attentions]
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as hooks:
-        for layer, one in zip(layers, sums, strict=True):
-            hooks.callback(layer.self_attn.register_forward_pre_hook(one.see_input, with_kwargs=True).remove)
-            hooks.callback(layer.self_attn.o_proj.register_forward_pre_hook(one.see_outputs).remove)
+        for attention, one in zip(attentions, sums, strict=True):
+            hooks.callback(attention.register_forward_pre_hook(one.add_attention, with_kwargs=True).remove)
+            hooks.callback(attention.o_proj.register_forward_pre_hook(one.add_outputs).remove)
         for block in range(len(ids)):
             chosen = torch.randperm(ids.shape[1], generator=generator)[:rows].sort().values
             for index, one in enumerate(sums):
@@ -85,12 +86,12 @@ def calibrate(
         ids.to("cpu", torch.int32),
         positions.to("cpu", torch.int32),
         model_fingerprint(model),
-        layers[0].self_attn.num_key_value_heads,
-        layers[0].self_attn.d_qk,
+        attentions[0].num_key_value_heads,
+        attentions[0].d_qk,
     )
 
 
-class _Sums:
+class _MomentSums:
     """Running sums of one layer, in float64, and the hooks that feed them."""
 
     def __init__(self, attention: Any) -> None:
@@ -98,8 +99,7 @@ class _Sums:
         heads, size = attention.num_heads, attention.d_qk
         self.num_heads, self.pairs = heads, size // 2
         like: dict[str, Any] = {"dtype": torch.float64, "device": attention.o_proj.weight.device}
-        self.gram = torch.zeros(heads, self.pairs, self.pairs, **like)
-        self.output_gram = torch.zeros_like(self.gram)
+        self.output_gram = torch.zeros(heads, self.pairs, self.pairs, **like)
         self.outputs = torch.zeros(heads, size, size, **like)
         self.output_means = torch.zeros(heads, size, **like)
         self.query_energy = torch.zeros(heads, self.pairs, **like)
@@ -111,8 +111,8 @@ class _Sums:
         self.w_o = attention.o_proj.weight.float().unflatten(1, (heads, size)).transpose(0, 1)  # [N, D, d]
         self.output_metric = self.w_o.transpose(1, 2) @ self.w_o  # [N, d, d]
 
-    def see_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Pre-hook of the attention module: energies and Gram matrices of the sampled rows (one block)."""
+    def add_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook of the attention module: energies, and the Gram matrix of the sampled rows (one block)."""
         hidden = args[0] if args else kwargs["hidden_states"]
         cos, sin = kwargs["position_embeddings"]
         query, key, value = self.attention.project(hidden)
@@ -135,7 +135,7 @@ class _Sums:
             weights = logits.masked_fill(~mask, float("-inf")).softmax(-1)
             pairs = queries[0][:, part, None] * firsts[:, None, :end]
             pairs += queries[1][:, part, None] * seconds[:, None, :end]
-            self._add_grams(pairs * self.attention.scaling, weights, values[:, :end])
+            self._add_gram(pairs * self.attention.scaling, weights, values[:, :end])
         self.sampled += len(self.rows)
 
     def _chunks(self, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,16 +143,14 @@ class _Sums:
         size = max(1, _CHUNK // (self.num_heads * seen.shape[1] * self.pairs))
         yield from zip(self.rows.split(size), seen.split(size), strict=True)
 
-    def _add_grams(self, pairs: Tensor, weights: Tensor, values: Tensor) -> None:
-        """Add the two Gram matrices of pair contributions [N, r, T, P] under attention weights [N, r, T]."""
+    def _add_gram(self, pairs: Tensor, weights: Tensor, values: Tensor) -> None:
+        """Add the Gram matrix of what pair contributions [N, r, T, P] under attention weights [N, r, T] put out."""
         pairs = pairs - (weights[..., None] * pairs).sum(2, keepdim=True)
-        scaled = (pairs * weights.sqrt()[..., None]).flatten(1, 2)
-        self.gram += (scaled.transpose(1, 2) @ scaled).double()
         moved = (pairs * weights[..., None]).transpose(2, 3) @ values[:, None]  # [N, r, P, d]
         weighed = (moved @ self.output_metric[:, None]).transpose(1, 2).flatten(2)
         self.output_gram += (weighed @ moved.transpose(1, 2).flatten(2).transpose(1, 2)).double()
 
-    def see_outputs(self, module: nn.Module, args: tuple) -> None:
+    def add_outputs(self, module: nn.Module, args: tuple) -> None:
         """Pre-hook of the output projection: moments of the attention-averaged values."""
         flat = args[0].float()[0]
         self.check(flat, "attention outputs")
@@ -176,18 +174,17 @@ class _Sums:
         outputs, groups = self.outputs / self.tokens, self.attention.num_key_value_groups
         energy = self.output_energy / self.tokens
         varying = energy - (self.output_sum / self.tokens).square().sum()
-        means = (
-            self.gram / self.sampled,
-            self.output_gram / self.sampled,
-            outputs,
-            self.output_means / self.tokens,
-            self.query_energy / self.tokens,
-            self.key_energy / self.tokens,
-            value_errors(self.w_o.double(), outputs, groups),
-            torch.maximum(varying, _ROUNDING * energy),
-            self._head_energy(outputs),
-        )
-        return LayerStatistics(*(tensor.cpu() for tensor in means))
+        means = {
+            "output_gram": self.output_gram / self.sampled,
+            "outputs": outputs,
+            "output_means": self.output_means / self.tokens,
+            "query_energy": self.query_energy / self.tokens,
+            "key_energy": self.key_energy / self.tokens,
+            "value_errors": value_errors(self.w_o.double(), outputs, groups),
+            "output_energy": torch.maximum(varying, _ROUNDING * energy),
+            "head_energy": self._head_energy(outputs),
+        }
+        return LayerStatistics(**{name: tensor.cpu() for name, tensor in means.items()})
 
     def _head_energy(self, outputs: Tensor) -> Tensor:
         """What varies of every head's share of the output, from the moments of what it averages: [N]."""

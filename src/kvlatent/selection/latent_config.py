@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvlatent.model.config import Channels, LatentConfig, check_length, check_width
+from kvlatent.model.config import Channels, LatentConfig, Tables
 from kvlatent.model.families import LATENT_PREFIX, effective_table, family_of, head_dim_of
 from kvlatent.model.rotary import frequency_aware_table
 from kvlatent.model.table import RotaryTable
+from kvlatent.model.widths import Width, Widths, width_per_layer
 from kvlatent.selection.choices import BY_PAIRS, FULL, PAPER, Choices
+from kvlatent.selection.pairs import Pairs
 from kvlatent.selection.paper_rules import (
     latent_rotary_dim,
     matched_pairs,
@@ -19,14 +21,11 @@ from kvlatent.selection.paper_rules import (
 
 __all__ = ["check_widths", "choose"]
 
-Widths = int | list[int] | tuple[int, ...]
-Pairs = Channels  # by layer, then by key-value head, as for channels
-
 
 def choose(
     config: Any,
-    d_qk: Widths,
-    d_vo: Widths,
+    d_qk: Width,
+    d_vo: Width,
     choices: Choices = PAPER,
     *,
     qk_norm: str = "full",
@@ -61,7 +60,7 @@ def choose(
             )
     tables, channels = _keys(config, key_width, choices, pairs)
     if choices.values == "slice":
-        for width in _each(value_width):
+        for width in width_per_layer(value_width):
             stride_channels("d_vo", width, head_dim)
     return LatentConfig(
         d_qk=key_width,
@@ -78,28 +77,23 @@ def choose(
     )
 
 
-def check_widths(config: Any, d_qk: Widths, d_vo: Widths) -> tuple[int | tuple[int, ...], ...]:
-    """(d_qk, d_vo), each one number where all layers agree, else one per layer.
+def check_widths(config: Any, d_qk: Width, d_vo: Width) -> Widths:
+    """The widths, each one number where all layers agree, once they are known to fit a source model's config.
 
     Raises:
-        ValueError: a width is not a positive integer or exceeds the head, d_qk is odd, or a list has another length
-            than the model has layers.
+        ValueError: see `Widths.check`.
     """
-    head_dim = head_dim_of(config)
-    return tuple(
-        _normalise(name, widths, config.num_hidden_layers, head_dim)
-        for name, widths in (("d_qk", d_qk), ("d_vo", d_vo))
-    )
+    return Widths.check(d_qk, d_vo, head_dim_of(config), config.num_hidden_layers)
 
 
 def _keys(
     config: Any, key_width: int | tuple[int, ...], choices: Choices, pairs: Pairs | None
-) -> tuple[tuple[tuple[RotaryTable, ...], ...], Channels]:
+) -> tuple[Tables, Channels]:
     """Tables and kept channels, by layer and key-value head."""
     head_dim, table = head_dim_of(config), effective_table(config)
     if choices.keys not in BY_PAIRS or key_width == head_dim:
         theta = float(config.rope_parameters["rope_theta"])
-        kept = [_keep_keys(head_dim, width, table, theta, choices) for width in _each(key_width)]
+        kept = [_keep_keys(head_dim, width, table, theta, choices) for width in width_per_layer(key_width)]
         return tuple((new,) for _, new in kept), tuple((channels,) for channels, _ in kept)
     if pairs is None:
         raise ValueError(
@@ -107,7 +101,7 @@ def _keys(
             "keys=stride"
         )
     whole = tuple(range(head_dim // 2))
-    widths = _each(key_width) * (len(pairs) if isinstance(key_width, int) else 1)
+    widths = width_per_layer(key_width, len(pairs))
     kept_pairs = [
         (whole,) if width == head_dim else layer for width, layer in zip(widths, pairs, strict=True)
     ]
@@ -122,21 +116,6 @@ def _channels(pairs: tuple[int, ...], rotary_dim: int, head_dim: int) -> tuple[i
     if len(pairs) == head_dim // 2:
         return tuple(range(head_dim))
     return pairs_to_channels(pairs, rotary_dim, head_dim)
-
-
-def _each(widths: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (widths,) if isinstance(widths, int) else widths
-
-
-def _normalise(name: str, widths: Widths, num_layers: int, head_dim: int) -> int | tuple[int, ...]:
-    """One validated number when all layers agree, else a validated tuple."""
-    if not isinstance(widths, list | tuple):
-        check_width(name, widths, head_dim)
-        return widths
-    check_length(name, widths, num_layers)
-    for width in widths:
-        check_width(name, width, head_dim)
-    return widths[0] if len(set(widths)) == 1 else tuple(widths)
 
 
 def _keep_keys(

@@ -54,10 +54,10 @@ def search(grams: Tensor, number: int, *, exchange: bool = True) -> tuple[list[i
     total = projected.sum()
     kept, errors = _greedy(grams, projected, number)
     while exchange and 0 < number < grams.shape[-1]:
-        found = _best_exchange(grams, projected, kept)
-        if found is None:
+        exchange_pair = _best_exchange(grams, projected, kept)
+        if exchange_pair is None:
             break
-        swapped = [pair for pair in kept if pair != found[0]] + [found[1]]
+        swapped = [pair for pair in kept if pair != exchange_pair[0]] + [exchange_pair[1]]
         error = float(total - _explained(grams, projected, swapped))
         # The error itself must fall: its estimated change can be noise, and noise would exchange for ever.
         if not error < errors[-1] - _SMALLEST_GAIN * float(total):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from kvlatent.model.config import TABLE_SCOPES as SCOPES
+from kvlatent.model.config import Channels
+from kvlatent.model.widths import width_per_layer
 from kvlatent.selection.pair_search import greedy_order, kept_error, search
 from kvlatent.selection.statistics import LayerStatistics, Statistics
 
@@ -26,7 +28,8 @@ __all__ = [
 RULES = ("gram", "energy")
 _SHARPEST = 1e-12  # least total of a Gram matrix, over the head's energy, that is more than rounding
 _TINY = torch.finfo(torch.float64).tiny
-Pairs = tuple[tuple[tuple[int, ...], ...], ...]
+Pairs = Channels
+"""Kept channel pairs by layer, then by key-value head."""
 
 
 def choose_pairs(
@@ -48,7 +51,7 @@ def choose_pairs(
         return strongest_pairs([_energy(layer) for layer in statistics.layers], d_qk, scope)
     groups = groups_of(statistics)
     members = [list(weighted_grams(layer).split(groups)) for layer in statistics.layers]
-    return _per_set(members, d_qk, scope, torch.cat, lambda grams, number: search(grams, number)[0])
+    return _pick_per_set(members, d_qk, scope, torch.cat, lambda grams, number: search(grams, number)[0])
 
 
 def strongest_pairs(energies: list[Tensor], d_qk: int | tuple[int, ...], scope: str = "head") -> Pairs:
@@ -57,7 +60,7 @@ def strongest_pairs(energies: list[Tensor], d_qk: int | tuple[int, ...], scope: 
     Args:
         energies: [K, P] a layer, queries summed over the group.
     """
-    return _per_set(
+    return _pick_per_set(
         [list(layer) for layer in energies],
         d_qk,
         scope,
@@ -66,7 +69,7 @@ def strongest_pairs(energies: list[Tensor], d_qk: int | tuple[int, ...], scope: 
     )
 
 
-def _per_set(
+def _pick_per_set(
     members: list[list[Tensor]],
     d_qk: int | tuple[int, ...],
     scope: str,
@@ -76,7 +79,7 @@ def _per_set(
     """`pick` for every set of heads that share their pairs; `join` puts the statistics of several heads together."""
     if scope not in SCOPES:
         raise ValueError(f"unknown table scope {scope!r}; choose one of {', '.join(SCOPES)}")
-    widths = [d_qk] * len(members) if isinstance(d_qk, int) else list(d_qk)
+    widths = width_per_layer(d_qk, len(members))
     if scope == "model":
         if len(set(widths)) > 1:
             raise ValueError(
@@ -142,7 +145,7 @@ def scope_errors(statistics: Statistics, d_qk: int | tuple[int, ...]) -> dict[st
 
     First order, with gains, before alignment. "model" is left out where layers differ in width.
     """
-    uniform = isinstance(d_qk, int) or len(set(d_qk)) == 1
+    uniform = len(set(width_per_layer(d_qk))) == 1
     groups = groups_of(statistics)
     prices = {}
     for scope in SCOPES if uniform else SCOPES[:2]:

@@ -1,6 +1,6 @@
 """What a text says about the attention of one model: the statistics that selection, factoring and planning need.
 
-One pass gathers them (`calibration.calibrate`); they serve any widths. They carry the text they came from, because the
+One pass collects them (`calibrate.calibrate`); they serve any widths. They carry the text they came from, because the
 refit of the outputs and the alignment of the attention look at it again.
 
 Shapes: L layers, N query heads, K key-value heads, d head width, P = d / 2 channel pairs, T positions of a block.
@@ -31,11 +31,9 @@ class LayerStatistics:
     """Moments of one layer, in float64.
 
     Args:
-        gram: [N, P, P], E over sampled queries t of sum_s p(t,s) m_i(t,s) m_j(t,s), where m_j is what pair j adds to
-            the logit, centred over s under the attention weights p(t, .). Half of the sum over the dropped block is
-            the expected KL divergence of the attention (method: second-order expansion of KL under a logit error).
-        output_gram: [N, P, P], E <W_O u_i, W_O u_j> with u_j(t) = sum_s p(t,s) m_j(t,s) v_s: to first order, the sum
-            over the dropped block is the squared error of the head's share of the attention output.
+        output_gram: [N, P, P], E over sampled queries t of <W_O u_i, W_O u_j> with u_j(t) = sum_s p(t,s) m_j(t,s) v_s,
+            where m_j is what pair j adds to the logit, centred over s under the attention weights p(t, .): to first
+            order, the sum over the dropped block is the squared error of the head's share of the attention output.
         outputs: [N, d, d], second moment of the attention-averaged values y of each query head.
         output_means: [N, d], their mean.
         query_energy: [N, P], E |q_j|^2 per channel pair; key_energy: [K, P], E |k_j|^2.
@@ -46,7 +44,6 @@ class LayerStatistics:
         head_energy: [N], the same of each query head's share of the output alone.
     """
 
-    gram: Tensor
     output_gram: Tensor
     outputs: Tensor
     output_means: Tensor
@@ -83,15 +80,15 @@ class Statistics:
     @property
     def num_heads(self) -> int:
         """Query heads of the model."""
-        return self.layers[0].gram.shape[0]
+        return self.layers[0].output_gram.shape[0]
 
     def check(self, model: Any) -> None:
-        """Raise `ValueError` unless the statistics were gathered from `model`."""
-        found = model_fingerprint(model)
-        if found != self.fingerprint:
+        """Raise `ValueError` unless the statistics were collected from `model`."""
+        fingerprint = model_fingerprint(model)
+        if fingerprint != self.fingerprint:
             raise ValueError(
                 f"the statistics are of another model: they have fingerprint {self.fingerprint[:12]}, this model has "
-                f"{found[:12]}; calibrate this model, or give the checkpoint they were made from"
+                f"{fingerprint[:12]}; calibrate this model, or give the checkpoint they were made from"
             )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -117,7 +114,7 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote.
+        """Read what `save` wrote; tensors of earlier versions that nothing reads any more ("gram") are left out.
 
         Raises:
             FileNotFoundError: no such file.

@@ -102,6 +102,6 @@ def _descend(start: Tensor, metrics: Tensor, moments: Tensor) -> Tensor:
             return loss
 
         optimiser.step(closure)
-    found = basis.detach()
-    after = float(output_error(found, metrics, moments))
-    return found if after < before else start
+    descended = basis.detach()
+    after = float(output_error(descended, metrics, moments))
+    return descended if after < before else start

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Where documents come from: a local file, or a dataset that the `datasets` library can load."""
 
     name: str
@@ -58,7 +58,7 @@ class Source:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def resolve(source: str | Path) -> Source:
+def resolve(source: str | Path) -> TextSource:
     """Find what `source` names: a file, or a dataset `name`, `name:config` or `name:config:split`.
 
     Raises:
@@ -74,7 +74,7 @@ def resolve(source: str | Path) -> Source:
             raise ValueError(
                 f"a data file must end in {', '.join(_SUFFIXES)}: got {path}; convert it, or rename a plain text to .txt"
             )
-        return Source(str(source), path=path)
+        return TextSource(str(source), path=path)
     match = _HUB_NAME.match(str(source))
     if path.suffix in _SUFFIXES or match is None:
         raise FileNotFoundError(
@@ -84,7 +84,7 @@ def resolve(source: str | Path) -> Source:
 
 
 def pieces(
-    source: Source, *, separator: str | None, text_field: str, tokenizer: Any = None
+    source: TextSource, *, separator: str | None, text_field: str, tokenizer: Any = None
 ) -> Iterator[Piece]:
     """Yield the documents of `source` in order, without blank ones.
 
@@ -106,7 +106,7 @@ def pieces(
     return _cut(documents(reader(source.path, text_field), str(source.path), text_field, tokenizer))
 
 
-def _resolve_dataset(source: str, name: str, config: str | None, split: str) -> Source:
+def _resolve_dataset(source: str, name: str, config: str | None, split: str) -> TextSource:
     from datasets import load_dataset_builder  # a second of import that local files do not need
 
     try:
@@ -120,10 +120,10 @@ def _resolve_dataset(source: str, name: str, config: str | None, split: str) -> 
         raise FileNotFoundError(
             f"there is neither a file nor a dataset {source}; check the name and the network: {reason}"
         ) from error
-    return Source(source, builder=builder, split=split)
+    return TextSource(source, builder=builder, split=split)
 
 
-def _dataset_records(source: Source) -> Iterator[tuple[int, Any]]:
+def _dataset_records(source: TextSource) -> Iterator[tuple[int, Any]]:
     builder = source.builder
     prepared = Path(builder.cache_dir).is_dir()  # downloaded before: usable without a network
     try:

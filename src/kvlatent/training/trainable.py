@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.model.families import family_of
+from kvlatent.model.families import Family, family_of
 
 __all__ = ["merged_copy", "prepare_for_training", "shared_copy", "trainable_names", "trainable_state"]
 
@@ -66,15 +66,15 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
 
 def trainable_names(model: PreTrainedModel) -> list[str]:
     """The parameters that both stages train, by rule (whether or not the model is prepared), sorted."""
-    modules = family_of(model.config).attention_modules
-    return sorted(name for name, _ in model.named_parameters() if _is_trained(name, modules))
+    family = family_of(model.config)
+    return sorted(name for name, _ in model.named_parameters() if _is_trained(name, family))
 
 
-def _is_trained(name: str, attention_modules: tuple[str, ...]) -> bool:
+def _is_trained(name: str, family: Family) -> bool:
     parts = name.split(".")
     if any(part in ("lora_A", "lora_B") for part in parts):
         return True
-    return len(parts) > 2 and parts[-3] == "self_attn" and parts[-2] in attention_modules
+    return len(parts) > 2 and parts[-3] == family.attention and parts[-2] in family.attention_modules
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from kvlatent.checkpoints.load import load_config
 from kvlatent.jobs.record import read_record
-from kvlatent.model.config import LatentConfig
+from kvlatent.model.classes import latent_config_of
+from kvlatent.model.config import table_scope
 from kvlatent.model.families import family_of
 
 __all__ = ["describe"]
@@ -46,7 +47,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     if saved is None:
         size = 2 * head_dim * layers * heads * dtype.itemsize
         return document | {"head_dim": head_dim, "cache_bytes_per_token": {"original": size}}
-    latent = LatentConfig.from_dict(saved)
+    latent = latent_config_of(config)
     original = 2 * latent.original_head_dim * layers * heads * dtype.itemsize
     reduced = latent.cache_bytes_per_token(layers, heads, dtype.itemsize)
     document |= {
@@ -57,7 +58,7 @@ def describe(model: str | Path) -> dict[str, Any]:
             "keys": latent.keys,
             "values": latent.values,
             "frequencies": latent.frequencies,
-            "table": _scope(latent),
+            "table": table_scope(latent),
             "qk_norm": latent.qk_norm,
         },
         "cache_bytes_per_token": {"original": original, "latent": reduced, "share": reduced / original},
@@ -67,10 +68,3 @@ def describe(model: str | Path) -> dict[str, Any]:
             name: made[name] for name in ("command", "calibration", "figures", "training") if made.get(name)
         }
     return document
-
-
-def _scope(latent: LatentConfig) -> str:
-    """Who shares a rotary table: each head has its own, each layer, or the model has one."""
-    if any(len(layer) > 1 for layer in latent.tables):
-        return "head"
-    return "model" if len(set(latent.tables)) == 1 else "layer"

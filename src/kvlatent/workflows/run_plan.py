@@ -18,10 +18,10 @@ from kvlatent.checkpoints.load import load_config
 from kvlatent.engines.facts import check_engine, engine_named
 from kvlatent.jobs.devices import choose_device, working_dtype
 from kvlatent.jobs.recipe import Conversion, Recipe
-from kvlatent.model.cache_bytes import equal_widths, layer_cache_bytes
+from kvlatent.model.cache_bytes import layer_cache_bytes
 from kvlatent.model.families import LATENT_PREFIX, family_of, head_dim_of
 from kvlatent.model.time_estimate import estimate_seconds, layer_size, stage_settings
-from kvlatent.planning.candidates import candidates_for
+from kvlatent.planning.candidates import candidates_for, equal_widths
 from kvlatent.planning.shares import check_latent
 from kvlatent.selection.choices import (
     BLIND,

@@ -22,6 +22,7 @@ from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.assembly import assemble
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import family_of
 from kvlatent.planning.width_plan import plan as plan_widths
 from kvlatent.selection.calibrate import calibrate
 from kvlatent.selection.pairs import scope_errors
@@ -139,7 +140,7 @@ def write_attention(latent: PreTrainedModel, path: Path) -> None:
     tensors = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in latent.state_dict().items()
-        if ".self_attn." in name
+        if f".{family_of(latent.config).attention}." in name
     }
     about = {"kv_latent": json.dumps(latent_config_of(latent.config).to_dict())}
     write_atomically(path, lambda file: save_file(tensors, file, metadata=about))
@@ -152,7 +153,7 @@ def restored(model: PreTrainedModel, path: Path) -> PreTrainedModel:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
     def of_layer(index: int) -> dict[str, Tensor]:
-        prefix = f"model.layers.{index}.self_attn."
+        prefix = f"model.layers.{index}.{family_of(model.config).attention}."
         return {
             name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
         }

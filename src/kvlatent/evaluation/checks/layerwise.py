@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from kvlatent.model.assembly import full_width
-from kvlatent.model.hidden_states import one_layer
+from kvlatent.model.families import parts_of
+from kvlatent.model.hidden_states import isolate_layer
 from kvlatent.selection.attention_rows import allowed, document_ids, row_logits
 
 __all__ = ["LayerSums", "as_latent", "in_lockstep", "sampled_rows"]
@@ -44,14 +45,17 @@ def in_lockstep(
     """Final hidden states [B, T, D] of both models, whose layers are compared on the way."""
     decoders = [model.model for model in pair]
     hidden = [decoder.embed_tokens(ids) for decoder in decoders]
-    norms = [*(layer.input_layernorm for layer in decoders[0].layers[1:]), decoders[0].norm]
+    norms = [
+        *(parts_of(decoders[0], index).attention_norm for index in range(1, len(decoders[0].layers))),
+        decoders[0].norm,
+    ]
     for index, one in enumerate(sums):
         for block in range(len(ids)):
             part = slice(block, block + 1)
             states = [h[part] for h in hidden]
             one.add_rows(*_attention_rows(decoders, index, states, positions[part], rows[part]))
         hidden = [
-            one_layer(decoder, index)(
+            isolate_layer(decoder, index)(
                 inputs_embeds=states, position_ids=positions, use_cache=False
             ).last_hidden_state
             for decoder, states in zip(decoders, hidden, strict=True)
@@ -65,10 +69,10 @@ def _attention_rows(
 ) -> Iterator[Tensor]:
     """Log-attention [N, R, T] of both models in layer `index` of one block, and how many keys each row sees, [R]."""
     for decoder, states in zip(decoders, hidden, strict=True):
-        layer = decoder.layers[index]
-        normed = layer.input_layernorm(states)
-        yield log_softmax(row_logits(layer.self_attn, decoder, normed, positions, rows)[0][0], dim=-1)
-    window = decoders[0].layers[index].self_attn.sliding_window
+        attention, attention_norm, *_ = parts_of(decoder, index)
+        normed = attention_norm(states)
+        yield log_softmax(row_logits(attention, decoder, normed, positions, rows)[0][0], dim=-1)
+    window = parts_of(decoders[0], index).attention.sliding_window
     yield allowed(positions, rows, window)[0].sum(-1)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvlatent.checkpoints.source import named
+from kvlatent.checkpoints.source import name_and_fingerprint
+from kvlatent.engines.roofline import maximum_context
 from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of, working_caches
 from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size
 from kvlatent.evaluation.speed.checked_options import (
@@ -36,7 +37,6 @@ from kvlatent.evaluation.speed.variants import (
     random_prompt,
 )
 from kvlatent.jobs.record import environment
-from kvlatent.model.cache_bytes import maximum_context
 from kvlatent.model.time_estimate import DEFAULT_SECONDS
 
 __all__ = ["bench"]
@@ -204,7 +204,7 @@ def _about(model: Any, source: Model, caches: Sequence[str]) -> dict[str, Any]:
     keys, values = zip(*cached_widths(model.config), strict=True)
     sizes = {cache: group_size(cache, model.config) for cache in caches}
     return {
-        **named(model, source),
+        **name_and_fingerprint(model, source),
         "weight_bytes": weight_bytes(model),
         "read_bytes": read_bytes(model),
         "d_qk": list(keys),

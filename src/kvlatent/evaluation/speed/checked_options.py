@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from kvlatent.checkpoints.source import Source as Model
-from kvlatent.checkpoints.source import opened
+from kvlatent.checkpoints.source import ModelSource as Model
+from kvlatent.checkpoints.source import resolve_model
 
 __all__ = ["Model", "check_context", "check_numbers", "context_limit", "loaded"]
 
@@ -36,7 +36,7 @@ def loaded(
 ) -> dict[str, PreTrainedModel]:
     """Models by role, the original first, known to belong together."""
     given = {"original": original, "latent": model} if original is not None else {"latent": model}
-    models = {role: opened(each, dtype, device) for role, each in given.items() if each is not None}
+    models = {role: resolve_model(each, dtype, device) for role, each in given.items() if each is not None}
     if original is None:
         only = models["latent"]
         return models if getattr(only.config, "kv_latent", None) else {"original": only}

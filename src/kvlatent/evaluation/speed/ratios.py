@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvlatent.engines.roofline import decode_speedup, maximum_context
 from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
 from kvlatent.evaluation.speed.timing import Spread, ratios, spread
 from kvlatent.evaluation.speed.variants import Measured
-from kvlatent.model.cache_bytes import decode_speedup, maximum_context
 from kvlatent.model.families import family_of
 
 __all__ = ["largest_contexts", "ratio_rows", "stacked_rows", "table_rows"]

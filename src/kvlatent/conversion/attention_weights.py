@@ -106,8 +106,8 @@ def _query_factors(
     for member, kept in zip(grams, channels, strict=True):
         pairs = kept_pairs(kept, original, head_dim)
         distinct = tuple(sorted(set(pairs)))
-        found = (_shared_gains if latent.qk_norm == "sliced" else pair_gains)(member, distinct)
-        gains.append(found[:, [distinct.index(pair) for pair in pairs]])
+        gain = (_shared_gains if latent.qk_norm == "sliced" else pair_gains)(member, distinct)
+        gains.append(gain[:, [distinct.index(pair) for pair in pairs]])
     return factors * torch.cat(gains)
 
 

@@ -1,0 +1,41 @@
+"""What attention kernels ask for that a latent layer is not: one width for queries, keys and values, and a backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["kernel_width", "refuse_flex_training"]
+
+
+def kernel_width(config: Any, d_qk: int, d_vo: int, query: Tensor, *, is_paged: bool) -> int | None:
+    """Common width to zero-pad queries, keys and values to for one call, or None.
+
+    Zero channels change neither scores nor kept outputs. Needed by paged caches (one head size for the model), by
+    flash attention, and by torch's fused CPU kernel: without it, prefill on a CPU falls to the math path, which holds
+    all scores and ran 4x slower at 2,048 tokens. Decoding and the cache stay unpadded.
+
+    Args:
+        config: the latent transformers config; d_qk, d_vo: widths of the layer.
+        query: [B, N, T, d_qk]; is_paged: the cache is.
+    """
+    if is_paged:
+        return config.head_dim
+    if d_qk == d_vo:
+        return None
+    implementation = config._attn_implementation
+    on_cpu = implementation == "sdpa" and query.device.type == "cpu" and query.shape[2] > 1
+    return max(d_qk, d_vo) if on_cpu or "flash" in implementation else None
+
+
+def refuse_flex_training(config: Any, query: Tensor) -> None:
+    """Raise `ValueError` for training with flex attention on a CPU, which has no backward there."""
+    if config._attn_implementation != "flex_attention" or query.device.type != "cpu":
+        return
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise ValueError(
+            "flex attention has no backward pass on a CPU: train with attn_implementation='sdpa' or 'eager', or "
+            "run under torch.no_grad()"
+        )

@@ -1,0 +1,116 @@
+"""The linear maps of one latent attention layer: hidden states to queries, keys and values, and attention to output.
+
+Families differ here alone: three projections or a fused one, biases, a QK-norm. With a QK-norm at full width, queries
+and keys are projected in full, normalised, and only then cut down to d_qk.
+
+Shapes: B batch, T query positions, D model width, N query heads, K key-value heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import family_of
+
+__all__ = ["KeptChannels", "Projections"]
+
+
+class KeptChannels(nn.Module):
+    """Gathers the kept channels of each head after a full-width QK-norm; owns no parameter and no buffer.
+
+    Args:
+        channels: one list of original channels for all heads, or one per key-value head.
+    """
+
+    def __init__(self, channels: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self.channels = channels
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, head_dim] -> [B, T, H, d_qk]; H is N or K, each list serving the heads of its group."""
+        if x.device not in self._on_device:
+            self._on_device[x.device] = torch.tensor(self.channels, device=x.device)
+        index = self._on_device[x.device]
+        if len(self.channels) == 1:
+            return x[..., index[0].clone()]  # saved for backward, which a tensor of inference mode cannot be
+        index = index.repeat_interleave(x.shape[2] // len(self.channels), dim=0)  # a new tensor, too
+        return x.gather(-1, index.expand(*x.shape[:2], *index.shape))
+
+
+class Projections(nn.Module):
+    """Parameters of one layer's attention, under upstream's names.
+
+    After a QK-norm, `q_map` [N, d_qk, head_dim] takes the normalised queries to the kept channels; queries are not
+    cached, so it is free of any constraint.
+
+    Args:
+        config: the latent transformers config.
+        latent: the parsed `config.kv_latent`.
+        layer_idx: layer number, for per-layer widths.
+    """
+
+    def __init__(self, config: Any, latent: LatentConfig, layer_idx: int) -> None:
+        super().__init__()
+        family, hidden = family_of(config), config.hidden_size
+        self.d_qk, self.d_vo = latent.widths_at(layer_idx)
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        gathers = latent.qk_norm == "full" and self.d_qk < latent.original_head_dim
+        projected = latent.original_head_dim if gathers else self.d_qk
+        self.widths = (
+            self.num_heads * projected,
+            self.num_key_value_heads * projected,
+            self.num_key_value_heads * self.d_vo,
+        )
+        qkv_bias, o_bias = family.biases(config)
+        if family.fused_qkv:
+            self.qkv_proj = nn.Linear(hidden, sum(self.widths), bias=qkv_bias)
+        else:
+            self.q_proj = nn.Linear(hidden, self.widths[0], bias=qkv_bias)
+            self.k_proj = nn.Linear(hidden, self.widths[1], bias=qkv_bias)
+            self.v_proj = nn.Linear(hidden, self.widths[2], bias=qkv_bias)
+        self.o_proj = nn.Linear(self.num_heads * self.d_vo, hidden, bias=o_bias)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        self.kept: KeptChannels | None = None
+        self.q_map: nn.Parameter | None = None
+        if family.qk_norm:
+            norm = family.upstream("RMSNorm")
+            self.q_norm = norm(projected, eps=config.rms_norm_eps)
+            self.k_norm = norm(projected, eps=config.rms_norm_eps)
+        if gathers:
+            self.kept = KeptChannels(latent.channels_at(layer_idx))
+            self.q_map = nn.Parameter(torch.empty(self.num_heads, self.d_qk, projected))
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, N, T, d_qk], keys [B, K, T, d_qk] before the rotation, and values [B, K, T, d_vo]."""
+        heads = (*hidden_states.shape[:-1], -1)
+        if hasattr(self, "qkv_proj"):
+            query, key, value = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
+        else:
+            query, key, value = (
+                self.q_proj(hidden_states),
+                self.k_proj(hidden_states),
+                self.v_proj(hidden_states),
+            )
+        query = query.view(*heads, self.widths[0] // self.num_heads)
+        key = key.view(*heads, self.widths[1] // self.num_key_value_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.kept is not None and self.q_map is not None:
+            query = torch.einsum("btnh,nqh->btnq", query, self.q_map.to(query.dtype))
+            key = self.kept(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.view(*heads, self.d_vo).transpose(1, 2)
+
+    def parameters_of(self, part: str) -> list[tuple[nn.Parameter, slice]]:
+        """Weight and, where there is one, bias that project to "q", "k" or "v", each with the rows that do."""
+        if not hasattr(self, "qkv_proj"):
+            return [(parameter, slice(None)) for parameter in getattr(self, f"{part}_proj").parameters()]
+        index = "qkv".index(part)
+        start = sum(self.widths[:index])
+        rows = slice(start, start + self.widths[index])
+        return [(parameter, rows) for parameter in self.qkv_proj.parameters()]
