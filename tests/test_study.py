@@ -20,7 +20,7 @@ from kvlatent.text.corpus import evaluation_blocks, prepare
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent_lab.study import STUDIES, study
-from kvlatent_lab.study.folder import Folder, read_cell
+from kvlatent_lab.study.folder import StudyFolder, read_cell
 from on_disk import write_checkpoint, write_text
 from study_worker import RANKS, SETTINGS, STEP, ranks, run
 
@@ -259,15 +259,15 @@ def test_texts_of_a_study_are_checked(place, tmp_path):
 
 
 def test_a_study_that_cannot_begin_takes_back_its_folder_alone(tmp_path):
-    folder = Folder(tmp_path / "out", "widths", {"a": 1})
-    assert folder.open() and not folder.open()
+    folder = StudyFolder(tmp_path / "out", "widths", {"a": 1})
+    assert folder.join() and not folder.join()
     with folder.claim("cell"):
         folder.abandon()  # another process is at a cell
-    assert not folder.open()
-    folder.file("cell").write_text("{}")
+    assert not folder.join()
+    folder.step_file("cell").write_text("{}")
     folder.abandon()  # there is a result
-    assert not folder.open()
-    folder.file("cell").unlink()
+    assert not folder.join()
+    folder.step_file("cell").unlink()
     (tmp_path / "out" / "note").write_text("")
     folder.abandon()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]

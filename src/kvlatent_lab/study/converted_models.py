@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from kvlatent.conversion.convert_model import convert
 from kvlatent.jobs.fingerprints import fingerprint
+from kvlatent.jobs.progress import Progress
 from kvlatent.selection.statistics import Statistics
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
-from kvlatent.workflows.steps import Progress, gathered, restored, write_attention
+from kvlatent.workflows.steps import gathered, restored, write_attention
 from kvlatent_lab.study.grid_cells import Cell, answers, recipe_of
 from kvlatent_lab.study.measuring import ratio_of
 from kvlatent_lab.study.subject import Subject
@@ -52,11 +53,7 @@ def converted(subject: Subject, cell: Cell, progress: Progress) -> PreTrainedMod
     with subject.folder.lock(path.stem):
         if not path.is_file():
             statistics = statistics_of(subject, cell, progress)
-
-            def report(step: str, done: int, total: int) -> None:
-                progress(step, done, total, "")
-
-            latent = convert(subject.model, **sizes, statistics=statistics, seed=cell.seed, progress=report)
+            latent = convert(subject.model, **sizes, statistics=statistics, seed=cell.seed, progress=progress)
             write_attention(latent, path)
     return restored(subject.model, path)
 
@@ -102,9 +99,7 @@ def trained(
             recipe,
             _place(subject, cell) / f"stage{stage}",
             device=subject.device,
-            progress=lambda number, done, total, speed, loss: progress(
-                f"stage {'I' * number}", done, total, f"{speed:,.0f} tokens/s, loss {loss:.4f}"
-            ),
+            progress=progress,
         )
         figures["tokens_trained"] += summary["tokens"]
         figures["training_seconds"] += round(60 * summary["minutes"], 2)

@@ -30,7 +30,7 @@ from kvlatent.text.corpus import evaluation_blocks, prepare
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import first_blocks
 from kvlatent.text.standard_library import model_path, stdlib_documents
-from kvlatent_lab.study.folder import Folder
+from kvlatent_lab.study.folder import StudyFolder
 
 __all__ = ["Source", "Subject", "source_of"]
 
@@ -121,7 +121,7 @@ class Subject:
     def __init__(
         self,
         source: Source,
-        folder: Folder,
+        folder: StudyFolder,
         recipe: Recipe,
         *,
         eval_tokens: int,
