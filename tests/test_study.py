@@ -146,10 +146,6 @@ def test_a_folder_of_other_settings_is_refused(place, worked, tmp_path):
     (tmp_path / "photos" / "cat.jpg").touch()
     with pytest.raises(FileExistsError, match=r"no study \(cat\.jpg\); give another --out"):
         run(place, "widths", tmp_path / "photos")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "study.json").write_text("{")
-    with pytest.raises(ValueError, match=r"study\.json is damaged"):
-        run(place, "widths", tmp_path / "damaged")
 
 
 def test_a_corrupted_cell_is_named_and_redone(place, worked):
@@ -177,12 +173,15 @@ def test_a_cell_that_cannot_be_measured_is_a_result_and_not_repeated(place, tmp_
 
     def diverges(subject, cell, progress):
         calls.append(cell.name)
+        if "4x4" in cell.name:
+            return {"loss": float("nan")}
         raise ValueError(f"the loss is nan; see {subject.folder.work}/training")
 
     monkeypatch.setitem(STUDIES, "widths", dataclasses.replace(STUDIES["widths"], figures=diverges))
     for _ in range(2):
         report = run(place, "widths", tmp_path / "w", cells="paper-8x8-*,paper-4x4-*")
-        assert report["failed"] == dict.fromkeys(report["cells"], "the loss is nan; see training")
+        reasons = ("the loss is nan; see training", "a figure is not a finite number")
+        assert report["failed"] == dict(zip(report["cells"], reasons, strict=True))
     assert calls == ["paper-8x8-seed0", "paper-4x4-seed0"]
     assert read_cell(tmp_path / "w" / "paper-8x8-seed0.json")["figures"] == {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -228,3 +229,32 @@ def test_a_work_directory_belongs_to_one_run(tmp_path):
         run(student, teacher, 1, tmp_path, recipe("stage1.learning_rate=0.02"))
     with pytest.raises(ValueError, match="another blocks"):
         run(student, teacher, 1, tmp_path, recipe(), blocks(seed=2))
+
+
+def test_a_stage_of_the_release_before_is_continued(tmp_path):
+    """What decides a stage is hashed as 0.1.0 did: all names and shapes, samples of frozen weights and of blocks."""
+    student, config, rows = student_of(original()), recipe(), blocks()
+    prepare_for_training(student, config)
+    hashed = {"trained": b"", "frozen": b""}
+    for name, parameter in student.named_parameters():
+        about = f"{name} {tuple(parameter.shape)}"
+        if not parameter.requires_grad:
+            values = parameter.flatten()
+            about += f" {values[:: max(1, values.numel() // 64)][:64].tolist()}"
+        hashed["trained" if parameter.requires_grad else "frozen"] += f"{about};".encode()
+    settings = config.stage1.model_dump(mode="json")
+    plan = {
+        "stage": 1,
+        "seed": 0,
+        "dtype": "float32",
+        "settings": {k: v for k, v in settings.items() if k not in ("save_steps", "keep", "log_steps")},
+        "lora": config.lora.model_dump(mode="json"),
+        **{name: hashlib.sha256(content).hexdigest() for name, content in hashed.items()},
+        "blocks": [
+            24,
+            hashlib.sha256(b"".join(row["input_ids"].numpy().tobytes() for row in rows)).hexdigest(),
+        ],
+    }
+    (tmp_path / "stage.json").write_text(json.dumps(plan, indent=2))
+    assert run(student, original(), 1, tmp_path, config)["steps"] == 8
+    assert json.loads((tmp_path / "stage.json").read_text()) == plan

@@ -95,8 +95,9 @@ def test_second_call_goes_on_where_the_first_was_stopped(directories):
     with pytest.raises(ValueError, match=r"recipe.seed \(0, now 1\)"):
         train_directory(directories, overrides=["seed=1"])
     seen = []
-    train_directory(directories, progress=lambda stage, step, *rest: seen.append(step))
-    assert seen == [4, 5, 6, 7, 8]
+    train_directory(directories, progress=lambda *told: seen.append(told))
+    assert [told[:3] for told in seen] == [(1, step, 8) for step in range(4, 9)]
+    assert all(speed > 0 and 0 < loss < 100 for *_, speed, loss in seen)
     train_directory(directories, out="whole")
     weights = [load_file(directories / name / "model.safetensors") for name in ("out", "whole")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])

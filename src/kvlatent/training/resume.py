@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -98,16 +97,11 @@ def missing_from(checkpoint: Path, num_processes: int = 1) -> str | None:
 
 
 def _whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
+    """Whether the file is as long as its header says, which its reader checks."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        end = max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-        )
-        return path.stat().st_size == 8 + length + end
-    except (OSError, ValueError, struct.error, KeyError, TypeError, MemoryError, OverflowError):
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
         return False
 
 

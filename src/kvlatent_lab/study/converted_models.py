@@ -29,13 +29,12 @@ __all__ = ["converted", "forget", "trained"]
 
 def statistics_of(subject: Subject, cell: Cell, progress: Progress) -> Statistics:
     """Statistics over the calibration blocks that the cell's seed draws."""
-    path = subject.folder.work / f"statistics-seed{cell.seed}.safetensors"
-    with subject.folder.lock(path.stem):
-        if not path.is_file():
-            recipe = recipe_of(cell, subject.recipe)
-            found, _ = gathered(subject.model, subject.train_blocks, recipe, progress)
-            found.save(path, overwrite=True)
-    return Statistics.load(path)
+
+    def write(path: Path) -> None:
+        recipe = recipe_of(cell, subject.recipe)
+        gathered(subject.model, subject.train_blocks, recipe, progress)[0].save(path, overwrite=True)
+
+    return Statistics.load(subject.folder.shared_file(f"statistics-seed{cell.seed}.safetensors", write))
 
 
 def converted(subject: Subject, cell: Cell, progress: Progress) -> PreTrainedModel:
@@ -49,13 +48,14 @@ def converted(subject: Subject, cell: Cell, progress: Progress) -> PreTrainedMod
     sizes["qk_norm"] = subject.recipe.conversion.qk_norm
     if not choices.needs_statistics:
         return convert(subject.model, **sizes, seed=cell.seed)
-    path = subject.folder.work / f"{_conversion(subject, cell)}.safetensors"
-    with subject.folder.lock(path.stem):
-        if not path.is_file():
-            statistics = statistics_of(subject, cell, progress)
-            latent = convert(subject.model, **sizes, statistics=statistics, seed=cell.seed, progress=progress)
-            write_attention(latent, path)
-    return restored(subject.model, path)
+
+    def write(path: Path) -> None:
+        statistics = statistics_of(subject, cell, progress)
+        latent = convert(subject.model, **sizes, statistics=statistics, seed=cell.seed, progress=progress)
+        write_attention(latent, path)
+
+    name = f"{_conversion(subject, cell)}.safetensors"
+    return restored(subject.model, subject.folder.shared_file(name, write))
 
 
 def _conversion(subject: Subject, cell: Cell) -> str:

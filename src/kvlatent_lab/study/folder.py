@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,14 @@ class StudyFolder(WorkDirectory):
     def _is_claimed(self, path: Path) -> bool:
         with self.claim(path.stem) as free:
             return not free
+
+    def shared_file(self, name: str, write: Callable[[Path], Any]) -> Path:
+        """A work file, written by the first process that asks for it while the others wait; `write` makes it whole or not."""
+        path = self.work / name
+        with self.lock(path.stem):
+            if not path.is_file():
+                write(path)
+        return path
 
     def step_file(self, step: str) -> Path:
         """Where the result of a cell is."""
