@@ -229,6 +229,12 @@ def test_a_work_directory_belongs_to_one_run(tmp_path):
         run(student, teacher, 1, tmp_path, recipe("stage1.learning_rate=0.02"))
     with pytest.raises(ValueError, match="another blocks"):
         run(student, teacher, 1, tmp_path, recipe(), blocks(seed=2))
+    final = tmp_path / "final.safetensors"
+    final.write_bytes(final.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"final\.safetensors is damaged; delete it to go on from the stage"):
+        run(student, teacher, 1, tmp_path, recipe())
+    final.unlink()
+    assert run(student, teacher, 1, tmp_path, recipe()) == summary
 
 
 def test_a_stage_of_the_release_before_is_continued(tmp_path):

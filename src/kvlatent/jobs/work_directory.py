@@ -86,9 +86,10 @@ class WorkDirectory:
             raise FileExistsError(
                 f"{self.path} is a file, and {self.content} is kept there; move it or give another --out"
             )
-        names = sorted(file.name for file in self.path.iterdir()) if self.path.exists() else []
-        ours = (self.plan_name, self.work.name)
-        strangers = [n for n in names if n not in ours and not n.startswith(f".{self.plan_name}.tmp-")]
+        files = sorted(self.path.iterdir()) if self.path.exists() else []
+        ours = (self.plan_file, self.work)
+        half = f".{self.plan_name}.tmp-"
+        strangers = [file.name for file in files if file not in ours and not file.name.startswith(half)]
         if strangers and not overwrite:
             what = self.content.partition(" ")[2]
             raise FileExistsError(

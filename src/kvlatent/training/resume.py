@@ -123,8 +123,10 @@ def read_final(path: Path, module: nn.Module) -> dict[str, Any]:
     """Copy a stage's trained tensors into the module; returns the summary stored with them.
 
     Raises:
-        ValueError: the tensors are not those that the module trains.
+        ValueError: the file is damaged, or the tensors are not those that the module trains.
     """
+    if not _whole_safetensors(path):
+        raise ValueError(f"{path} is damaged; delete it to go on from the stage's last checkpoint")
     load_trainable(path, module)
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["summary"])

@@ -16,7 +16,7 @@ from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe, Stage, Stage2
 from kvlatent.training.logit_loss import needs_teacher
 from kvlatent.training.loop import StageTrainer, training_arguments
-from kvlatent.training.placement import check_teacher, placed_teacher
+from kvlatent.training.placement import check_teacher, place_teacher
 from kvlatent.training.resume import (
     StageDirectory,
     last_complete_checkpoint,
@@ -82,9 +82,7 @@ def train_stage(
     length = len(train_blocks[0]["input_ids"])
     args = training_arguments(settings, recipe, stage, length, place.path, device)
     view = (
-        placed_teacher(model, teacher, recipe.dtype, args.device)
-        if compares and teacher is not None
-        else None
+        place_teacher(model, teacher, recipe.dtype, args.device) if compares and teacher is not None else None
     )
     common = (decoder, args, train_blocks, view, place.journal, Progress.of(progress))
     if isinstance(settings, Stage2):
