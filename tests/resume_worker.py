@@ -30,7 +30,7 @@ def die(*ignored: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(stage: int, step: int):
+def kill_at(stage: str, step: int):
     """A progress callback that ends the process after a step."""
     return lambda now, done, *rest: die() if (now, done) == (stage, step) else None
 
@@ -115,10 +115,10 @@ def train_both(directory: Path, progress=None) -> dict:
 SCENARIOS = {
     "uninterrupted": [("end", None, None)],
     "training": [
-        ("before any checkpoint", None, kill_at(1, 2)),
-        ("after one", None, kill_at(1, 5)),
-        ("between the stages", None, kill_at(2, 1)),
-        ("stage II", None, kill_at(2, 7)),
+        ("before any checkpoint", None, kill_at("stage I", 2)),
+        ("after one", None, kill_at("stage I", 5)),
+        ("between the stages", None, kill_at("stage II", 1)),
+        ("stage II", None, kill_at("stage II", 7)),
         ("end", None, None),
     ],
     "writing": [

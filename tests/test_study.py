@@ -20,7 +20,7 @@ from kvlatent.text.corpus import evaluation_blocks, prepare
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent_lab.study import STUDIES, study
-from kvlatent_lab.study.folder import Folder, read_cell
+from kvlatent_lab.study.folder import StudyFolder, read_cell
 from on_disk import write_checkpoint, write_text
 from study_worker import RANKS, SETTINGS, STEP, ranks, run
 
@@ -146,10 +146,6 @@ def test_a_folder_of_other_settings_is_refused(place, worked, tmp_path):
     (tmp_path / "photos" / "cat.jpg").touch()
     with pytest.raises(FileExistsError, match=r"no study \(cat\.jpg\); give another --out"):
         run(place, "widths", tmp_path / "photos")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "study.json").write_text("{")
-    with pytest.raises(ValueError, match=r"study\.json is damaged"):
-        run(place, "widths", tmp_path / "damaged")
 
 
 def test_a_corrupted_cell_is_named_and_redone(place, worked):
@@ -177,12 +173,15 @@ def test_a_cell_that_cannot_be_measured_is_a_result_and_not_repeated(place, tmp_
 
     def diverges(subject, cell, progress):
         calls.append(cell.name)
+        if "4x4" in cell.name:
+            return {"loss": float("nan")}
         raise ValueError(f"the loss is nan; see {subject.folder.work}/training")
 
     monkeypatch.setitem(STUDIES, "widths", dataclasses.replace(STUDIES["widths"], figures=diverges))
     for _ in range(2):
         report = run(place, "widths", tmp_path / "w", cells="paper-8x8-*,paper-4x4-*")
-        assert report["failed"] == dict.fromkeys(report["cells"], "the loss is nan; see training")
+        reasons = ("the loss is nan; see training", "a figure is not a finite number")
+        assert report["failed"] == dict(zip(report["cells"], reasons, strict=True))
     assert calls == ["paper-8x8-seed0", "paper-4x4-seed0"]
     assert read_cell(tmp_path / "w" / "paper-8x8-seed0.json")["figures"] == {}
 
@@ -259,15 +258,15 @@ def test_texts_of_a_study_are_checked(place, tmp_path):
 
 
 def test_a_study_that_cannot_begin_takes_back_its_folder_alone(tmp_path):
-    folder = Folder(tmp_path / "out", "widths", {"a": 1})
-    assert folder.open() and not folder.open()
+    folder = StudyFolder(tmp_path / "out", "widths", {"a": 1})
+    assert folder.join() and not folder.join()
     with folder.claim("cell"):
         folder.abandon()  # another process is at a cell
-    assert not folder.open()
-    folder.file("cell").write_text("{}")
+    assert not folder.join()
+    folder.step_file("cell").write_text("{}")
     folder.abandon()  # there is a result
-    assert not folder.open()
-    folder.file("cell").unlink()
+    assert not folder.join()
+    folder.step_file("cell").unlink()
     (tmp_path / "out" / "note").write_text("")
     folder.abandon()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
-from kvlatent.jobs import work_directory as workspace
+from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.work_directory import WorkDirectory
 from kvlatent.workflows.train_checkpoint import train
 from kvlatent_cli.main import app
 from training_setup import hashes
@@ -67,9 +68,9 @@ def test_train_from_directory_to_directory(directories, stage):
     assert record["training"] == {f"stage{stage}": summary}
     assert (record["figures"], record["earlier"]) == ({}, [])
     assert record["sha256"] == {
-        "model": workspace.identity(directories / "latent"),
-        "teacher": workspace.identity(directories / "original"),
-        "data": workspace.identity(directories / "text.txt"),
+        "model": identity(directories / "latent"),
+        "teacher": identity(directories / "original"),
+        "data": identity(directories / "text.txt"),
     }
     start = f"kvlatent train latent --stage {stage} --data text.txt --teacher original --out out --set"
     assert record["command"].startswith(start)
@@ -94,8 +95,9 @@ def test_second_call_goes_on_where_the_first_was_stopped(directories):
     with pytest.raises(ValueError, match=r"recipe.seed \(0, now 1\)"):
         train_directory(directories, overrides=["seed=1"])
     seen = []
-    train_directory(directories, progress=lambda stage, step, *rest: seen.append(step))
-    assert seen == [4, 5, 6, 7, 8]
+    train_directory(directories, progress=lambda *told: seen.append(told))
+    assert [told[:3] for told in seen] == [(1, step, 8) for step in range(4, 9)]
+    assert all(speed > 0 and 0 < loss < 100 for *_, speed, loss in seen)
     train_directory(directories, out="whole")
     weights = [load_file(directories / name / "model.safetensors") for name in ("out", "whole")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
@@ -146,7 +148,7 @@ def test_interrupted_before_any_checkpoint_leaves_nothing_behind(directories):
 @pytest.mark.parametrize("out", ["latent", "out"])
 def test_killed_between_save_and_cleanup_is_not_trained_twice(directories, out, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(workspace.Workspace, "remove", lambda self: None)
+        patch.setattr(WorkDirectory, "remove", lambda self: None)
         summary = train_directory(directories, out=out)
     partial = directories / f"{out}.partial"
     assert partial.is_dir()
@@ -162,7 +164,7 @@ def test_killed_between_save_and_cleanup_is_not_trained_twice(directories, out, 
 
 def test_leftover_of_a_finished_stage_does_not_stop_the_next(directories, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(workspace.Workspace, "remove", lambda self: None)
+        patch.setattr(WorkDirectory, "remove", lambda self: None)
         train_directory(directories, out="latent")
     assert train_directory(directories, out="latent", stage=2)["stage"] == 2
     assert not list(directories.glob("*.partial"))

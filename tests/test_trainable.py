@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvlatent.training.placement import placed_teacher
+from kvlatent.training.placement import place_teacher
 from kvlatent.training.trainable import merged_copy, prepare_for_training, trainable_names
 from tolerances import ROUNDING, assert_close_to_scale
 from training_setup import digest, hashes, original, recipe, run, student_of
@@ -142,7 +142,7 @@ def test_student_and_teacher_share_what_they_share_after_the_move():
     teacher = original()
     student = student_of(teacher)
     prepare_for_training(student, recipe())
-    view = placed_teacher(student, teacher, "float32", torch.device("cpu"))
+    view = place_teacher(student, teacher, "float32", torch.device("cpu"))
     own = dict(student.named_parameters())
     for name, parameter in view.named_parameters():
         twin = own.get(name.replace("_proj.weight", "_proj.base_layer.weight") if "mlp" in name else name)

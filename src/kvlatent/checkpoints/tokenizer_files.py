@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
 from kvlatent.checkpoints.weight_files import first_line
+from kvlatent.jobs.fingerprints import tokenizer_state
 
 __all__ = ["load_tokenizer", "write_tokenizer"]
 
@@ -141,13 +142,9 @@ def _is_installed(module: str) -> bool:
 
 def _state(tokenizer: Any) -> dict[str, Any]:
     """What a tokenizer is, without what its last call left behind."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    inside = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for transient in ("truncation", "padding"):
-        inside.pop(transient, None)
     names = ("special_tokens_map", "chat_template", "model_max_length", "padding_side", "truncation_side")
     return {
-        "inside": inside,
+        "inside": tokenizer_state(tokenizer),
         "class": type(tokenizer),
         **{name: getattr(tokenizer, name, None) for name in names},
     }

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.conversion.attention_weights import attention_weights
 from kvlatent.conversion.refinement import refine
+from kvlatent.jobs.progress import Progress
 from kvlatent.model.assembly import assemble, full_width
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import Family, effective_table, family_of, head_dim_of, parts_of
@@ -48,7 +49,7 @@ def convert(
     choices: Choices | None = None,
     statistics: Statistics | None = None,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | Callable[[str, int, int], None] | None = None,
 ) -> PreTrainedModel:
     """A latent copy of `model`; unchanged tensors share storage with it, none of its own is modified.
 
@@ -63,7 +64,7 @@ def convert(
         qk_norm: see `choose`.
         statistics: from `calibrate`, of this model.
         seed: of the sampling in alignment.
-        progress: called with what is being done, how much of it is done, and of how much.
+        progress: told of every step; a function is called with its name, how much of it is done, and of how much.
 
     Raises:
         ValueError: the architecture is not supported, a weight is not finite, the widths do not fit, or the statistics
@@ -107,7 +108,8 @@ def convert(
             twin = full_width(model).eval()
             for each in (twin, latent.eval()):
                 each.requires_grad_(False)  # weights that are not tuned collect no gradients
-            refine(twin, latent, config, statistics, choices, seed=seed, progress=progress)
+            told = Progress.of(progress, ("step", "done", "total"))
+            refine(twin, latent, config, statistics, choices, seed=seed, progress=told)
             latent.train(training).requires_grad_(True)
     return latent
 

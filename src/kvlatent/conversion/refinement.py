@@ -9,7 +9,7 @@ Shapes: D model width, N query heads, T positions.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvlatent.conversion.alignment import TunedLayer, align_attention, align_output, copy_for_tuning
 from kvlatent.conversion.refit import refit_outputs
+from kvlatent.jobs.progress import Progress, Step
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import parts_of
 from kvlatent.model.hidden_states import HiddenStateFile, isolate_layer
@@ -25,8 +26,6 @@ from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 
 __all__ = ["refine"]
-
-Progress = Callable[[str, int, int], None]
 
 _HELD_OUT = 16  # one block in so many only measures
 
@@ -38,8 +37,8 @@ def refine(
     statistics: Statistics,
     choices: Choices,
     *,
-    seed: int = 0,
-    progress: Progress | None = None,
+    seed: int,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Align and refit `latent` in place, as `choices` say; sides at full width are left alone, bit for bit.
 
@@ -48,7 +47,7 @@ def refine(
         config: of the latent model.
         statistics: the text to look at.
         seed: of the sampling.
-        progress: called with what is being done, how much of it is done and of how much.
+        progress: told after every step of every layer; steps that a layer does not need count as done.
 
     Returns:
         One dict a layer: attention divergence and output error before and after, where aligned; the ridge of the refit.
@@ -56,7 +55,8 @@ def refine(
     ids, positions = (t.long().to(twin.device) for t in (statistics.input_ids, statistics.position_ids))
     blocks, size = ids.shape
     report = []
-    steps = _Steps(progress, len(twin.model.layers), choices.align)
+    each = 2 * choices.align + 1
+    steps = progress.step("refine layers", each * len(twin.model.layers))
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         streams = {
             name: HiddenStateFile(
@@ -68,7 +68,7 @@ def refine(
             streams[name].write(twin.model.embed_tokens(ids[b, None]) for b in range(blocks))
         held = list(range(blocks))[_HELD_OUT - 1 :: _HELD_OUT] or ([blocks - 1] if blocks > 1 else [])
         for index in range(len(twin.model.layers)):
-            steps.start(index)
+            steps.to(each * index)
             tuned = TunedLayer(
                 index,
                 twin.model,
@@ -84,31 +84,12 @@ def refine(
             latent_layer = isolate_layer(latent.model, index)
             streams["latent"].write(_pass(latent_layer, streams["latent"], positions))
             streams["outputs"].path.replace(streams["inputs"].path)
-    steps.start(len(twin.model.layers))  # a last layer that needed fewer steps counts as done as well
+    steps.to(steps.total)
     return report
 
 
-class _Steps:
-    """Counts the work of all layers for `progress`."""
-
-    def __init__(self, progress: Progress | None, layers: int, align: int) -> None:
-        self.progress, self.each = progress, 2 * align + 1
-        self.total, self.done = layers * self.each, 0
-
-    def start(self, index: int) -> None:
-        """A layer begins; steps that the one before did not need count as done."""
-        self.done = index * self.each
-        self()
-
-    def __call__(self) -> None:
-        """One more step."""
-        self.done += 1
-        if self.progress is not None:
-            self.progress("refine layers", min(self.done, self.total), self.total)
-
-
 def _refine_layer(
-    tuned: TunedLayer, config: LatentConfig, choices: Choices, seed: int, steps: _Steps
+    tuned: TunedLayer, config: LatentConfig, choices: Choices, seed: int, steps: Step
 ) -> dict[str, Any]:
     """Align, refit, align; returns what alignment measured."""
     keys = config.d_qk_at(tuned.index) < config.original_head_dim
@@ -119,14 +100,14 @@ def _refine_layer(
     tuned.outputs.write(_original_pass(tuned, wanted))
     measured: dict[str, Any] = {"layer": tuned.index}
     if choices.align and keys:
-        measured["attention_divergence"] = align_attention(tuned, choices.align, seed, steps)
+        measured["attention_divergence"] = align_attention(tuned, choices.align, seed, steps.advance)
         _put_back(tuned)
     if choices.refit and values:
         measured["refit_ridge"] = refit_outputs(tuned, wanted)
         _put_back(tuned)
     if choices.align and (keys or values):
         measured["output_error"] = align_output(
-            tuned, choices.align, seed + 1, steps, keys=keys, values=values
+            tuned, choices.align, seed + 1, steps.advance, keys=keys, values=values
         )
         _put_back(tuned)
     return measured

@@ -1,1 +1,1 @@
-"""What any long job needs: whole files or none, work that continues, fingerprints, records, recipes, devices."""
+"""What any long job needs: progress, whole files or none, work that continues, fingerprints, records, recipes, devices."""

@@ -5,6 +5,7 @@ Everything is written into a temporary sibling, flushed to disk and renamed at t
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -15,7 +16,14 @@ from typing import Any
 
 from kvlatent.jobs.apart import Inputs, check_apart
 
-__all__ = ["atomic_directory", "prepare_file", "prepare_output", "write_atomically", "write_text"]
+__all__ = [
+    "atomic_directory",
+    "prepare_file",
+    "prepare_output",
+    "read_json",
+    "write_atomically",
+    "write_text",
+]
 
 
 def prepare_output(
@@ -147,3 +155,15 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there complete or not at all."""
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is damaged; the sentence ends with the remedy.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, not JSON ({error}); {remedy}") from error

@@ -1,4 +1,7 @@
-"""What makes two runs the same: hashes of files, models and plans, and what differs between two plans."""
+"""What makes two runs the same: hashes of files, tokenizers, texts, models and plans, and what differs between two plans.
+
+Hashes of models and blocks are of cheap samples, so that they can be taken at every start.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["differences", "fingerprint", "identity", "model_fingerprint"]
+import numpy as np
+
+__all__ = [
+    "blocks_fingerprint",
+    "differences",
+    "file_sha256",
+    "fingerprint",
+    "identity",
+    "model_fingerprint",
+    "template_fingerprint",
+    "tokenizer_fingerprint",
+    "tokenizer_state",
+    "weights_fingerprints",
+]
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 
 
-def fingerprint(plan: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON-able mapping, independent of the order of its keys."""
+def fingerprint(plan: Any) -> str:
+    """SHA-256 of something JSON-able, independent of the order of keys."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
@@ -25,14 +41,15 @@ def identity(source: str | Path) -> str:
     """
     path = Path(source)
     if path.is_file():
-        return _sha256(path)
+        return file_sha256(path)
     if not path.is_dir():
         return f"hub:{source}"
     files = sorted({file for pattern in _MODEL_FILES for file in path.glob(pattern) if file.is_file()})
-    return fingerprint({file.name: _sha256(file) for file in files})
+    return fingerprint({file.name: file_sha256(file) for file in files})
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -54,6 +71,29 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else text[:12] + "..."
 
 
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """Vocabulary, merges and normalisation of a tokenizer, without what its last call left behind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for transient in ("truncation", "padding"):
+        state.pop(transient, None)
+    return state
+
+
+def tokenizer_fingerprint(tokenizer: Any, frame: tuple[list[int], list[int]]) -> str:
+    """Hash of what decides the ids of a text; `frame` are the ids put before and after every document."""
+    return fingerprint([type(tokenizer).__name__, frame, tokenizer_state(tokenizer)])
+
+
+def template_fingerprint(tokenizer: Any) -> str | None:
+    """Hash of what decides how conversations are written as text; None without a chat template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return None
+    described = json.dumps([template, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
 def model_fingerprint(model: Any) -> str:
     """Hash of a model's shape, its rotary settings and a sample of every weight; equal for equal checkpoints.
 
@@ -66,8 +106,31 @@ def model_fingerprint(model: Any) -> str:
     about |= {name: getattr(config, name, None) for name in ("sliding_window", "layer_types", "rms_norm_eps")}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(name.encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(_sample(tensor).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_fingerprints(model: Any) -> dict[str, str]:
+    """Hashes of the names and shapes of what a model trains ("trained"), and of what it does not with samples ("frozen")."""
+    frozen, trained = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained.update(f"{name} {tuple(parameter.shape)};".encode())
+        else:
+            frozen.update(f"{name} {tuple(parameter.shape)} {_sample(parameter).tolist()};".encode())
+    return {"trained": trained.hexdigest(), "frozen": frozen.hexdigest()}
+
+
+def _sample(tensor: Any) -> Any:
+    """64 evenly spaced entries in float32, on the CPU."""
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+
+
+def blocks_fingerprint(blocks: Any) -> str:
+    """Hash of the token ids of 64 evenly spaced blocks."""
+    digest = hashlib.sha256()
+    for index in range(0, len(blocks), max(1, len(blocks) // 64)):
+        digest.update(np.asarray(blocks[index]["input_ids"]).tobytes())
     return digest.hexdigest()

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from kvlatent.jobs.atomic import read_json
+
 __all__ = ["command_line", "environment", "joined_metrics", "read_record", "spoken_name"]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\\]*){0,2}")
@@ -97,10 +99,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, not JSON ({error}); remove it or restore it") from error
+    record = read_json(path, "remove it or restore it")
     if not isinstance(record, dict):
         raise ValueError(  # noqa: TRY004 - the command line shows ValueError as one sentence
             f"{path} is not the record of a run: it holds a {type(record).__name__}; remove it or restore it"

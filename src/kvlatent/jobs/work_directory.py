@@ -1,111 +1,140 @@
-"""The directory beside the output where an unfinished `compress` keeps what it has.
+"""A directory in which long work survives a kill: what it is of, and which steps are finished.
 
-`OUT.partial/plan.json` holds everything that decides the result. A step counts as finished when its JSON file is
-there; that file is written last, synced and put in place by a rename, so a kill at any moment leaves either the
-finished step or none. A second call with the same plan continues; one with another plan is refused.
+The plan file holds everything that decides the result. A step counts as finished when its JSON file is there; all files
+are written beside their place, synced and put there by a rename, so a kill at any moment leaves a finished step or none.
+A second call with the same plan continues; one with another is refused, and told what differs. `compress` and `train`
+have one beside their output (`OUT.partial`), each stage of training one in there, and a study the folder of its results.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvlatent.jobs.apart import Inputs, check_apart
-from kvlatent.jobs.atomic import prepare_output, write_text
+from kvlatent.jobs.atomic import prepare_output, read_json, write_text
 from kvlatent.jobs.fingerprints import differences
 
-__all__ = ["Workspace", "prepare_place"]
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+__all__ = ["WorkDirectory", "partial_of", "prepare_place"]
 
 
 def prepare_place(out: str | Path, overwrite: bool, inputs: Inputs) -> Path:
     """As `prepare_output`, of an output whose unfinished work stands beside it, which is replaced and removed, too."""
     place = prepare_output(out, overwrite, inputs)
-    check_apart(_beside(place), inputs)
+    check_apart(partial_of(place), inputs)
     return place
 
 
-def _beside(out: Path) -> Path:
+def partial_of(out: str | Path) -> Path:
+    """Where the unfinished work of an output is kept."""
+    out = Path(out).absolute()
     return out.with_name(out.name + ".partial")
 
 
-class Workspace:
-    """Files of one unfinished run.
+class WorkDirectory:
+    """Files of work that may be unfinished.
 
     Args:
-        out: the output directory the run works for; the workspace is its sibling `out.partial`.
+        path: the directory; made by `open`.
         plan: JSON-able mapping of everything that decides the result.
     """
 
-    def __init__(self, out: str | Path, plan: Mapping[str, Any]) -> None:
-        self.path = _beside(Path(out).absolute())
-        self.plan_file = self.path / "plan.json"
+    plan_name = "plan.json"
+    content = "an unfinished run"
+    anew = "pass --overwrite to start anew"
+    elsewhere = "move it, give another --out, or pass --overwrite to delete it"
+
+    def __init__(self, path: str | Path, plan: Mapping[str, Any]) -> None:
+        self.path = Path(path).absolute()
+        self.work = self.path  # where locks are
+        self.plan_file = self.path / self.plan_name
         self.plan = json.loads(json.dumps(plan))
 
     def open(self, *, overwrite: bool = False) -> bool:
-        """Make the directory, or continue in it; True when it held finished work of the same plan.
+        """Make the directory, or continue in it; returns whether it was made.
 
         Raises:
             FileExistsError: it is a file, or holds what is none of ours and `overwrite` is false.
             ValueError: it holds the work of another plan, or of a damaged one, and `overwrite` is false.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(
-                f"{self.path} is a file, and unfinished work is kept there; move it or give another --out"
-            )
-        if self.is_ours() and self._continues(overwrite):
-            return any(self.path.glob("step-*.json"))
-        if self.path.exists():
-            if not self.is_ours() and not overwrite:
-                self._check_no_stranger()
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        write_text(self.plan_file, json.dumps(self.plan, indent=2))
-        return False
+        if not self.is_ours():
+            self.check_strangers(overwrite)
+        elif (refusal := self._refusal()) is None:
+            return False
+        elif not overwrite:
+            raise ValueError(refusal)
+        if overwrite and self.path.exists():
+            self.remove()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.plan_file, json.dumps(self.document(), indent=2) + "\n")
+        return True
 
     def is_ours(self) -> bool:
-        """Whether the directory is there and a run made it."""
+        """Whether the directory is there and a call made it."""
         return self.plan_file.is_file()
 
-    def _continues(self, overwrite: bool) -> bool:
-        """Whether the plan on disk is this one; another, or a damaged one, is refused unless `overwrite`."""
-        try:
-            changed = differences(json.loads(self.plan_file.read_text(encoding="utf-8")), self.plan)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            if overwrite:
-                return False
-            raise ValueError(
-                f"{self.plan_file} is damaged, so the unfinished run beside it cannot be continued; pass --overwrite "
-                "to start anew"
-            ) from error
-        if changed and not overwrite:
-            raise ValueError(
-                f"{self.path} holds an unfinished run with another {', '.join(changed)}; call it with the same "
-                "arguments to continue, or pass --overwrite to start anew"
-            )
-        return not changed
-
-    def _check_no_stranger(self) -> None:
-        """Raise `FileExistsError` where the directory holds more than a plan whose writing was cut short."""
-        strangers = sorted(
-            file.name for file in self.path.iterdir() if not file.name.startswith(".plan.json.tmp-")
-        )
-        if strangers:
+    def check_strangers(self, overwrite: bool = False) -> None:
+        """Raise `FileExistsError` where there is a file, or more than a plan whose writing was cut short or is under way."""
+        if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(
-                f"{self.path} already holds something that is no unfinished run ({strangers[0]}); move it, give "
-                "another --out, or pass --overwrite to delete it"
+                f"{self.path} is a file, and {self.content} is kept there; move it or give another --out"
             )
+        files = sorted(self.path.iterdir()) if self.path.exists() else []
+        ours = (self.plan_file, self.work)
+        half = f".{self.plan_name}.tmp-"
+        strangers = [file.name for file in files if file not in ours and not file.name.startswith(half)]
+        if strangers and not overwrite:
+            what = self.content.partition(" ")[2]
+            raise FileExistsError(
+                f"{self.path} already holds something that is no {what} ({strangers[0]}); {self.elsewhere}"
+            )
+
+    def document(self) -> dict[str, Any]:
+        """What the plan file says."""
+        return self.plan
+
+    def stored_plan(self) -> dict[str, Any]:
+        """The plan that the directory was made for.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return read_json(self.plan_file, self.anew)
+
+    def _refusal(self) -> str | None:
+        """Why the work there is not that of this plan, or None."""
+        try:
+            changed = differences(self.stored_plan(), self.plan)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return (
+                f"{self.plan_file} is damaged, so {self.content} beside it cannot be continued; {self.anew}"
+            )
+        if not changed:
+            return None
+        return (
+            f"{self.path} holds {self.content} with another {', '.join(changed)}; call it with the same arguments to "
+            f"continue, or {self.anew}"
+        )
+
+    def step_file(self, step: str) -> Path:
+        """What is there once a step is finished."""
+        return self.path / f"step-{step}.json"
 
     def done(self, step: str) -> dict[str, Any] | None:
         """What a finished step left, or None."""
-        file = self.path / f"step-{step}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        file = self.step_file(step)
+        return read_json(file, "delete it to repeat that step") if file.is_file() else None
 
     def finish(self, step: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Mark a step as finished and return its figures."""
-        write_text(self.path / f"step-{step}.json", json.dumps(figures, indent=2))
+        write_text(self.step_file(step), json.dumps(figures, indent=2) + "\n")
         return dict(figures)
 
     def has_work(self) -> bool:
@@ -113,6 +142,29 @@ class Workspace:
         return any(self.path.glob("step-*.json")) or any(
             self.path.glob("stage*/checkpoint-*/trainer_state.json")
         )
+
+    def lock(self, name: str) -> FileLock:
+        """A lock between processes, not yet held; `with` waits for it. It goes when its process goes, however that ends."""
+        from filelock import FileLock
+
+        return FileLock(self.work / f"{name}.lock")
+
+    @contextmanager
+    def claim(self, step: str) -> Generator[bool]:
+        """Hold a step while it is worked on; yields whether this process has it (else another one does)."""
+        from filelock import Timeout
+
+        (self.work / "claims").mkdir(exist_ok=True)
+        lock = self.lock(f"claims/{step}")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def remove(self) -> None:
         """Delete the directory, its plan last, so that a kill on the way leaves a directory known as ours."""

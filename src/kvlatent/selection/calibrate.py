@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlatent.jobs.fingerprints import model_fingerprint
+from kvlatent.jobs.progress import Progress
 from kvlatent.model.assembly import full_width
 from kvlatent.model.families import parts_of
 from kvlatent.model.rotary import apply_rotary
@@ -36,7 +37,7 @@ def calibrate(
     *,
     rows: int = 32,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | Callable[[int, int], None] | None = None,
 ) -> Statistics:
     """Statistics of `model` over `blocks`; the model is left as it was.
 
@@ -47,7 +48,7 @@ def calibrate(
         rows: query positions sampled a block for the Gram matrices; 0 < rows. Memory and time grow with
             rows x T, not with T squared.
         seed: of the sampling.
-        progress: called with the blocks done and their number.
+        progress: told after every block; a function is called with the blocks done and their number.
 
     Raises:
         ValueError: too little text for the rank of the statistics, activations that are not finite, or a model that
@@ -67,6 +68,8 @@ def calibrate(
         )
     sums = [_MomentSums(attention) for attention in attentions]
     generator = torch.Generator().manual_seed(seed)
+    told = Progress.of(progress, ("done", "total"))
+    counter = told.step("calibrate", len(ids), tokens=ids.shape[1])
     with ExitStack() as hooks:
         for attention, one in zip(attentions, sums, strict=True):
             hooks.callback(attention.register_forward_pre_hook(one.add_attention, with_kwargs=True).remove)
@@ -79,8 +82,7 @@ def calibrate(
             batch = {"input_ids": ids[block, None], "position_ids": positions[block, None]}
             given = twin.model(**{name: t.to(model.device) for name, t in batch.items()}, use_cache=False)
             sums[-1].check(given.last_hidden_state, "final hidden states")
-            if progress is not None:
-                progress(block + 1, len(ids))
+            counter.advance()
     return Statistics(
         tuple(one.finish() for one in sums),
         ids.to("cpu", torch.int32),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,9 +14,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from kvlatent.jobs.fingerprints import fingerprint, template_fingerprint, tokenizer_fingerprint
+from kvlatent.jobs.progress import Progress
 from kvlatent.text import documents as text
 from kvlatent.text.packing import Documents, hold_out, write_blocks
-from kvlatent.text.tokenise import check_token_ids, template_identity, tokenise, tokenizer_identity
+from kvlatent.text.tokenise import check_token_ids, frame_of, tokenise
 
 _FORMAT = 1
 _PARTS = ("train", "held_out")
@@ -52,7 +53,7 @@ def prepare(
     text_field: str = "text",
     max_tokens: int | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | Callable[[int], None] | None = None,
 ) -> Corpus:
     """Tokenise and pack `source`, or reuse what an earlier call with the same arguments wrote.
 
@@ -87,17 +88,17 @@ def prepare(
         "block_size": block_size, "separator": separator, "held_out": held_out, "isolate": isolate,
         "least_held_out": least_held_out, "text_field": text_field, "max_tokens": max_tokens, "seed": seed, "format": _FORMAT,
     }  # fmt: skip
-    identity = [origin.fingerprint(), tokenizer_identity(tokenizer), options]
-    if not origin.is_plain() and (template := template_identity(tokenizer)) is not None:
+    identity = [origin.fingerprint(), tokenizer_fingerprint(tokenizer, frame_of(tokenizer)), options]
+    if not origin.is_plain() and (template := template_fingerprint(tokenizer)) is not None:
         identity.append(template)
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    directory = Path(cache_dir) / fingerprint[:32]
+    key = fingerprint(identity)
+    directory = Path(cache_dir) / key[:32]
     if not _is_complete(directory):
         stream = text.pieces(origin, separator=separator, text_field=text_field, tokenizer=tokenizer)
-        _build(directory, stream, tokenizer, origin.name, options, progress)
+        _build(directory, stream, tokenizer, origin.name, options, Progress.of(progress, ("tokens",)))
     about = json.loads((directory / "meta.json").read_text())
     check_token_ids(about.get("largest_id", 0), vocab_size, tokenizer)
-    return _open(directory, about["tokens"], fingerprint)
+    return _open(directory, about["tokens"], key)
 
 
 def evaluation_blocks(
@@ -126,12 +127,12 @@ def _is_complete(directory: Path) -> bool:
         return False
 
 
-def _open(directory: Path, tokens: dict[str, int], fingerprint: str) -> Corpus:
+def _open(directory: Path, tokens: dict[str, int], key: str) -> Corpus:
     parts: dict[str, Dataset | None] = dict.fromkeys(_PARTS)
     for part in _PARTS:
         if (directory / f"{part}.arrow").exists():
             parts[part] = Dataset.from_file(str(directory / f"{part}.arrow")).with_format("torch")
-    return Corpus(parts["train"], parts["held_out"], tokens["train"], tokens["held_out"], fingerprint)
+    return Corpus(parts["train"], parts["held_out"], tokens["train"], tokens["held_out"], key)
 
 
 def _build(
@@ -140,7 +141,7 @@ def _build(
     tokenizer: Any,
     name: str,
     options: dict[str, Any],
-    progress: Callable[[int], None] | None,
+    progress: Progress,
 ) -> None:
     """Write one cache entry beside its final name and rename it, so that no reader sees half of it."""
     directory.parent.mkdir(parents=True, exist_ok=True)

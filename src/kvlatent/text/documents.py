@@ -7,7 +7,6 @@ price is one word boundary per piece that the tokenizer cannot see across.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Generator, Iterable, Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvlatent.jobs.fingerprints import file_sha256
 from kvlatent.text.chat import FIELDS
 from kvlatent.text.fields import Document, documents
 
@@ -54,8 +54,7 @@ class TextSource:
         """Return a hash of the content: SHA-256 of a file, the builder's own hash of a dataset."""
         if self.path is None:
             return f"{self.name}:{self.builder.config.name}:{self.split}:{self.builder.hash}"
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(self.path)
 
 
 def resolve(source: str | Path) -> TextSource:

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvlatent.jobs.progress import Progress
 from kvlatent.text.documents import Piece
 from kvlatent.text.packing import Documents
 
 _BATCH_CHARACTERS = 1 << 20
 
 
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Hash what decides the ids: vocabulary, merges, normalisation and the tokens around a document."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for transient in ("truncation", "padding"):  # set by the last call, not by the tokenizer
-        state.pop(transient, None)
-    described = json.dumps([type(tokenizer).__name__, _frame(tokenizer), state], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()
-
-
-def template_identity(tokenizer: Any) -> str | None:
-    """Hash what decides how conversations are written as text; None without a chat template."""
-    template = getattr(tokenizer, "chat_template", None)
-    if template is None:
-        return None
-    described = json.dumps([template, tokenizer.special_tokens_map], sort_keys=True, default=str)
-    return hashlib.sha256(described.encode()).hexdigest()
-
-
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids put before and after every document that no chat template has written."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_begin = begin is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [begin]
@@ -50,14 +31,14 @@ def tokenise(
     path: Path,
     max_tokens: int | None,
     seed: int,
-    progress: Callable[[int], None] | None,
+    progress: Progress,
 ) -> Documents:
     """Write all ids to `path` as int32 and return every document's length and content hash.
 
     The hash covers a document's first piece: two documents that agree in their first 256 k characters
     count as copies, and a document cut short by max_tokens still matches its other copies.
     """
-    before, after = _frame(tokenizer)
+    before, after = frame_of(tokenizer)
     salt = seed.to_bytes(8, "little", signed=True)
     limit = math.inf if max_tokens is None else max_tokens
     lengths, keys, total = array("q"), array("Q"), 0
@@ -78,8 +59,7 @@ def tokenise(
                 total += len(framed)
                 if total >= limit:
                     return Documents(np.array(lengths), np.array(keys))
-            if progress is not None:
-                progress(total)
+            progress.report("tokenise", note=f"{total:,} tokens", tokens=total)
     return Documents(np.array(lengths), np.array(keys))
 
 

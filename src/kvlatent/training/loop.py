@@ -1,7 +1,7 @@
 """The training loop of both stages, a `transformers.Trainer`: one loop from one CPU to many GPUs.
 
-What differs from the stock loop, and why: the loss is a mean per token over the whole accumulated batch; a
-loss or gradient that is not finite ends the run before the optimiser sees it; checkpoints hold the trained
+What differs from the stock loop and its arguments, and why: the loss is a mean per token over the whole accumulated
+batch; a loss or gradient that is not finite ends the run before the optimiser sees it; checkpoints hold the trained
 tensors only; metrics go to a journal file instead of every checkpoint's state.
 """
 
@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.recipe import Recipe, Stage
 from kvlatent.training.resume import (
     WEIGHTS,
     last_complete_checkpoint,
@@ -31,10 +33,7 @@ from kvlatent.training.resume import (
 )
 from kvlatent.training.trainable import trainable_state
 
-__all__ = ["Progress", "StageTrainer", "collate"]
-
-Progress = Callable[[int, int, int, float, float], None]
-"""Called after every step with stage, step, total steps, tokens per second and the loss."""
+__all__ = ["StageTrainer", "collate", "training_arguments"]
 
 _DISK_SIGNS = (
     "No space left",
@@ -42,6 +41,52 @@ _DISK_SIGNS = (
     "inline_container",
     "unexpected pos",
 )  # torch names no cause
+
+
+def training_arguments(
+    settings: Stage, recipe: Recipe, stage: int, block_size: int, work_dir: Path, device: str
+) -> TrainingArguments:
+    """Upstream's arguments for one stage; `settings.tokens` is rounded up to whole optimiser steps."""
+    args = TrainingArguments(
+        output_dir=str(work_dir),
+        seed=recipe.seed + stage,
+        bf16=recipe.dtype == "bfloat16",
+        use_cpu=device == "cpu",
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon,
+        max_grad_norm=settings.max_grad_norm,
+        activation_checkpointing=settings.activation_checkpointing,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=settings.keep,
+        logging_strategy="steps",
+        logging_steps=settings.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite ends the run instead
+        include_num_input_tokens_seen="all",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0,
+        dataloader_pin_memory=device != "cpu",
+        ddp_find_unused_parameters=False,  # hook losses are not in the forward's output: True dies
+        disable_tqdm=True,
+        report_to="none",
+        max_steps=1,
+    )
+    if args.n_gpu > 1:
+        args._n_gpu = (
+            1  # one process uses one GPU; several go through torchrun (DataParallel breaks the hooks)
+        )
+    per_step = settings.batch_size * settings.gradient_accumulation * block_size * args.world_size
+    args.max_steps = math.ceil(settings.tokens / per_step)
+    args.warmup_steps = math.ceil(settings.warmup_ratio * args.max_steps)
+    return args
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -60,7 +105,7 @@ class StageTrainer(Trainer):
         blocks: rows with `input_ids`, `position_ids`, `labels` of one length.
         teacher: the original's causal language model on the same device, frozen, or None.
         journal: the metrics file, one JSON object per logged step.
-        progress: see `Progress`.
+        progress: told after every step.
     """
 
     stage: int
@@ -73,7 +118,7 @@ class StageTrainer(Trainer):
         blocks: Any,
         teacher: PreTrainedModel | None,
         journal: Path,
-        progress: Progress | None = None,
+        progress: Progress,
     ) -> None:
         self.decoder = decoder  # the Trainer's own reference becomes the wrapper under FSDP
         super().__init__(model=decoder, args=args, train_dataset=blocks, data_collator=collate)
@@ -227,15 +272,22 @@ class StageTrainer(Trainer):
 class _StepEnd(TrainerCallback):
     """Tells the caller about every step, and has the last step logged."""
 
-    def __init__(self, trainer: StageTrainer, progress: Progress | None) -> None:
+    def __init__(self, trainer: StageTrainer, progress: Progress) -> None:
         self.trainer, self.progress = trainer, progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
         if state.global_step >= state.max_steps:
             control.should_log = True
-        if self.progress is not None and state.is_world_process_zero:
-            self.progress(
-                self.trainer.stage, state.global_step, state.max_steps, self.trainer.tokens_per_second(), loss
+        if state.is_world_process_zero:
+            stage, speed = self.trainer.stage, self.trainer.tokens_per_second()
+            self.progress.report(
+                f"stage {'I' * stage}",
+                state.global_step,
+                state.max_steps,
+                f"{speed:,.0f} tokens/s, loss {loss:.4f}",
+                stage=stage,
+                tokens_per_second=speed,
+                loss=loss,
             )
         return control

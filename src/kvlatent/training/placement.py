@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvlatent.model.families import head_dim_of
 from kvlatent.training.trainable import merged_copy, shared_copy
 
-__all__ = ["check_teacher", "placed_teacher"]
+__all__ = ["check_teacher", "place_teacher"]
 
 _SAME = (
     "hidden_size",
@@ -55,7 +55,7 @@ def check_teacher(student: PretrainedConfig, teacher: PretrainedConfig | None) -
             )
 
 
-def placed_teacher(
+def place_teacher(
     student: PreTrainedModel, teacher: PreTrainedModel, dtype: str, device: torch.device
 ) -> PreTrainedModel:
     """Move the student to the device, in place, and give a frozen view of the teacher there, in evaluation

@@ -1,6 +1,7 @@
-"""Files of a training run that survive a kill: complete checkpoints, final weights, the metrics journal.
+"""A stage's directory, and its files that survive a kill: complete checkpoints, final weights, the metrics journal.
 
-Why: the Trainer writes straight into `checkpoint-N`, `trainer_state.json` last, and resumes from the highest
+Why: a resume takes the trained tensors from the directory and everything else from the model at hand; with a changed
+learning rate, text or frozen weight the result would belong to neither run, so `stage.json` says what the run is. And the Trainer writes straight into `checkpoint-N`, `trainer_state.json` last, and resumes from the highest
 N whatever its state; a kill during the write would end the run for good. Here a checkpoint counts only when
 every file of it is whole, broken ones are moved aside, and every file of our own appears in one rename.
 """
@@ -10,18 +11,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvlatent.jobs.atomic import write_atomically
+from kvlatent.jobs.atomic import write_atomically, write_text
+from kvlatent.jobs.work_directory import WorkDirectory
 
 __all__ = [
+    "JOURNAL",
+    "StageDirectory",
     "last_complete_checkpoint",
     "load_trainable",
     "missing_from",
@@ -32,7 +35,26 @@ __all__ = [
 ]
 
 WEIGHTS = "model.safetensors"
+JOURNAL = "metrics.jsonl"
 _PICKLED = ("optimizer.pt", "scheduler.pt")
+
+
+class StageDirectory(WorkDirectory):
+    """What one stage needs to go on after a kill, and once it is finished its trained tensors."""
+
+    plan_name = "stage.json"
+    content = "a stage"
+    anew = elsewhere = "delete that directory"
+
+    @property
+    def journal(self) -> Path:
+        """The metrics, one JSON object a logged step."""
+        return self.path / JOURNAL
+
+    @property
+    def final(self) -> Path:
+        """The trained tensors in fp32 of a finished stage, its summary in the header."""
+        return self.path / "final.safetensors"
 
 
 def last_complete_checkpoint(directory: str | Path, num_processes: int = 1) -> Path | None:
@@ -75,16 +97,11 @@ def missing_from(checkpoint: Path, num_processes: int = 1) -> str | None:
 
 
 def _whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says."""
+    """Whether the file is as long as its header says, which its reader checks."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        end = max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-        )
-        return path.stat().st_size == 8 + length + end
-    except (OSError, ValueError, struct.error, KeyError, TypeError, MemoryError, OverflowError):
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
         return False
 
 
@@ -106,8 +123,10 @@ def read_final(path: Path, module: nn.Module) -> dict[str, Any]:
     """Copy a stage's trained tensors into the module; returns the summary stored with them.
 
     Raises:
-        ValueError: the tensors are not those that the module trains.
+        ValueError: the file is damaged, or the tensors are not those that the module trains.
     """
+    if not _whole_safetensors(path):
+        raise ValueError(f"{path} is damaged; delete it to go on from the stage's last checkpoint")
     load_trainable(path, module)
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["summary"])
@@ -156,4 +175,4 @@ def trim_journal(path: Path, last_step: int) -> None:
     if not path.is_file():
         return
     kept = "".join(json.dumps(row) + "\n" for row in read_journal(path) if row["step"] <= last_step)
-    write_atomically(path, lambda file: file.write_text(kept, encoding="utf-8"))
+    write_text(path, kept)

@@ -1,8 +1,7 @@
 """Training a latent model: one stage on prepared blocks.
 
 `train_stage` is what `compress` calls twice and `kvlatent train` once; everything it needs to go on after a kill lies
-in its work directory: checkpoints, `metrics.jsonl`, `stage.json` (what the run is) and, once finished,
-`final.safetensors` (the trained tensors in fp32 with the summary in the header).
+in its work directory, see `StageDirectory`.
 """
 
 from __future__ import annotations
@@ -12,19 +11,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe, Stage, Stage2
-from kvlatent.training.arguments import training_arguments
-from kvlatent.training.claim import claim, stage_identity
-from kvlatent.training.loop import Progress, StageTrainer
-from kvlatent.training.placement import check_teacher, placed_teacher
-from kvlatent.training.resume import last_complete_checkpoint, read_final, read_journal, write_final
+from kvlatent.training.logit_loss import needs_teacher
+from kvlatent.training.loop import StageTrainer, training_arguments
+from kvlatent.training.placement import check_teacher, place_teacher
+from kvlatent.training.resume import (
+    StageDirectory,
+    last_complete_checkpoint,
+    read_final,
+    read_journal,
+    write_final,
+)
 from kvlatent.training.trainable import trainable_names, trainable_state
 from kvlatent.training.trainers import EndToEndTrainer, LayerTrainer
 
-__all__ = ["JOURNAL", "needs_teacher", "settings_of", "train_stage"]
-
-FINAL = "final.safetensors"
-JOURNAL = "metrics.jsonl"
+__all__ = ["settings_of", "train_stage"]
 
 
 def train_stage(
@@ -36,7 +39,7 @@ def train_stage(
     work_dir: str | Path,
     *,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | Report | None = None,
 ) -> dict[str, Any]:
     """Run one stage, or what is left of it, on a prepared model, in place.
 
@@ -54,7 +57,7 @@ def train_stage(
         recipe: `stage1` or `stage2`, `seed` and `dtype` are read.
         work_dir: of this stage alone.
         device: "cpu" or "cuda".
-        progress: called after every step with stage, step, total steps, tokens per second, loss.
+        progress: told after every step.
 
     Returns:
         stage, steps, tokens, minutes, first_loss, last_loss, tokens_per_second, and for stage I
@@ -71,33 +74,44 @@ def train_stage(
     _check(model, train_blocks)
     if compares:
         check_teacher(model.config, None if teacher is None else teacher.config)
-    work_dir = Path(work_dir)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    claim(work_dir, stage_identity(model, stage, settings, recipe, train_blocks))
+    place = StageDirectory(work_dir, _plan(model, stage, settings, recipe, train_blocks))
+    place.open()
     decoder = model.get_decoder()
-    if (work_dir / FINAL).is_file():
-        return read_final(work_dir / FINAL, decoder)
-    args = training_arguments(settings, recipe, stage, len(train_blocks[0]["input_ids"]), work_dir, device)
+    if place.final.is_file():
+        return read_final(place.final, decoder)
+    length = len(train_blocks[0]["input_ids"])
+    args = training_arguments(settings, recipe, stage, length, place.path, device)
     view = (
-        placed_teacher(model, teacher, recipe.dtype, args.device)
-        if compares and teacher is not None
-        else None
+        place_teacher(model, teacher, recipe.dtype, args.device) if compares and teacher is not None else None
     )
-    common = (decoder, args, train_blocks, view, work_dir / JOURNAL, progress)
+    common = (decoder, args, train_blocks, view, place.journal, Progress.of(progress))
     if isinstance(settings, Stage2):
         trainer: StageTrainer = EndToEndTrainer(
             *common, head=model.get_output_embeddings(), settings=settings
         )
     else:
         trainer = LayerTrainer(*common)
-    _run(trainer, work_dir)
+    _run(trainer, place.path)
     if settings.activation_checkpointing:
         decoder.activation_checkpointing_disable()
-    summary = _summary(read_journal(work_dir / JOURNAL))
+    summary = _summary(read_journal(place.journal))
     if trainer.is_world_process_zero():
-        write_final(work_dir / FINAL, trainable_state(decoder), summary)
+        write_final(place.final, trainable_state(decoder), summary)
     trainer.accelerator.wait_for_everyone()
     return summary
+
+
+def _plan(model: PreTrainedModel, stage: int, settings: Stage, recipe: Recipe, blocks: Any) -> dict[str, Any]:
+    """What decides the stage's result, apart from the trained tensors' start."""
+    return {
+        "stage": stage,
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "settings": settings.model_dump(mode="json", exclude={"save_steps", "keep", "log_steps"}),
+        "lora": recipe.lora.model_dump(mode="json"),
+        **weights_fingerprints(model),
+        "blocks": [len(blocks), blocks_fingerprint(blocks)],
+    }
 
 
 def settings_of(recipe: Recipe, stage: int) -> Stage:
@@ -109,11 +123,6 @@ def settings_of(recipe: Recipe, stage: int) -> Stage:
     if stage not in (1, 2):
         raise ValueError(f"there are two stages: got stage={stage!r}; choose 1 or 2")
     return recipe.stage1 if stage == 1 else recipe.stage2
-
-
-def needs_teacher(settings: Stage) -> bool:
-    """Whether the stage's loss looks at the original."""
-    return not (isinstance(settings, Stage2) and settings.objective == "next_token")
 
 
 def _check(model: PreTrainedModel, train_blocks: Any) -> None:

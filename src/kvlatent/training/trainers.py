@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kvlatent.jobs.recipe import Stage2
+from kvlatent.model.head import IGNORED
 from kvlatent.training.layer_loss import capture, layer_losses
-from kvlatent.training.logit_loss import stage2_loss
+from kvlatent.training.logit_loss import needs_teacher, stage2_loss
 from kvlatent.training.loop import StageTrainer
 
 __all__ = ["EndToEndTrainer", "LayerTrainer"]
@@ -66,27 +67,16 @@ class EndToEndTrainer(StageTrainer):
 
     def num_items(self, inputs: dict[str, Tensor]) -> Tensor:
         """Positions with a label."""
-        return inputs["labels"].ne(-100).sum()
+        return inputs["labels"].ne(IGNORED).sum()
 
     def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Mean over the labelled tokens."""
         call = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
         hidden = model(**call, use_cache=False).last_hidden_state
-        teacher: dict[str, Any] = {}
-        if self.settings.objective != "next_token":
+        teacher: list[Any] = []
+        if needs_teacher(self.settings):
             assert self.teacher is not None
             with torch.no_grad():
-                teacher["teacher_hidden"] = self.teacher.get_decoder()(
-                    **call, use_cache=False
-                ).last_hidden_state
-            teacher["teacher_head"] = self.teacher.get_output_embeddings()
-        return stage2_loss(
-            hidden,
-            self.head.weight,
-            self.head.bias,
-            inputs,
-            objective=self.settings.objective,
-            kl_weight=self.settings.kl_weight,
-            temperature=self.settings.temperature,
-            **teacher,
-        )
+                output = self.teacher.get_decoder()(**call, use_cache=False)
+            teacher = [output.last_hidden_state, self.teacher.get_output_embeddings()]
+        return stage2_loss(hidden, self.head, inputs["labels"], self.settings, *teacher)

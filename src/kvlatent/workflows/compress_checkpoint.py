@@ -15,7 +15,7 @@ from kvlatent.checkpoints.lineage import lineage
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.fingerprints import fingerprint, identity
 from kvlatent.jobs.record import command_line, environment, read_record, spoken_name
-from kvlatent.jobs.work_directory import Workspace, prepare_place
+from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import check_statistics
 from kvlatent.workflows.compress_steps import Run
@@ -79,7 +79,7 @@ def compress(
     # The place first, as it may hold the finished run; then what it holds.
     place = prepare_place(out, True, inputs)
     decides = _decides(plan, model, data, eval_data, statistics, eval_tokens)
-    workspace = Workspace(place, decides)
+    workspace = WorkDirectory(partial_of(place), decides)
     if (finished := _finished(place, workspace)) is not None:
         return finished
     prepare_output(out, overwrite)
@@ -167,7 +167,7 @@ def inputs_of(sources: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     return {**sources, "recipe": options.get("recipe")}
 
 
-def _finished(out: Path, workspace: Workspace) -> dict[str, Any] | None:
+def _finished(out: Path, workspace: WorkDirectory) -> dict[str, Any] | None:
     """The record of a run that was killed after its output appeared and before its workspace went."""
     try:
         found = read_record(out / "run.json") if workspace.is_ours() else None

@@ -23,7 +23,7 @@ from kvlatent.evaluation.perplexity import Perplexity
 from kvlatent.evaluation.quality import compare, measure, precision, speedometer
 from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.record import joined_metrics
-from kvlatent.jobs.work_directory import Workspace
+from kvlatent.jobs.work_directory import WorkDirectory
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.corpus import evaluation_blocks, prepare
 from kvlatent.text.parts import first_blocks, seen_share
@@ -44,7 +44,7 @@ class Run:
     held_out: Dataset
 
     def __init__(
-        self, plan: Plan, workspace: Workspace, progress: Progress, statistics: str | Path | None = None
+        self, plan: Plan, workspace: WorkDirectory, progress: Progress, statistics: str | Path | None = None
     ) -> None:
         self.plan, self.recipe, self.workspace, self.progress = plan, plan.recipe, workspace, progress
         self.statistics = statistics
@@ -165,9 +165,7 @@ class Run:
             self.recipe,
             self.workspace.path / f"stage{stage}",
             device=self.plan.device,
-            progress=lambda number, done, total, speed, loss: self.progress(
-                f"stage {'I' * number}", done, total, f"{speed:,.0f} tokens/s, loss {loss:.4f}"
-            ),
+            progress=self.progress,
         )
 
     def _save(

@@ -20,18 +20,20 @@ from kvlatent.checkpoints.save import save
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import choose_device
 from kvlatent.jobs.fingerprints import fingerprint, identity
+from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import command_line, environment, read_record
-from kvlatent.jobs.work_directory import Workspace, prepare_place
+from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig, table_scope
 from kvlatent.model.time_estimate import estimate_seconds, layer_size
 from kvlatent.selection.choices import BY_PAIRS, Choices
 from kvlatent.text.corpus import prepare
 from kvlatent.text.documents import resolve
-from kvlatent.training.loop import Progress
+from kvlatent.training.logit_loss import needs_teacher
 from kvlatent.training.placement import check_teacher
-from kvlatent.training.stages import JOURNAL, needs_teacher, settings_of, train_stage
+from kvlatent.training.resume import JOURNAL
+from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.training_history import history, in_place, joined_journal, options_of
@@ -98,7 +100,7 @@ def train(
     overrides: Iterable[str] = (),
     device: str = "auto",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Callable[[int, int, int, float, float], None] | None = None,
     announce: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train one stage of a latent checkpoint and write a new one; a second call goes on where the first was killed.
@@ -116,7 +118,7 @@ def train(
         overrides: `section.key=value`, for a recipe that is not a `Recipe`.
         device: "auto", "cpu" or "cuda".
         overwrite: replace `out` and an unfinished run of other arguments.
-        progress: as for `train_stage`.
+        progress: told after every step; a function is called with stage, step, steps, tokens per second and loss.
         announce: called with the plan once the arguments have passed their checks, before the work.
 
     Returns:
@@ -137,7 +139,8 @@ def train(
         "teacher": None if teacher is None else identity(teacher),
         "data": identity(data),
     }
-    space = Workspace(place, {**sources, "stage": stage, "recipe": plan.recipe.model_dump(mode="json")})
+    decides = {**sources, "stage": stage, "recipe": plan.recipe.model_dump(mode="json")}
+    space = WorkDirectory(partial_of(place), decides)
     if (summary := _finished(space, place, in_place(model, place))) is not None:
         return summary
     replace = overwrite or in_place(model, place)
@@ -156,7 +159,8 @@ def train(
     try:
         if announce is not None:
             announce(plan.summary())
-        student, tokenizer, summary = _run(space, plan, model, data, teacher, progress)
+        told = Progress.of(progress, ("stage", "done", "total", "tokens_per_second", "loss"))
+        student, tokenizer, summary = _run(space, plan, model, data, teacher, told)
         record |= history(previous, plan, summary)
         files = {
             "recipe.yaml": plan.recipe.dump_yaml(),
@@ -174,12 +178,12 @@ def train(
 
 
 def _run(
-    space: Workspace,
+    space: WorkDirectory,
     plan: Plan,
     model: str | Path,
     data: str | Path,
     teacher: str | Path | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Load everything and train; returns the trained model, its tokenizer and the stage's summary."""
     recipe, (stage,) = plan.recipe, plan.stages
@@ -202,7 +206,7 @@ def _run(
     return student, tokenizer, summary
 
 
-def _finished(space: Workspace, out: Path, replaced: bool) -> dict[str, Any] | None:
+def _finished(space: WorkDirectory, out: Path, replaced: bool) -> dict[str, Any] | None:
     """The summary of a run that was killed after its output appeared and before its workspace went.
 
     In place (`replaced`) the source's hash has changed with the output, so only the rest of the plan is compared. A
@@ -213,7 +217,7 @@ def _finished(space: Workspace, out: Path, replaced: bool) -> dict[str, Any] | N
     try:
         stored = json.loads(space.plan_file.read_text(encoding="utf-8"))
         record = read_record(out / "run.json") or {}
-    except (ValueError, RecursionError):  # damaged: `Workspace.open` says so, or `out` is not that run's
+    except (ValueError, RecursionError):  # damaged: `WorkDirectory.open` says so, or `out` is not that run's
         return None
     if record.get("fingerprint") != fingerprint(stored):
         return None

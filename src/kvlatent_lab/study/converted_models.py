@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from kvlatent.conversion.convert_model import convert
 from kvlatent.jobs.fingerprints import fingerprint
+from kvlatent.jobs.progress import Progress
 from kvlatent.selection.statistics import Statistics
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
-from kvlatent.workflows.steps import Progress, gathered, restored, write_attention
+from kvlatent.workflows.steps import gathered, restored, write_attention
 from kvlatent_lab.study.grid_cells import Cell, answers, recipe_of
 from kvlatent_lab.study.measuring import ratio_of
 from kvlatent_lab.study.subject import Subject
@@ -28,13 +29,12 @@ __all__ = ["converted", "forget", "trained"]
 
 def statistics_of(subject: Subject, cell: Cell, progress: Progress) -> Statistics:
     """Statistics over the calibration blocks that the cell's seed draws."""
-    path = subject.folder.work / f"statistics-seed{cell.seed}.safetensors"
-    with subject.folder.lock(path.stem):
-        if not path.is_file():
-            recipe = recipe_of(cell, subject.recipe)
-            found, _ = gathered(subject.model, subject.train_blocks, recipe, progress)
-            found.save(path, overwrite=True)
-    return Statistics.load(path)
+
+    def write(path: Path) -> None:
+        recipe = recipe_of(cell, subject.recipe)
+        gathered(subject.model, subject.train_blocks, recipe, progress)[0].save(path, overwrite=True)
+
+    return Statistics.load(subject.folder.shared_file(f"statistics-seed{cell.seed}.safetensors", write))
 
 
 def converted(subject: Subject, cell: Cell, progress: Progress) -> PreTrainedModel:
@@ -48,17 +48,14 @@ def converted(subject: Subject, cell: Cell, progress: Progress) -> PreTrainedMod
     sizes["qk_norm"] = subject.recipe.conversion.qk_norm
     if not choices.needs_statistics:
         return convert(subject.model, **sizes, seed=cell.seed)
-    path = subject.folder.work / f"{_conversion(subject, cell)}.safetensors"
-    with subject.folder.lock(path.stem):
-        if not path.is_file():
-            statistics = statistics_of(subject, cell, progress)
 
-            def report(step: str, done: int, total: int) -> None:
-                progress(step, done, total, "")
+    def write(path: Path) -> None:
+        statistics = statistics_of(subject, cell, progress)
+        latent = convert(subject.model, **sizes, statistics=statistics, seed=cell.seed, progress=progress)
+        write_attention(latent, path)
 
-            latent = convert(subject.model, **sizes, statistics=statistics, seed=cell.seed, progress=report)
-            write_attention(latent, path)
-    return restored(subject.model, path)
+    name = f"{_conversion(subject, cell)}.safetensors"
+    return restored(subject.model, subject.folder.shared_file(name, write))
 
 
 def _conversion(subject: Subject, cell: Cell) -> str:
@@ -102,9 +99,7 @@ def trained(
             recipe,
             _place(subject, cell) / f"stage{stage}",
             device=subject.device,
-            progress=lambda number, done, total, speed, loss: progress(
-                f"stage {'I' * number}", done, total, f"{speed:,.0f} tokens/s, loss {loss:.4f}"
-            ),
+            progress=progress,
         )
         figures["tokens_trained"] += summary["tokens"]
         figures["training_seconds"] += round(60 * summary["minutes"], 2)

@@ -25,7 +25,7 @@ import torch
 
 from kvlatent.checkpoints.save import save
 from kvlatent.evaluation.perplexity import Perplexity, summarise
-from kvlatent.workflows.steps import Progress
+from kvlatent.jobs.progress import Progress
 from kvlatent_lab.study.converted_models import forget, trained
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, widths_of
 from kvlatent_lab.study.measuring import paired
@@ -106,7 +106,7 @@ def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
         checkpoint, on_the_way = subject.source.model, {}
     else:
         checkpoint, on_the_way = _exported(subject, cell, progress)
-    progress(f"score, {cell.extra['press']}", 0, 0, "")
+    progress.report(f"score, {cell.extra['press']}")
     own = _scored(subject, checkpoint, cell)
     found = paired(_perplexity(own), _perplexity(original))
     tokens = own["context"] * len(own["losses"])

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvlatent.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
-from kvlatent.evaluation.quality import measure, speedometer
-from kvlatent.workflows.steps import Progress
+from kvlatent.evaluation.quality import measure
+from kvlatent.jobs.progress import Progress
 from kvlatent_lab.study.subject import Subject
 
 __all__ = ["measured", "paired", "ratio_of"]
@@ -26,9 +26,9 @@ def measured(
     """
     blocks = subject.blocks(part)
     original, reference = subject.original(part)
-    report = speedometer(progress, "measure", blocks)
+    step = progress.step("measure", len(blocks), tokens=subject.block_size)
     with subject.precision():
-        figures, result = measure(model, blocks, progress=report)
+        figures, result = measure(model, blocks, progress=step.to)
     size, whole = figures["cache_bytes_per_token"], original["cache_bytes_per_token"]
     found = paired(result, reference) | {
         "original_perplexity": original["perplexity"],

@@ -10,7 +10,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from kvlatent.workflows.steps import Progress
+from kvlatent.jobs.progress import Progress
 from kvlatent_lab.study.converted_models import trained
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, widths_of
 from kvlatent_lab.study.measuring import measured

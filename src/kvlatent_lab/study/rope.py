@@ -15,7 +15,6 @@ The paper draws the curves and measures no model with either table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +24,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.conversion.convert_model import convert
+from kvlatent.jobs.progress import Progress, Step
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import effective_table
 from kvlatent.model.rotary import attenuation, standard_exponents
 from kvlatent.model.table import RotaryTable
 from kvlatent.selection.latent_config import choose
-from kvlatent.workflows.steps import Progress
 from kvlatent_lab.study.converted_models import trained
 from kvlatent_lab.study.folder import numeric
 from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, answers, widths_of
@@ -78,14 +77,11 @@ def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     found = measured(subject, model, progress) | on_the_way
     found |= curve_figures(subject.model.config, latent_config_of(model.config))
     for name, measure in (("order", order_of), ("needle", needle_of)):
-
-        def report(done: int, total: int, name: str = name) -> None:
-            progress(name, done, total, "")
-
+        step = progress.step(name)
         original = subject.remembered(
-            f"{name}-original", lambda m=measure, r=report: m(subject, subject.model, r)
+            f"{name}-original", lambda m=measure, s=step: m(subject, subject.model, s)
         )
-        own = measure(subject, model, report)
+        own = measure(subject, model, step)
         found |= compared(name, original, own)
     return found
 
@@ -143,22 +139,18 @@ def _curve(table: RotaryTable, positions: Tensor) -> Tensor:
     return attenuation(torch.tensor(table.short, dtype=torch.float64), positions)
 
 
-def order_of(
-    subject: Subject, model: PreTrainedModel, progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+def order_of(subject: Subject, model: PreTrainedModel, step: Step) -> dict[str, Any]:
     """Order sensitivity on the reported text."""
     from kvlatent.evaluation.checks.word_order import order
 
     length = min(256, subject.block_size)
     return order(
         model, _ids(subject), subject.tokenizer, depths=_DEPTHS, length=length, trials=_TRIALS["order"],
-        progress=progress,
+        progress=step.to,
     )  # fmt: skip
 
 
-def needle_of(
-    subject: Subject, model: PreTrainedModel, progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+def needle_of(subject: Subject, model: PreTrainedModel, step: Step) -> dict[str, Any]:
     """Needle in the reported text, at a quarter of the context and at all of it (4,096 tokens at the most)."""
     from kvlatent.evaluation.checks.needle import needle
 
@@ -167,7 +159,7 @@ def needle_of(
     trials = _TRIALS["needle"]
     return needle(
         model, subject.tokenizer, haystack=_ids(subject), contexts=contexts, depths=_DEPTHS, trials=trials,
-        progress=progress,
+        progress=step.to,
     )  # fmt: skip
 
 

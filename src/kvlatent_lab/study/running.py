@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import environment
-from kvlatent.workflows.steps import Progress
 from kvlatent_lab.study.converted_models import forget
-from kvlatent_lab.study.folder import Folder
+from kvlatent_lab.study.folder import StudyFolder, numeric
 from kvlatent_lab.study.grid_cells import Cell
 from kvlatent_lab.study.request import Request, request
 from kvlatent_lab.study.subject import Subject
@@ -42,7 +42,7 @@ def study(
     device: str = "auto",
     python: str | None = None,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Report | None = None,
 ) -> dict[str, Any]:
     """Run a study, or what is left of it; every cell is one JSON file in `out`.
 
@@ -66,7 +66,7 @@ def study(
         device: "auto", "cpu" or "cuda".
         python: interpreter of an environment with kvpress (token-eviction only).
         dry_run: name the cells, and write nothing.
-        progress: called with the cell and its step, how much of it is done, of how much (0: unknown), and a note.
+        progress: told of every step, which is named after its cell.
 
     Returns:
         {"study", "out", "cells": names in order, "finished": names, "measured": by this call, "elsewhere": being measured
@@ -98,10 +98,10 @@ def study(
     needs = asked.grid.requires
     tools = None if needs is None or dry_run else needs(python)
     inputs = {"model": asked.source.model, "data": data, "eval-data": eval_data, "recipe": recipe}
-    folder = Folder(out, asked.grid.name, asked.decides(tools), inputs)
-    run = Run(asked, folder, tools, progress or (lambda *_: None))
+    folder = StudyFolder(out, asked.grid.name, asked.decides(tools), inputs)
+    run = Run(asked, folder, tools, Progress.of(progress))
     if not dry_run:
-        made = folder.open()
+        made = folder.join()
         try:
             with _threads(threads):
                 run.until_done(limit)
@@ -133,11 +133,11 @@ class Run:
     Args:
         asked: the call; folder: of the results.
         tools: what `Grid.requires` returned.
-        progress: see `Progress`.
+        progress: told of every step.
     """
 
     def __init__(
-        self, asked: Request, folder: Folder, tools: dict[str, Any] | None, progress: Progress
+        self, asked: Request, folder: StudyFolder, tools: dict[str, Any] | None, progress: Progress
     ) -> None:
         self.asked, self.folder, self.tools, self.progress = asked, folder, tools, progress
         self.subject: Subject | None = None
@@ -199,11 +199,9 @@ class Run:
         wall, cpu = time.monotonic(), _cpu_seconds()
         failed: dict[str, str] = {}
         try:
-            figures = asked.grid.figures(
-                subject,
-                cell,
-                lambda step, done, total, note: self.progress(f"{place}: {step}", done, total, note),
-            )
+            figures = asked.grid.figures(subject, cell, self.progress.within(place))
+            if not numeric(figures):
+                raise ValueError("a figure is not a finite number")
         except ValueError as error:
             figures, failed = {}, {"failed": str(error).replace(f"{self.folder.work}/", "")}
         record = {
@@ -217,15 +215,16 @@ class Run:
             **failed,
         }
         self.folder.finish(
+            cell.name,
             {
                 "kind": "study",
                 "study": asked.grid.name,
                 "cell": cell.name,
-                "model": {"name": asked.source.name, "fingerprint": self.folder.decides["model"]},
+                "model": {"name": asked.source.name, "fingerprint": self.folder.plan["model"]},
                 "settings": cell.settings,
                 "figures": figures,
                 "record": record,
-            }
+            },
         )
         forget(subject, cell)
         self.measured.append(cell.name)
@@ -236,10 +235,10 @@ class Run:
         """What the call did and found; see `study`."""
         names = [cell.name for cell in self.asked.cells]
         damaged = set(self.redone) - set(self.measured)
-        finished = [name for name in names if self.folder.file(name).is_file() and name not in damaged]
+        finished = [name for name in names if self.folder.step_file(name).is_file() and name not in damaged]
         return {
             "study": self.asked.grid.name,
-            "out": str(self.folder.out),
+            "out": str(self.folder.path),
             "cells": names,
             "finished": finished,
             "measured": self.measured,

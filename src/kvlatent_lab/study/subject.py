@@ -30,7 +30,7 @@ from kvlatent.text.corpus import evaluation_blocks, prepare
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import first_blocks
 from kvlatent.text.standard_library import model_path, stdlib_documents
-from kvlatent_lab.study.folder import Folder
+from kvlatent_lab.study.folder import StudyFolder
 
 __all__ = ["Source", "Subject", "source_of"]
 
@@ -121,7 +121,7 @@ class Subject:
     def __init__(
         self,
         source: Source,
-        folder: Folder,
+        folder: StudyFolder,
         recipe: Recipe,
         *,
         eval_tokens: int,
@@ -139,10 +139,7 @@ class Subject:
 
     def remembered(self, name: str, compute: Callable[[], Any]) -> Any:
         """What `compute` returned when it was first called under that name in this folder (JSON-able)."""
-        path = self.folder.work / f"{name}.json"
-        with self.folder.lock(name):
-            if not path.is_file():
-                write_text(path, json.dumps(compute()))
+        path = self.folder.shared_file(f"{name}.json", lambda path: write_text(path, json.dumps(compute())))
         return json.loads(path.read_text(encoding="utf-8"))
 
     @cached_property
@@ -213,11 +210,13 @@ class Subject:
     def _files(self) -> tuple[Path | str, Path | str | None]:
         if self.source.data is not None:
             return self.source.data, self.source.eval_data
-        files = {split: self.folder.work / f"stdlib_{split}.jsonl" for split in ("train", "held_out")}
-        for split, path in files.items():
-            if not path.is_file():
-                write_text(path, stdlib_lines(split))
-        return files["train"], files["held_out"]
+
+        def file(split: str) -> Path:
+            return self.folder.shared_file(
+                f"stdlib_{split}.jsonl", lambda path: write_text(path, stdlib_lines(split))
+            )
+
+        return file("train"), file("held_out")
 
     def original(self, part: str = "reported") -> tuple[dict[str, Any], Perplexity]:
         """Figures and perplexity of the original on a part of the text, measured once."""

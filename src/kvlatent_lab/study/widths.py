@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvlatent.workflows.steps import Progress
+from kvlatent.jobs.progress import Progress
 from kvlatent_lab.study.converted_models import trained
 from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, widths_of
 from kvlatent_lab.study.measuring import measured
