@@ -18,6 +18,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.evaluation.check import (
+    BATCH_SIZE,
+    DATA,
+    Argument,
+    Check,
+    Levels,
+    Report,
+    Request,
+    Settings,
+    grid_mean,
+)
 from kvlatent.evaluation.checks.haystack import (
     Needle,
     generated_text,
@@ -25,6 +36,7 @@ from kvlatent.evaluation.checks.haystack import (
     random_needles,
     written_needles,
 )
+from kvlatent.evaluation.evidence import Figures, score_sign
 from kvlatent.evaluation.sequences import (
     at_the_ends,
     check_counts,
@@ -37,11 +49,12 @@ from kvlatent.evaluation.sequences import (
 )
 from kvlatent.model.time_estimate import rows_at_once
 
-__all__ = ["check_needle", "default_contexts", "needle", "needle_drop"]
+__all__ = ["CHECK", "check_needle", "default_contexts", "needle", "needle_drop"]
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-_SHORTEST = 128
+_SHORTEST = 128  # of the contexts that nobody chose; two checks of position then take a minute, not five
+_TRIALS = (2, 4, 8)  # that nobody chose
 _MOST_ROWS = 8
 _HAYSTACKS = 16  # so many contexts of a text are looked at, whatever other contexts are measured
 _SETTINGS = ("contexts", "depths", "trials", "needle_tokens", "cue_tokens", "template", "seed")
@@ -109,11 +122,11 @@ def needle(
     for place, context in enumerate(lengths):
         rows = planted_rows(needles, stream[: _HAYSTACKS * context], lead, context, depths, seed)
         at_once = batch_size or rows_at_once(model, context, _MOST_ROWS)
-        found = at_the_ends(
+        answers = at_the_ends(
             model, rows, keep, _hits_and_ranks, batch_size=at_once,
             advance=lambda done, context=context: advance(done * context),
         )  # fmt: skip
-        for index, (hits, ranks) in enumerate(found):
+        for index, (hits, ranks) in enumerate(answers):
             trial, depth = divmod(index, len(depths))
             answer = slice(keep - len(needles[trial].value), keep)
             exact[place, depth, trial], rank[place, depth, trial] = hits[answer].all(), ranks[answer].mean()
@@ -214,3 +227,79 @@ def _hits_and_ranks(logits: Tensor, target: Tensor) -> Tensor:
     above, level = (logits > own).sum(-1), (logits == own).sum(-1) - 1
     hits = logits.argmax(-1) == target
     return torch.stack([hits.float(), 1 / (1 + above + level / 2)], dim=1)
+
+
+def _options(request: Request, settings: Settings) -> Settings:
+    given = {name: request.given[name] for name in ("template", "batch_size")}
+    return settings | given | {"seed": request.seed}
+
+
+def _refuse(request: Request, settings: Settings) -> None:
+    for model in request.models.values():
+        check_needle(model.config, request.tokenizer, **_options(request, settings))
+
+
+def _run(request: Request, settings: Settings, start: Callable[[str], Report]) -> Figures:
+    """Needles in the text, asked of each."""
+    return {
+        role: {
+            "needle": needle(
+                model, request.tokenizer, haystack=request.text.documents, progress=start(f"needle, {role}"),
+                **_options(request, settings),
+            )
+        }
+        for role, model in request.models.items()
+    }  # fmt: skip
+
+
+def _extents(request: Request) -> Levels:
+    """The short and one longer context, the longest the model's own; fewer trials where that is too much."""
+    most, contexts, limit = _TRIALS[-1], request.given["contexts"], request.limit
+    if contexts is not None or limit is None:
+        lengths = [length for length in contexts or () if length > 0]
+        seconds = sum(request.seconds(n, most * len(DEPTHS)) for n in lengths)
+        return [({"contexts": contexts, "trials": most}, seconds)]
+    short = min(_SHORTEST, limit)
+    grid: list[tuple[tuple[int, ...], int]] = [((short,), trials) for trials in _TRIALS]
+    powers = [1 << power for power in range(short.bit_length(), limit.bit_length()) if 1 << power < limit]
+    grid += [((short, longest), most) for longest in (*powers, limit) if longest > short]
+    return [
+        (
+            {"contexts": list(lengths), "trials": trials},
+            sum(request.seconds(n, trials * len(DEPTHS)) for n in lengths),
+        )
+        for lengths, trials in grid
+    ]
+
+
+CHECK = Check(
+    name="needle",
+    arguments=(
+        DATA,
+        BATCH_SIZE,
+        Argument(
+            "contexts",
+            list,
+            "Contexts of the needle; by default 128 and as much of the model's own as two minutes hold.",
+        ),
+        Argument("template", str, "A needle in words, with {key} and {value}."),
+    ),
+    refuse=_refuse,
+    run=_run,
+    extents=_extents,
+    may_be_left_out=True,
+    units={"trials": "trials"},
+    more=lambda request: f"--contexts {request.limit} for the whole context",
+    rows=lambda _: {
+        "needle, exact": lambda f: grid_mean(f["needle"]["exact"]),
+        "needle, reciprocal rank": lambda f: grid_mean(f["needle"]["rank"]),
+    },
+    signs={
+        "positional confusion": score_sign(
+            "needle",
+            {"rank": 0.0, "exact": 0.0},
+            "for distant tokens widen keys and values (--d-qk, --d-vo or --kv) and train stage II on blocks as long as "
+            "the contexts in use (--set data.block_size=N)",
+        )
+    },
+)
