@@ -225,7 +225,7 @@ def test_tasks_are_found_before_anything_is_measured(place, measured, monkeypatc
     options = {"include_path": tmp_path, "tasks": ["colour"]}
     with pytest.raises(ValueError, match="no task 'colour'; names like it: colours"):
         standard_evaluation(place / "latent", place / "text.txt", **options)
-    with pytest.raises(ValueError, match="limit is at least 1: got 0; raise it or leave it out"):
+    with pytest.raises(ValueError, match="limit must be at least 1: got limit=0; raise it or leave it out"):
         standard_evaluation(place / "latent", place / "text.txt", **options, limit=0)
     with pytest.raises(ValueError, match="the task 'colours' cannot be read"):  # it has no data
         standard_evaluation(place / "latent", checks=[], **options | {"tasks": ["colours"]})

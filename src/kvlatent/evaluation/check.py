@@ -27,6 +27,7 @@ __all__ = [
     "Request",
     "Settings",
     "grid_mean",
+    "run_each",
     "with_error",
 ]
 
@@ -88,6 +89,9 @@ class Request:
         )
 
 
+Run = Callable[[Request, Settings, Callable[[str], Report]], Figures]
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that is measured.
@@ -95,14 +99,15 @@ class Check:
     Args:
         name: on the command line and in the document.
         arguments: that it understands; one with `DATA` reads the text.
-        refuse: raises, before any model runs, what `run` would raise for its arguments.
-        run: measures; of what it is given, the last starts a step of a name and returns what to report to. Its figures
-            stand by role ("latent", "original"), those of the pair beside them.
+        refuse: raises, before any model runs, what `run` would raise for its `options`.
+        run: measures with its `options`; what it is given last starts a step of a name and returns what to report to.
+            Its figures stand by role ("latent", "original"), those of the pair beside them.
         extents: how much could be measured; without, it is as much as the arguments say, and no time is set aside.
         may_be_left_out: where even its smallest extent takes too long and nobody named it or an argument of its alone.
         units: of its settings, in a sentence that says how many are left out.
         more: how to get all of it, in the same sentence.
         needs_original: it compares the two models.
+        is_random: it draws, and takes a seed.
         asked_by: the argument that asks for it; without, it is measured unless others are named.
         rows: of the listing, by label, what is shown of the figures of a model that was measured; given the latent one's.
         lines: sentences below the listing, from all figures.
@@ -112,20 +117,52 @@ class Check:
     name: str
     arguments: tuple[Argument, ...]
     refuse: Callable[[Request, Settings], Any]
-    run: Callable[[Request, Settings, Callable[[str], Report]], Figures]
+    run: Run
     extents: Callable[[Request], Levels] | None = None
     may_be_left_out: bool = False
     units: Mapping[str, str] = field(default_factory=dict)
     more: Callable[[Request], str] | None = None
     needs_original: bool = False
+    is_random: bool = True
     asked_by: str | None = None
     rows: Callable[[Figures], Mapping[str, Callable[[Figures], str]]] = lambda _: {}
     lines: Callable[[Figures], list[str]] = lambda _: []
     signs: Mapping[str, Callable[[Figures, list[str]], Sign]] = field(default_factory=dict)
 
+    def options(self, request: Request, settings: Settings) -> Settings:
+        """What `refuse` and `run` are given: its settings, and the arguments that only reach a measurement."""
+        shared = {DATA.name, BLOCK_SIZE.name, self.asked_by}
+        given = {each.name: request.given[each.name] for each in self.arguments if each.name not in shared}
+        return given | settings | ({"seed": request.seed} if self.is_random else {})
+
     def understands(self, name: str) -> bool:
         """Whether it has an argument of that name."""
         return any(argument.name == name for argument in self.arguments)
+
+
+def run_each(
+    name: str,
+    measure: Callable[[Any, Request, Report, Settings], Any],
+    compare: Callable[[Any, Any], Any] | None = None,
+) -> Run:
+    """A check's `run` that measures one model after the other.
+
+    Args:
+        name: of the check, under which the figures stand.
+        measure: of a model, with the check's `options`.
+        compare: of the original's figures and the latent model's.
+    """
+
+    def run(request: Request, options: Settings, start: Callable[[str], Report]) -> Figures:
+        figures: dict[str, Any] = {
+            role: {name: measure(model, request, start(f"{name}, {role}"), options)}
+            for role, model in request.models.items()
+        }
+        if compare is not None and "original" in figures:
+            figures[name] = compare(figures["original"][name], figures["latent"][name])
+        return figures
+
+    return run
 
 
 def with_error(value: float, error: float | None, digits: int = 3) -> str:

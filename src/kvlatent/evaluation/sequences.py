@@ -28,6 +28,7 @@ __all__ = [
     "leading_ids",
     "mean_and_error",
     "ordinary_ids",
+    "shortest_context",
     "token_stream",
 ]
 
@@ -72,6 +73,12 @@ def token_stream(text: Sequence[int] | Iterable[str], tokenizer: Any, enough: in
 def context_limit(config: Any) -> int | None:
     """The longest sequence of a model in tokens; None where its config names none."""
     return getattr(config, "max_position_embeddings", None)
+
+
+def shortest_context(models: Iterable[Any]) -> int | None:
+    """The shortest context of several models; None where their configs name none."""
+    limits = [context_limit(model.config) for model in models]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def check_counts(**counts: tuple[int, int]) -> None:

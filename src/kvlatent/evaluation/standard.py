@@ -26,7 +26,7 @@ from kvlatent.evaluation.extent import Extent, choose_extent
 from kvlatent.evaluation.perplexity import Perplexity
 from kvlatent.evaluation.quality import measure, measure_models, speedometer
 from kvlatent.evaluation.scored_text import ScoredText
-from kvlatent.evaluation.sequences import check_counts, context_limit
+from kvlatent.evaluation.sequences import check_counts, shortest_context
 from kvlatent.jobs.record import environment
 
 __all__ = ["evaluate", "standard_evaluation"]
@@ -157,7 +157,7 @@ def standard_evaluation(
     tokenizer = tokenizer or _load_tokenizer(model, models["latent"])
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         text = ScoredText(data, separator, text_field, Path(folder), tokenizer)
-        window, limit = _choose_window(models, given["block_size"]), _shortest_context(models)
+        window, limit = _choose_window(models, given["block_size"]), shortest_context(models.values())
         request = Request(models, tokenizer, text, given, window, limit, seed)
         extent = choose_extent(request, chosen, optional=checks is None)
         chosen = [check for check in chosen if check.extents is None or check.name in extent.measured]
@@ -234,15 +234,9 @@ def _choose_checks(names: Sequence[str] | None, given: Mapping[str, Any], paired
     return chosen
 
 
-def _shortest_context(models: Mapping[str, Any]) -> int | None:
-    """Of all models; None where their configs name none."""
-    limits = [context_limit(model.config) for model in models.values()]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def _choose_window(models: Mapping[str, Any], size: int | None) -> int:
     """Tokens of a window that all models can read; None takes 512, or the context where that is shorter."""
-    limit = _shortest_context(models)
+    limit = shortest_context(models.values())
     default = min(_WINDOW, limit or _WINDOW)
     if size is not None and (size < 2 or (limit is not None and size > limit)):
         context = "" if limit is None else f", the model's context has {limit}"
@@ -258,7 +252,7 @@ def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
     if request.given["batch_size"] is not None:
         check_counts(batch_size=(request.given["batch_size"], 1))
     for check in checks:
-        check.refuse(request, extent.measured.get(check.name, {}))
+        check.refuse(request, check.options(request, extent.measured.get(check.name, {})))
     if any(check.understands(DATA.name) for check in checks):
         _ = request.text.documents  # a text that cannot be read, or holds none
 
@@ -277,7 +271,8 @@ def _measure(
 
     figures: dict[str, Any] = {role: {} for role in request.models}
     for check in checks:
-        measured = dict(check.run(request, extent.measured.get(check.name, {}), start))
+        options = check.options(request, extent.measured.get(check.name, {}))
+        measured = dict(check.run(request, options, start))
         for role in figures.keys() & request.models.keys() & measured.keys():
             figures[role] |= measured.pop(role)
         figures |= measured

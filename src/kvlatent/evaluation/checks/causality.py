@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.load import check_block_size
-from kvlatent.evaluation.check import Check, Levels, Report, Request, Settings
+from kvlatent.evaluation.check import Check, Levels, Report, Request, Settings, run_each
 from kvlatent.evaluation.evidence import Figures, Sign, figure, figure_of
 from kvlatent.evaluation.sequences import evaluation_mode
 
@@ -62,13 +60,8 @@ def _length(request: Request) -> int:
     return min(_TOKENS, request.limit or _TOKENS)
 
 
-def _run(request: Request, _: Settings, start: Callable[[str], Report]) -> Figures:
-    """Whether each looks ahead."""
-    figures = {}
-    for role, model in request.models.items():
-        start(f"causality, {role}")
-        figures[role] = {"causality": causality(model, length=_length(request), seed=request.seed)}
-    return figures
+def _measure(model: PreTrainedModel, request: Request, _: Report, options: Settings) -> float:
+    return causality(model, length=_length(request), **options)
 
 
 def _extents(request: Request) -> Levels:
@@ -97,7 +90,7 @@ CHECK = Check(
     name="causality",
     arguments=(),
     refuse=lambda *_: None,  # nobody chooses anything
-    run=_run,
+    run=run_each("causality", _measure),
     extents=_extents,
     rows=lambda _: {"past logits moved by the future": lambda f: f"{f['causality']:.3g}"},
     signs={"non-causal": _sign},

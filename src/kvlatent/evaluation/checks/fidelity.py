@@ -59,7 +59,6 @@ def fidelity(
     batch_size: int | None = None,
     rows: int = 64,
     seed: int = 0,
-    layers: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Compare a latent model with its original, on blocks from `kvlatent.text`.
@@ -70,21 +69,18 @@ def fidelity(
     compared on query rows that see two keys or more; softmax over keys, mean over heads and rows.
 
     Args:
-        original, latent: on one device; models of one vocabulary and, with `layers`, one shape. They are left as they
-            were.
+        original, latent: on one device, of one vocabulary and one shape; they are left as they were. The original runs
+            as its full-width latent twin.
         blocks: `[i : j]` has input_ids, position_ids and labels, [j - i, T]; positions that restart separate
             documents.
         batch_size: blocks a step; None takes 4, fewer of a large model.
         rows: query rows sampled a block, the same of both models and in all layers.
         seed: of the sampling.
-        layers: compare layer by layer, which runs the original as its full-width latent twin. Without, any two causal
-            models do.
         progress: called with the blocks done and their number.
 
     Returns:
         `kl` (original from latent, mean nats a token) and `kl_standard_error` (blocks as clusters; None for one
-        block), `top1_agreement` (share of tokens with equal argmax), `tokens`, and `layers`, one dict a layer (none
-        without `layers`): `layer`, `relative_error`, `attention_kl`, `entropy_original` and `entropy_latent` (nats),
+        block), `top1_agreement` (share of tokens with equal argmax), `tokens`, and `layers`, one dict a layer: `layer`, `relative_error`, `attention_kl`, `entropy_original` and `entropy_latent` (nats),
         `entropy_ratio` (latent over original; None where the original's is 0), `uniformity_original` and
         `uniformity_latent` (entropy over the log of the keys seen: 1 is uniform).
 
@@ -92,12 +88,12 @@ def fidelity(
         ValueError: vocabularies or shapes that differ, blocks longer than the context, nothing to predict, no row that
             sees two keys, logits that are not finite, batch_size or rows below 1.
     """
-    check_fidelity(original, latent, batch_size=batch_size, rows=rows, seed=seed, layers=layers)
-    pair = (as_latent(original), as_latent(latent)) if layers else (original, latent)
+    check_fidelity(original, latent, batch_size=batch_size, rows=rows, seed=seed)
+    pair = as_latent(original), as_latent(latent)
     if batch_size is None:
         longest = max(map(len, blocks[0:1]["input_ids"]), default=1)
         batch_size = rows_at_once(original, longest, _MOST_BLOCKS, scored=True)
-    sums = [LayerSums() for _ in pair[0].model.layers] if layers else []
+    sums = [LayerSums() for _ in pair[0].model.layers]
     generator = torch.Generator().manual_seed(seed)
     divergences: list[float] = []
     counts: list[int] = []
@@ -106,14 +102,8 @@ def fidelity(
     with evaluation_mode(*pair):
         for ids, positions, labels in _batches(blocks, batch_size, original.device):
             check_block_size(original.config, ids.shape[1])
-            if layers:
-                chosen = sampled_rows(positions, rows, generator)
-                hidden = in_lockstep(pair, ids, positions, chosen, sums)
-            else:
-                hidden = [
-                    m.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-                    for m in pair
-                ]
+            chosen = sampled_rows(positions, rows, generator)
+            hidden = in_lockstep(pair, ids, positions, chosen, sums)
             for block in range(len(ids)):
                 counted = labels[block] != IGNORED
                 divergence, same = _compare_tokens(pair, [states[block, counted] for states in hidden])
@@ -140,7 +130,6 @@ def check_fidelity(
     batch_size: int | None = None,
     rows: int = 64,
     seed: int = 0,
-    layers: bool = True,
 ) -> None:
     """Raise what `fidelity`, which has the same arguments, raises before anything runs."""
     check_counts(seed=(seed, 0))
@@ -149,12 +138,12 @@ def check_fidelity(
     if rows < 1:
         raise ValueError(f"attention is compared on at least 1 query row a block: got rows={rows}; try 64")
     check_same_vocabulary(original, latent)
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size") if layers else ():
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         sizes = [getattr(model.config, name) for model in (original, latent)]
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"layers are compared one to one, so both models must have the same {name}: got {sizes[0]} and {sizes[1]}; "
-                "compare with the model it came from, or pass layers=False"
+                "compare with the model it came from"
             )
 
 
@@ -184,26 +173,23 @@ def _compare_tokens(pair: tuple[Any, Any], hidden: list[Tensor]) -> tuple[float,
     return total, agreed
 
 
-def _options(request: Request) -> Settings:
-    return {"batch_size": request.given["batch_size"], "seed": request.seed}
+def _split(request: Request, options: Settings) -> tuple[Any, Settings]:
+    """The blocks, and the other options."""
+    size, others = request.models["latent"].config.vocab_size, dict(options)
+    return request.text.blocks(request.tokenizer, size, request.window, others.pop("blocks")), others
 
 
-def _blocks(request: Request, settings: Settings) -> Any:
-    size = request.models["latent"].config.vocab_size
-    return request.text.blocks(request.tokenizer, size, request.window, settings["blocks"])
+def _refuse(request: Request, options: Settings) -> None:
+    _, others = _split(request, options)
+    check_fidelity(request.models["original"], request.models["latent"], **others)
 
 
-def _refuse(request: Request, settings: Settings) -> None:
-    check_fidelity(request.models["original"], request.models["latent"], **_options(request))
-    _blocks(request, settings)
-
-
-def _run(request: Request, settings: Settings, start: Callable[[str], Report]) -> Figures:
+def _run(request: Request, options: Settings, start: Callable[[str], Report]) -> Figures:
     """Distance of the latent model from its original."""
     report = start("fidelity")
+    blocks, others = _split(request, options)
     pair = [request.models[role] for role in ("original", "latent")]
-    blocks = _blocks(request, settings)
-    return {"fidelity": fidelity(*pair, blocks, progress=report, **_options(request))}
+    return {"fidelity": fidelity(*pair, blocks, progress=report, **others)}
 
 
 def _extents(request: Request) -> Levels:

@@ -119,8 +119,8 @@ def _load_task(manager: Any, name: str, length: int) -> list[Any]:
         answer = (task.config.generation_kwargs or {}).get("max_gen_toks", _ANSWER)
         if task.OUTPUT_TYPE == "generate_until" and answer >= length:
             raise ValueError(
-                f"question and answer share max_length: the answers of {task.config.task!r} take {answer} tokens, "
-                f"max_length={length}; take a model of longer context, or lower max_gen_toks in the task's YAML"
+                f"question and answer share the model's context: the answers of {task.config.task!r} take {answer} tokens, "
+                f"max_position_embeddings={length}; take a model of longer context, or lower max_gen_toks in the task's YAML"
             )
     group = loaded.get("groups", {}).get(name)
     return list(loaded["tasks"].values()) if group is None else [group]

@@ -14,7 +14,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.evaluation.check import BATCH_SIZE, Argument, Check, Report, Request, Settings, with_error
+from kvlatent.evaluation.check import (
+    BATCH_SIZE,
+    Argument,
+    Check,
+    Report,
+    Request,
+    Settings,
+    run_each,
+    with_error,
+)
 from kvlatent.evaluation.checks.task_loading import import_lm_eval, loaded_tasks
 from kvlatent.evaluation.evidence import Figures
 from kvlatent.evaluation.sequences import check_counts, context_limit, evaluation_mode
@@ -34,24 +43,20 @@ def run_tasks(
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
     batch_size: int | None = None,
-    max_length: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Run lm-eval tasks, groups or tags on a loaded model, original or latent.
 
     The model's mode and the tokenizer are left as they were; the global random states of Python, NumPy and torch are
     set to `seed`. Reading lm-eval's own list of tasks takes about 30 seconds, once a process; names that are all under
-    `include_path` do without.
+    `include_path` do without. Question and answer take no more tokens than the model's context, what is longer loses
+    its start; synthetic haystacks (`niah_*`, `ruler`) are as long, at most 4096.
 
     Args:
         include_path: a folder of YAML tasks, which stand before lm-eval's own of the same name.
         limit: look at the first so many samples of a task; None looks at all.
-        num_fewshot: examples before each question; None takes the task's own number. A task that fixes it at 0 keeps 0.
         batch_size: requests run together; None takes 8.
-        max_length: tokens of question and answer; what is longer loses its start. Also the length of synthetic
-            haystacks (`niah_*`, `ruler`). None takes the model's context, for haystacks at most 4096.
         seed: of the examples drawn, and of whatever a task draws.
 
     Returns:
@@ -60,11 +65,12 @@ def run_tasks(
         where the task does not define one. A metric behind a named filter is "metric[filter]".
 
     Raises:
-        ValueError: lm-eval or a task's package is missing, no such task, its data cannot be fetched, answers longer
-            than `max_length`, or that longer than the model's context.
+        ValueError: lm-eval or a task's package is missing, no such task, its data cannot be fetched, or answers longer
+            than the model's context.
         TypeError: one string in place of several names.
     """
-    length, haystack = _check(model.config, tasks, limit, num_fewshot, batch_size, max_length)
+    _check(tasks, limit, batch_size, seed)
+    length = context_limit(model.config) or _HAYSTACK
     evaluator, harness = import_lm_eval()
     own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
     if own.pad_token_id is not None and own.pad_token_id >= model.config.vocab_size:
@@ -72,7 +78,7 @@ def run_tasks(
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
     )
-    quiet = loaded_tasks(tokenizer, tasks, include_path, length, haystack)
+    quiet = loaded_tasks(tokenizer, tasks, include_path, length, min(length, _HAYSTACK))
     with quiet as (manager, loaded), evaluation_mode(model):
         wrapped = harness.HFLM(
             pretrained=model,
@@ -85,7 +91,6 @@ def run_tasks(
             model=wrapped,
             tasks=loaded,
             task_manager=manager,
-            num_fewshot=num_fewshot,
             limit=limit,
             bootstrap_iters=_RESAMPLES,
             log_samples=False,
@@ -101,16 +106,14 @@ def check_tasks(
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
     batch_size: int | None = None,
-    max_length: int | None = None,
     seed: int = 0,
 ) -> None:
     """Raise what `run_tasks`, which has the same arguments, raises before the model runs; the data are fetched."""
-    check_counts(seed=(seed, 0))
-    length, haystack = _check(config, tasks, limit, num_fewshot, batch_size, max_length)
+    _check(tasks, limit, batch_size, seed)
+    length = context_limit(config) or _HAYSTACK
     import_lm_eval()
-    with loaded_tasks(tokenizer, tasks, include_path, length, haystack):
+    with loaded_tasks(tokenizer, tasks, include_path, length, min(length, _HAYSTACK)):
         pass
 
 
@@ -147,34 +150,15 @@ def compare_tasks(original: dict[str, Any], latent: dict[str, Any]) -> dict[str,
     return {"tasks": compared}
 
 
-def _check(
-    config: Any,
-    tasks: Sequence[str],
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int | None,
-    max_length: int | None,
-) -> tuple[int, int]:
-    """Tokens that the model is given at most, and those of a haystack."""
+def _check(tasks: Sequence[str], limit: int | None, batch_size: int | None, seed: int) -> None:
     if isinstance(tasks, str):
         raise TypeError("tasks are several names: got one string; pass [name]")
     if not tasks:
-        raise ValueError("nothing to run: got 0 tasks; name one, such as arc_easy")
-    for name, value, least in (
-        ("limit", limit, 1),
-        ("num_fewshot", num_fewshot, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is at least {least}: got {value}; raise it or leave it out")
-    context = context_limit(config) or max_length or _HAYSTACK
-    length = context if max_length is None else max_length
-    if not 1 <= length <= context:
         raise ValueError(
-            f"max_length lies within the model's context: got max_length={length}, max_position_embeddings={context}; "
-            f"use {context} or less"
+            "--tasks names at least one task: got 0; name one, such as arc_easy, or leave it out"
         )
-    return length, min(length, _HAYSTACK) if max_length is None else length
+    counts = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0)}
+    check_counts(**{name: (value, least) for name, (value, least) in counts.items() if value is not None})
 
 
 def _figures(results: dict[str, Any]) -> dict[str, Any]:
@@ -209,30 +193,13 @@ def _samples(results: dict[str, Any], name: str) -> int:
     return sum(_samples(results, child) for child in results["group_subtasks"].get(name, ()))
 
 
-def _options(request: Request) -> Settings:
-    given = {name: request.given[name] for name in ("include_path", "limit", "batch_size")}
-    return given | {"seed": request.seed}
-
-
-def _refuse(request: Request, _: Settings) -> None:
-    if not request.given["tasks"]:
-        raise ValueError(
-            "--tasks names at least one task: got 0; name one, such as arc_easy, or leave it out"
-        )
+def _refuse(request: Request, options: Settings) -> None:
     shortest = min((model.config for model in request.models.values()), key=lambda c: context_limit(c) or 0)
-    check_tasks(shortest, request.tokenizer, request.given["tasks"], **_options(request))
+    check_tasks(shortest, request.tokenizer, request.given["tasks"], **options)
 
 
-def _run(request: Request, _: Settings, start: Callable[[str], Report]) -> Figures:
-    """lm-eval's tasks on each, and their differences."""
-    figures = {}
-    for role, model in request.models.items():
-        start(f"tasks, {role}")
-        measured = run_tasks(model, request.tokenizer, request.given["tasks"], **_options(request))
-        figures[role] = {"tasks": measured}
-    if "original" not in figures:
-        return figures
-    return figures | {"tasks": compare_tasks(*(figures[role]["tasks"] for role in ("original", "latent")))}
+def _measure(model: PreTrainedModel, request: Request, _: Report, options: Settings) -> dict[str, Any]:
+    return run_tasks(model, request.tokenizer, request.given["tasks"], **options)
 
 
 def _rows(latent: Figures) -> dict[str, Callable[[Figures], str]]:
@@ -262,7 +229,7 @@ CHECK = Check(
         Argument("limit", int, "Questions a task."),
     ),
     refuse=_refuse,
-    run=_run,
+    run=run_each("tasks", _measure, compare_tasks),
     asked_by="tasks",
     rows=_rows,
 )

@@ -69,7 +69,6 @@ def measure_documents(
     stride: int | None = None,
     batch_size: int | None = None,
     max_tokens: int | None = None,
-    lead: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], Perplexity]:
     """Perplexity per token and bits per byte of `documents`; one code path for originals and latent models.
@@ -82,7 +81,6 @@ def measure_documents(
         stride: tokens by which the window moves on; None takes the window.
         batch_size: windows read together; None takes 8, fewer of a large model.
         max_tokens: score no more than the first so many tokens; None scores all.
-        lead: the id that predicts a document's first token; None takes the beginning of text, else the end of text.
         progress: called with the tokens scored and their number.
 
     Returns:
@@ -98,7 +96,7 @@ def measure_documents(
     window, stride = check_window(
         model.config, window=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens
     )
-    streams, size = _encode(tokenizer, documents, _lead(tokenizer, lead), model.config.vocab_size, max_tokens)
+    streams, size = _encode(tokenizer, documents, _lead(tokenizer), model.config.vocab_size, max_tokens)
     windows = [w for number, ids in enumerate(streams) for w in _windows(number, len(ids), window, stride)]
     at_once = batch_size or rows_at_once(model, window, _MOST_WINDOWS, scored=True)
     losses = _token_losses(model, streams, list(_batches(windows, at_once, model.config)), progress)
@@ -118,14 +116,14 @@ def measure_documents(
     return figures, result
 
 
-def _lead(tokenizer: Any, lead: int | None) -> int:
+def _lead(tokenizer: Any) -> int:
     """The id before a document's first token."""
-    for candidate in (lead, tokenizer.bos_token_id, tokenizer.eos_token_id):
+    for candidate in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)
     raise ValueError(
         "the first token needs one to be predicted from, and this tokenizer has neither a beginning-of-text nor an "
-        "end-of-text token; pass lead=ID"
+        "end-of-text token; name one of its tokens as eos_token in tokenizer_config.json"
     )
 
 
@@ -248,22 +246,19 @@ def measure_text(
     return figures | cache_figures(model, ids), result
 
 
-def _options(request: Request, settings: Settings) -> Settings:
-    given = {name: request.given[name] for name in ("stride", "batch_size")}
-    return {"window": request.window} | settings | given
-
-
-def _refuse(request: Request, settings: Settings) -> None:
+def _refuse(request: Request, options: Settings) -> None:
     for model in request.models.values():
-        check_window(model.config, **_options(request, settings))
+        check_window(model.config, window=request.window, **options)
 
 
-def _run(request: Request, settings: Settings, start: Callable[[str], Report]) -> Figures:
+def _run(request: Request, options: Settings, start: Callable[[str], Report]) -> Figures:
     """Perplexity and cache bytes of each, and what one is over the other."""
 
     def measure(role: str, model: Any) -> tuple[dict[str, Any], Perplexity]:
-        options = _options(request, settings) | {"progress": start(f"perplexity, {role}")}
-        return measure_text(model, request.tokenizer, request.text.documents, **options)
+        report, documents = start(f"perplexity, {role}"), request.text.documents
+        return measure_text(
+            model, request.tokenizer, documents, window=request.window, progress=report, **options
+        )
 
     return measure_models(request.models, measure)
 
@@ -313,6 +308,7 @@ CHECK = Check(
     run=_run,
     extents=_extents,
     units={"max_tokens": "tokens"},
+    is_random=False,
     more=lambda _: f"--max-tokens {_TOKENS[-1]} for all tokens",
     rows=lambda _: {
         "perplexity": lambda f: with_error(f["perplexity"], f["standard_error"]),

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -32,8 +32,9 @@ from kvlatent.evaluation.check import (
     Request,
     Settings,
     grid_mean,
+    run_each,
 )
-from kvlatent.evaluation.evidence import Figures, score_sign
+from kvlatent.evaluation.evidence import score_sign
 from kvlatent.evaluation.sequences import (
     at_the_ends,
     check_counts,
@@ -53,9 +54,21 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 AFTER = 16
 _SETTINGS = ("spans", "depths", "length", "after", "permutations", "trials", "seed")
 _PARTS = ("margin", "after_margin")
+_CHANCES = {"after_margin": 0.0, "margin": 0.0, "preferred": 0.5}  # the first is what only attention can know
 _MOST_ROWS = 16
 _TEXT = 8  # a text is read up to so many times the tokens that the trials need
 _EXTENTS = ((64, 2), (128, 2), (256, 2), (256, 4), (256, 8), (256, 16))  # tokens of a window, trials
+
+
+class Trials(NamedTuple):
+    """What is asked of a model, and the settings that its figures are given with."""
+
+    windows: np.ndarray  # of the text, [W, length]
+    begins: list[int]  # the token at which the spans of each depth begin
+    plans: list[
+        tuple[np.ndarray, np.ndarray]
+    ]  # windows shuffled, [R, length]; places of span and window, [R, 2]
+    settings: Settings
 
 
 def order(
@@ -63,15 +76,9 @@ def order(
     text: Sequence[int] | Iterable[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    spans: Sequence[int] = SPANS,
-    depths: Sequence[float] = DEPTHS,
-    length: int = 256,
-    after: int = AFTER,
-    trials: int = 32,
-    permutations: int = 1,
-    seed: int = 0,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """How much likelier a model finds the true order of short spans than a shuffled one.
 
@@ -82,14 +89,9 @@ def order(
     Args:
         text: strings, which need the tokenizer, or token ids; documents are laid end to end.
         tokenizer: whose leading token, if it puts one, begins every window.
-        spans: tokens that change places, 2 or more.
-        depths: share of the window before the span, 0 to 1.
-        length: tokens of a window.
-        after: tokens scored behind the span, 2 or more.
-        trials: windows; a short text gives fewer, as the result says.
         batch_size: sequences read together; None takes 16, fewer of a large model.
-        permutations: shuffled orders a span, all different; a span has no more than its tokens allow.
         progress: called with the sequences done and their number.
+        options: the spans and windows, see `check_order`.
 
     Returns:
         {"spans", "depths", "margin": [[...]] mean nats by which the true order is likelier, spans x depths,
@@ -100,16 +102,14 @@ def order(
         other order and is left out (None in a trial that has no other).
 
     Raises:
-        ValueError: a span is below 2 or longer than the window has room for, a window is longer than the model's
-            context or the text, a depth is outside 0 to 1, all spans of a cell repeat one token, or a logit is not
-            finite.
+        ValueError: see `check_order`; or a logit is not finite.
     """
-    windows, begins, plans = check_order(
-        model.config, text, tokenizer, spans=spans, depths=depths, length=length, after=after, trials=trials,
-        permutations=permutations, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
+    windows, begins, plans, settings = check_order(
+        model.config, text, tokenizer, batch_size=batch_size, **options
+    )
+    spans, after = settings["spans"], settings["after"]
     keep = max(spans) + after
-    batch_size = batch_size or rows_at_once(model, length, _MOST_ROWS)
+    batch_size = batch_size or rows_at_once(model, windows.shape[1], _MOST_ROWS)
     advance = counter(progress, sum(len(windows) + len(rows) for rows, _ in plans))
 
     scores = []
@@ -117,15 +117,7 @@ def order(
         rows = np.concatenate([windows, shuffled])[:, : begin + keep]
         nats = at_the_ends(model, rows, keep, _log_likelihoods, batch_size=batch_size, advance=advance)
         scores.append(_scores(nats[: len(windows)], nats[len(windows) :], origin, spans, after))
-    return _document(np.stack(scores, axis=2)) | {
-        "spans": [int(span) for span in spans],
-        "depths": [float(depth) for depth in depths],
-        "trials": len(windows),
-        "permutations": permutations,
-        "length": length,
-        "after": after,
-        "seed": seed,
-    }
+    return settings | _document(np.stack(scores, axis=2))
 
 
 def check_order(
@@ -141,12 +133,20 @@ def check_order(
     permutations: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
-) -> tuple[np.ndarray, list[int], list[tuple[np.ndarray, np.ndarray]]]:
-    """The trials of `order`, which has the same arguments; raises what it raises before a model runs.
+) -> Trials:
+    """The trials of `order`, before a model runs.
 
-    Returns:
-        Windows [W, length]; the token at which the spans of each depth begin; and for each depth windows with a span
-        shuffled, [R, length], with the places of their span and window, [R, 2].
+    Args:
+        spans: tokens that change places, 2 or more.
+        depths: share of the window before the span, 0 to 1.
+        length: tokens of a window.
+        after: tokens scored behind the span, 2 or more.
+        trials: windows; a short text gives fewer, as the result says.
+        permutations: shuffled orders a span, all different; a span has no more than its tokens allow.
+
+    Raises:
+        ValueError: a span is below 2 or longer than the window has room for, a window is longer than the model's
+            context or the text, a depth is outside 0 to 1, or all spans of a cell repeat one token.
     """
     check_counts(after=(after, 2), trials=(trials, 1), permutations=(permutations, 1))
     check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
@@ -156,7 +156,17 @@ def check_order(
     windows = _windows(stream, lead, length, trials, seed)
     first, keep = max(1, len(lead)), max(spans) + after
     begins = [first + round(depth * (length - first - keep)) for depth in depths]
-    return windows, begins, [_shuffled(windows, spans, begin, permutations, seed) for begin in begins]
+    plans = [_shuffled(windows, spans, begin, permutations, seed) for begin in begins]
+    numbers = (
+        list(map(int, spans)),
+        list(map(float, depths)),
+        length,
+        after,
+        permutations,
+        len(windows),
+        seed,
+    )
+    return Trials(windows, begins, plans, dict(zip(_SETTINGS, numbers, strict=True)))
 
 
 def order_drop(original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
@@ -297,22 +307,13 @@ def _other_orders(tokens: np.ndarray, number: int, rng: np.random.Generator) -> 
     return list(others)
 
 
-def _options(request: Request, settings: Settings) -> Settings:
-    return settings | {"batch_size": request.given["batch_size"], "seed": request.seed}
-
-
-def _refuse(request: Request, settings: Settings) -> None:
+def _refuse(request: Request, options: Settings) -> None:
     for model in request.models.values():
-        check_order(model.config, request.text.documents, request.tokenizer, **_options(request, settings))
+        check_order(model.config, request.text.documents, request.tokenizer, **options)
 
 
-def _run(request: Request, settings: Settings, start: Callable[[str], Report]) -> Figures:
-    """The order of near tokens, as each knows it."""
-    text, tokenizer, options = request.text.documents, request.tokenizer, _options(request, settings)
-    return {
-        role: {"order": order(model, text, tokenizer, progress=start(f"order, {role}"), **options)}
-        for role, model in request.models.items()
-    }
+def _measure(model: Any, request: Request, report: Report, options: Settings) -> dict[str, Any]:
+    return order(model, request.text.documents, request.tokenizer, progress=report, **options)
 
 
 def _extents(request: Request) -> Levels:
@@ -329,7 +330,7 @@ CHECK = Check(
     name="order",
     arguments=(DATA, BLOCK_SIZE, BATCH_SIZE),
     refuse=_refuse,
-    run=_run,
+    run=run_each("order", _measure),
     extents=_extents,
     may_be_left_out=True,
     units={"length": "tokens a window", "trials": "trials"},
@@ -340,11 +341,7 @@ CHECK = Check(
     signs={
         "positional confusion": score_sign(
             "order",
-            {
-                "after_margin": 0.0,
-                "margin": 0.0,
-                "preferred": 0.5,
-            },  # the first is what only attention can know
+            _CHANCES,
             "for the order of near tokens let every head keep the frequencies it uses (--preset calibrated --table head) "
             "or widen keys (--d-qk)",
         )
