@@ -42,7 +42,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from kvlatent.evaluation.checks.copying import copy_accuracy, perplexity
+from kvlatent.evaluation.checks.text_perplexity import measure_documents
+from kvlatent.evaluation.copying import copy_accuracy, window_hiding
 from kvlatent.evaluation.sequences import ordinary_ids
 from kvlatent.text.standard_library import HELD_OUT, MODEL_PATH, stdlib_documents
 
@@ -414,7 +415,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     started = time.monotonic()
-    whole, near = (perplexity(model, tokenizer, window=window) for window in (None, WINDOW))
+    whole, near = (perplexity(model, tokenizer, window) for window in (None, WINDOW))
     copy, copy_near = (copy_accuracy(model, tokenizer, window=window) for window in (None, WINDOW))
     weights = args.out / "model.safetensors"
     training = args.work / "training.json"
@@ -448,6 +449,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def perplexity(model: Any, tokenizer: Any, window: int | None) -> float:
+    """Of the held-out modules in contexts of 1024 tokens; keys more than `window` tokens back are hidden."""
+    with window_hiding(model, window):
+        return measure_documents(model, tokenizer, stdlib_documents("held_out"), window=1024)[0]["perplexity"]
 
 
 def processor() -> str:

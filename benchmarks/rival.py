@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.perplexity import Perplexity, perplexity_ratio, summarise
-from kvlatent.evaluation.scored_text import Text
+from kvlatent.evaluation.scored_text import ScoredText
 from kvlatent.evaluation.speed.caches import CACHES, check_caches, make_cache
 from kvlatent.evaluation.speed.memory import held_bytes
 from kvlatent.jobs.atomic import write_atomically
@@ -56,7 +56,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     models = {role: load_model(path, dtype=args.dtype) for role, path in paths.items()}
     check_caches(args.caches, [model.config for model in models.values()], torch.device("cpu"))
     tokenizer = load_tokenizer(args.against, models["original"].config)
-    text = Text(args.data, "<|endoftext|>", "text", args.work, None)
+    text = ScoredText(args.data, "<|endoftext|>", "text", args.work, None)
     blocks = torch.as_tensor(text.blocks(tokenizer, args.block_size)[: args.blocks]["input_ids"])
     rows, base = [], None
     for kind in args.caches:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config
 from typer.testing import CliRunner
 
-from kvlatent.evaluation.checks import catalogue
+from kvlatent.evaluation.checks import task_loading
 from kvlatent.evaluation.speed.caches import CACHES
 from kvlatent.evaluation.speed.variants import ATTENTIONS
 from kvlatent_cli.main import app
@@ -160,8 +160,8 @@ def test_mistakes_in_an_evaluation(place, words, sentence):
 
 def test_a_mistaken_task_is_told_its_near_matches(place, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
-    made = catalogue._manager
-    monkeypatch.setattr(catalogue, "_manager", lambda path, defaults, metadata: made(path, False, metadata))
+    read = task_loading._read_tasks
+    monkeypatch.setattr(task_loading, "_read_tasks", lambda path, _, metadata: read(path, False, metadata))
     (tmp_path / "colours.yaml").write_text("task: colours\noutput_type: multiple_choice\n")
     words = ("eval", place / "latent", "--data", place / "text.txt", "--tasks", "colour")
     sentence = mistake(*words, "--include-path", tmp_path)

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import SENTENCES
 from corpora import flat, stories
-from kvlatent.evaluation.sliding import measure_sliding, read_documents
+from kvlatent.evaluation.checks.text_perplexity import measure_documents
+from kvlatent.evaluation.scored_text import read_documents
 from kvlatent.text.corpus import prepare
 
 TEMPLATE = """{{ bos_token }}{% if tools %}<tools>{{ tools | tojson }}</tools>
@@ -129,7 +130,7 @@ def test_perplexity_reads_the_ids_of_the_template(chatty, tmp_path, tiny_llama, 
         lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
     source = write(tmp_path, "talks.jsonl", [{"messages": talk(0)}])
-    figures, _ = measure_sliding(tiny_llama, chatty, read_documents(source, tokenizer=chatty), window=128)
+    figures, _ = measure_documents(tiny_llama, chatty, read_documents(source, tokenizer=chatty), window=128)
     expected = ids_of(chatty, [talk(0)])
     assert seen[0][0].tolist() == expected[:-1] and figures["tokens"] == len(expected) - 1
 

@@ -11,19 +11,13 @@ import torch
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
-from kvlatent.evaluation.checks.causality import causality
-from kvlatent.evaluation.checks.copying import windowed_mask
-from kvlatent.evaluation.checks.fidelity import fidelity
+from kvlatent.evaluation.checks.causality import LEAK, causality
+from kvlatent.evaluation.checks.fidelity import ENTROPY_RATIO, FOCUS_KEPT, fidelity
 from kvlatent.evaluation.checks.needle import needle
 from kvlatent.evaluation.checks.word_order import order
-from kvlatent.evaluation.diagnosis import (
-    ENTROPY_RATIO,
-    FOCUS_KEPT,
-    FORGETTING_NATS,
-    LEAK,
-    SCORE_KEPT,
-    diagnose,
-)
+from kvlatent.evaluation.copying import windowed_mask
+from kvlatent.evaluation.diagnosis import diagnose
+from kvlatent.evaluation.evidence import FORGETTING_NATS, SCORE_KEPT
 from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio
 from kvlatent.selection.choices import resolve_choices, without_statistics
 from kvlatent.text.corpus import evaluation_blocks

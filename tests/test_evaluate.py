@@ -11,7 +11,8 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
-from kvlatent.evaluation.quality import cache_bytes_per_token, evaluate, measure, precision
+from kvlatent.evaluation.quality import cache_bytes_per_token, measure, precision
+from kvlatent.evaluation.standard import evaluate
 from kvlatent.text.corpus import evaluation_blocks
 from on_disk import write_checkpoint, write_text
 
@@ -136,11 +137,14 @@ def test_a_loaded_model_needs_a_tokenizer_or_blocks(place, tmp_path, tiny_tokeni
     with pytest.raises(ValueError, match="without its tokenizer"):
         evaluate(model, place / "text.txt", block_size=32)
     named = evaluate(model, place / "text.txt", tokenizer=tiny_tokenizer, block_size=32)
+    assert evaluate(place / "latent", place / "text.txt", block_size=32) == named
     blocks = evaluation_blocks(place / "text.txt", tiny_tokenizer, 32, vocab_size=300, cache_dir=tmp_path)
-    assert evaluate(model, blocks) == named
+    assert evaluate(model, blocks) == {"latent": measure(model, blocks)[0]}
 
 
-def test_blocks_longer_than_the_context_are_refused(place, tmp_path, tiny_tokenizer):
+def test_windows_and_blocks_longer_than_the_context_are_refused(place, tmp_path, tiny_tokenizer):
+    with pytest.raises(ValueError, match="got --block-size 256, the model's context has 128; give 128"):
+        evaluate(place / "latent", place / "text.txt", block_size=256)
     blocks = evaluation_blocks(place / "text.txt", tiny_tokenizer, 256, vocab_size=300, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="got data.block_size=256, max_position_embeddings=128"):
         evaluate(load_model(place / "latent"), blocks)

@@ -11,8 +11,10 @@ from bench_setup import make_pair
 from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
-from kvlatent.evaluation import standard
-from kvlatent.evaluation.check_options import CHECKS, options_of
+from kvlatent.evaluation.check import Request
+from kvlatent.evaluation.checks import CHECKS, DEFAULT_CHECKS
+from kvlatent.evaluation.checks import needle as needle_module
+from kvlatent.evaluation.extent import choose_extent
 from kvlatent.evaluation.speed import bench_extent
 from kvlatent.evaluation.speed.bench_run import bench
 from kvlatent.evaluation.standard import standard_evaluation
@@ -27,12 +29,7 @@ from kvlatent.text.standard_library import model_path
 from on_disk import write_checkpoint, write_text
 from tiny import tiny_model
 
-NOTHING_GIVEN = dict.fromkeys(
-    (
-        "data", "block_size", "stride", "batch_size", "max_tokens", "contexts", "template", "limit",
-        "include_path",
-    )
-)  # fmt: skip
+NOTHING_GIVEN = {argument.name: None for check in CHECKS for argument in check.arguments}
 FULL = {
     "perplexity": {"max_tokens": 50_000},
     "fidelity": {"blocks": 32},
@@ -79,8 +76,10 @@ def shaped(dtype, fields, device="cpu"):
 
 def extent(model, *, paired=False, checks=None, **given):
     models = {"latent": model} | ({"original": model} if paired else {})
-    wanted = checks or [name for name in CHECKS if paired or name != "fidelity"]
-    return options_of(models, NOTHING_GIVEN | given, wanted, seed=0, optional=checks is None)[0]
+    wanted = checks or [name for name in DEFAULT_CHECKS if paired or name != "fidelity"]
+    limit = model.config.max_position_embeddings
+    request = Request(models, None, None, NOTHING_GIVEN | given, min(512, limit), limit, 0)
+    return choose_extent(request, [c for c in CHECKS if c.name in wanted], optional=checks is None)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,9 @@ def test_the_embedded_model_is_measured_in_full():
     for paired in (False, True):
         found = extent(OnCpu(model=model), paired=paired)
         expected = FULL | {"needle": {"contexts": [128, 1024], "trials": 8}}
-        assert found.measured == {name: expected[name] for name in CHECKS if paired or name != "fidelity"}
+        assert found.measured == {
+            name: expected[name] for name in DEFAULT_CHECKS if paired or name != "fidelity"
+        }
         assert found.sentence is None and found.seconds < DEFAULT_SECONDS
     model = OnCpu(model=model)
     assert [rows_at_once(model, length, 8) for length in (128, 1024)] == [8, 8]
@@ -245,7 +246,7 @@ def test_the_document_says_what_was_chosen_and_progress_comes_before_the_first_f
 def test_both_models_read_the_same(long, monkeypatch):
     monkeypatch.setattr("kvlatent.evaluation.extent.DEFAULT_SECONDS", 0.2)
     seen = []
-    monkeypatch.setattr(standard, "needle", lambda *_, **options: seen.append(options["contexts"]))
+    monkeypatch.setattr(needle_module, "needle", lambda *_, **options: seen.append(options["contexts"]))
     standard_evaluation(long / "latent", long / "text.txt", against=long / "model", checks=["needle"])
     assert len(seen) == 2 and seen[0] == seen[1]
 

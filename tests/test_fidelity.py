@@ -154,17 +154,11 @@ def test_a_model_against_itself_is_exactly_equal(name):
             assert (row["relative_error"], row["attention_kl"], row["entropy_ratio"]) == (0.0, 0.0, 1.0)
 
 
-def test_without_layers_the_tokens_are_the_same():
-    original, blocks = tiny_model("llama"), packed()
-    latent = convert(original, d_qk=16, d_vo=8, preset="own-frequency")
-    whole, short = (fidelity(original, latent, blocks, layers=layers) for layers in (True, False))
-    assert short == whole | {"layers": []}
-
-
-def test_models_of_other_shapes_compare_without_layers():
+def test_models_of_other_shapes_are_refused():
     original, other, blocks = tiny_model("llama"), tiny_model("llama", num_hidden_layers=2), packed()
-    assert fidelity(original, other, blocks, layers=False)["kl"] > 0
-    with pytest.raises(ValueError, match="the same num_hidden_layers: got 3 and 2; .* layers=False"):
+    with pytest.raises(
+        ValueError, match="the same num_hidden_layers: got 3 and 2; compare with the model it came from"
+    ):
         fidelity(original, other, blocks)
 
 
@@ -255,10 +249,8 @@ def test_models_are_left_as_they_were():
     def watch(*event):
         seen.append(event)
 
-    for layers in (True, False):
-        found = fidelity(original, latent, blocks, batch_size=2, layers=layers, progress=watch)
-        assert found == (expected if layers else expected | {"layers": []})  # no dropout
-    assert seen == [(0, 3), (2, 3), (3, 3)] * 2
+    assert fidelity(original, latent, blocks, batch_size=2, progress=watch) == expected  # no dropout
+    assert seen == [(0, 3), (2, 3), (3, 3)]
     assert latent.training and not original.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in latent.state_dict().items())
 
@@ -281,14 +273,13 @@ def test_what_cannot_be_compared_is_refused():
         fidelity(short, short, blocks)
 
 
-@pytest.mark.parametrize("layers", [True, False])
-def test_nothing_to_compare_is_refused(layers):
+def test_nothing_to_compare_is_refused():
     original, blocks = tiny_model("llama"), packed()
     with pytest.raises(ValueError, match="0 blocks hold 0; give more text"):
-        fidelity(original, original, blocks.select([]), layers=layers)
+        fidelity(original, original, blocks.select([]))
     silent = blocks.map(lambda row: {"labels": torch.full_like(row["labels"], -100)})
     with pytest.raises(ValueError, match="3 blocks hold 0; give more text"):
-        fidelity(original, original, silent, layers=layers)
+        fidelity(original, original, silent)
 
 
 def test_tokens_that_see_themselves_alone_are_refused():
@@ -297,7 +288,6 @@ def test_tokens_that_see_themselves_alone_are_refused():
     blocks = Dataset.from_dict(columns).with_format("torch")
     with pytest.raises(ValueError, match="sees 2 keys or more: 0 of the sampled rows do"):
         fidelity(original, original, blocks)
-    assert fidelity(original, original, blocks, layers=False)["tokens"] == 2
 
 
 @pytest.mark.parametrize("broken", ["original", "latent"])

@@ -258,7 +258,7 @@ def test_mode_is_restored_and_progress_told(tiny_llama):
         ({"batch_size": 0}, "got batch_size=0"),
         ({"seed": -1}, "got seed=-1"),
         ({"text": [7] * 80}, "all 2 spans of 2 at token 1 of a window repeat one token"),
-        ({"text": [300, *text(79)]}, "the model's vocabulary: got 300"),
+        ({"text": [300, *text(79)]}, "the model lacks: id 300, the embedding has 300 rows"),
         ({"text": []}, "got 0 tokens; give a text"),
         ({"text": "the cat sat on the hill"}, "needs a tokenizer: got None"),
     ],

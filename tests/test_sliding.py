@@ -14,12 +14,17 @@ from conftest import SENTENCES
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.checks.text_perplexity import measure_documents
 from kvlatent.evaluation.perplexity import perplexity_ratio
-from kvlatent.evaluation.sliding import measure_sliding, read_documents, sliding_perplexity
+from kvlatent.evaluation.scored_text import read_documents
 from kvlatent.text.standard_library import MODEL_PATH
 from tiny import SWITCH, tiny_model
 
 TEXTS = [" ".join(SENTENCES), SENTENCES[0], "", " ".join(reversed(SENTENCES)), "The cat über alles."]
+
+
+def figures_of(*given, **options):
+    return measure_documents(*given, **options)[0]
 
 
 @pytest.fixture
@@ -57,9 +62,7 @@ def one_at_a_time(model, tokenizer, texts, lead, window, stride):
 )
 def test_equals_one_token_at_a_time(tiny_llama, tiny_tokenizer, window, stride, batch_size):
     expected = one_at_a_time(tiny_llama, tiny_tokenizer, TEXTS, tiny_tokenizer.eos_token_id, window, stride)
-    found = sliding_perplexity(
-        tiny_llama, tiny_tokenizer, TEXTS, window=window, stride=stride, batch_size=batch_size
-    )
+    found = figures_of(tiny_llama, tiny_tokenizer, TEXTS, window=window, stride=stride, batch_size=batch_size)
     assert found["tokens"] == len(expected)
     assert found["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
@@ -86,7 +89,7 @@ def test_equals_lm_eval_rolling(tiny_llama, tiny_tokenizer, word_tokenizer, star
     texts = [text for text in TEXTS if text]
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
     expected = -math.fsum(harness.loglikelihood_rolling(requests, disable_tqdm=True))
-    found = sliding_perplexity(tiny_llama, tokenizer, texts, window=24)
+    found = figures_of(tiny_llama, tokenizer, texts, window=24)
     assert found["tokens"] > 4 * 24
     assert found["loss"] * found["tokens"] == pytest.approx(expected, rel=1e-5)  # 1e-4 is promised
 
@@ -97,8 +100,8 @@ def test_a_longrope_model_keeps_its_short_table_beside_longer_texts(tiny_tokeniz
     lengths = [len(ids) for ids in tiny_tokenizer(texts)["input_ids"]]
     assert lengths[0] > 2 * SWITCH and lengths[1] < SWITCH
     for latent in (model, convert(model, d_qk=8, d_vo=16, preset="paper")):
-        alone = [measure_sliding(latent, tiny_tokenizer, [text])[1] for text in texts]
-        together = measure_sliding(latent, tiny_tokenizer, texts)[1]
+        alone = [measure_documents(latent, tiny_tokenizer, [text])[1] for text in texts]
+        together = measure_documents(latent, tiny_tokenizer, texts)[1]
         assert together.block_losses == pytest.approx([part.block_losses[0] for part in alone], rel=1e-5)
 
 
@@ -107,21 +110,21 @@ def test_more_context_helps_a_trained_model_and_a_latent_one_is_paired_with_it()
     tokenizer = load_tokenizer(MODEL_PATH, model.config)
     texts = [inspect.getsource(queue), inspect.getsource(heapq)]
     options = {"window": 128, "max_tokens": 1200}
-    found, original = measure_sliding(model, tokenizer, texts, **options)
-    overlapping, same_blocks = measure_sliding(model, tokenizer, texts, stride=32, **options)
+    found, original = measure_documents(model, tokenizer, texts, **options)
+    overlapping, same_blocks = measure_documents(model, tokenizer, texts, stride=32, **options)
     assert overlapping["loss"] < found["loss"]
     assert original.block_tokens == same_blocks.block_tokens
     latent = convert(model, d_qk=8, d_vo=8, preset="paper")
-    ratio, error = perplexity_ratio(measure_sliding(latent, tokenizer, texts, **options)[1], original)
+    ratio, error = perplexity_ratio(measure_documents(latent, tokenizer, texts, **options)[1], original)
     assert error is not None and ratio > 1 + 3 * error
 
 
 def test_clusters_are_stretches_of_a_document(tiny_llama, tiny_tokenizer):
-    _, found = measure_sliding(tiny_llama, tiny_tokenizer, TEXTS, window=24, stride=7)
+    _, found = measure_documents(tiny_llama, tiny_tokenizer, TEXTS, window=24, stride=7)
     lengths = [len(ids) for ids in tiny_tokenizer(TEXTS)["input_ids"]]
     expected = [min(24, length - at) for length in lengths for at in range(0, length, 24)]
     assert found.block_tokens == tuple(expected)
-    one = sliding_perplexity(tiny_llama, tiny_tokenizer, ["cat"], window=24)
+    one = figures_of(tiny_llama, tiny_tokenizer, ["cat"], window=24)
     assert one["standard_error"] is None
 
 
@@ -132,8 +135,8 @@ def test_max_tokens_cuts_the_last_document_and_its_bytes(tiny_llama, tiny_tokeni
 
     count = len(tiny_tokenizer("cat")["input_ids"])
     ids = tiny_tokenizer(SENTENCES[0])["input_ids"][:10]
-    found = sliding_perplexity(tiny_llama, tiny_tokenizer, texts(), window=8, max_tokens=count + 10)
-    cut = sliding_perplexity(tiny_llama, tiny_tokenizer, ["cat", tiny_tokenizer.decode(ids)], window=8)
+    found = figures_of(tiny_llama, tiny_tokenizer, texts(), window=8, max_tokens=count + 10)
+    cut = figures_of(tiny_llama, tiny_tokenizer, ["cat", tiny_tokenizer.decode(ids)], window=8)
     assert found == cut
     assert found["tokens"] == count + 10
     assert found["bytes"] == 3 + len(tiny_tokenizer.decode(ids))
@@ -142,7 +145,7 @@ def test_max_tokens_cuts_the_last_document_and_its_bytes(tiny_llama, tiny_tokeni
 def test_mode_is_restored_progress_told_and_the_context_is_the_default(tiny_llama, tiny_tokenizer):
     tiny_llama.train()
     seen = []
-    found = sliding_perplexity(
+    found = figures_of(
         tiny_llama, tiny_tokenizer, TEXTS, batch_size=2, progress=lambda *numbers: seen.append(numbers)
     )
     assert tiny_llama.training
@@ -150,7 +153,7 @@ def test_mode_is_restored_progress_told_and_the_context_is_the_default(tiny_llam
     assert seen[-1] == (found["tokens"], found["tokens"])
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     tiny_llama.config.max_position_embeddings = 131072
-    assert sliding_perplexity(tiny_llama, tiny_tokenizer, ["cat"])["window"] == 2048
+    assert figures_of(tiny_llama, tiny_tokenizer, ["cat"])["window"] == 2048
 
 
 def test_documents_of_files(tmp_path):
@@ -175,26 +178,22 @@ def test_documents_of_files(tmp_path):
         ({"window": 16, "stride": 0}, "got stride=0, window=16"),
         ({"batch_size": 0}, "got batch_size=0"),
         ({"max_tokens": 0}, "at least 1: got 0"),
-        ({"lead": 300}, "300 of a vocabulary of 300"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(tiny_llama, tiny_tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
-        sliding_perplexity(tiny_llama, tiny_tokenizer, TEXTS, **options)
+        figures_of(tiny_llama, tiny_tokenizer, TEXTS, **options)
 
 
 def test_no_text_no_start_and_broken_weights_are_refused(tiny_llama, tiny_tokenizer):
     with pytest.raises(ValueError, match="hold 0 tokens"):
-        sliding_perplexity(tiny_llama, tiny_tokenizer, ["", ""])
+        figures_of(tiny_llama, tiny_tokenizer, ["", ""])
     with pytest.raises(TypeError, match="pass \\[text\\]"):
-        sliding_perplexity(tiny_llama, tiny_tokenizer, "cat")
+        figures_of(tiny_llama, tiny_tokenizer, "cat")
     bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match="pass lead=ID"):
-        sliding_perplexity(tiny_llama, bare, TEXTS)
-    assert sliding_perplexity(tiny_llama, bare, TEXTS, lead=0) == sliding_perplexity(
-        tiny_llama, tiny_tokenizer, TEXTS
-    )
+    with pytest.raises(ValueError, match="name one of its tokens as eos_token"):
+        figures_of(tiny_llama, bare, TEXTS)
     with torch.no_grad():
         tiny_llama.lm_head.weight[3, 3] = math.nan
     with pytest.raises(ValueError, match="finite and below 700 nats per token: got nan"):
-        sliding_perplexity(tiny_llama, tiny_tokenizer, TEXTS)
+        figures_of(tiny_llama, tiny_tokenizer, TEXTS)

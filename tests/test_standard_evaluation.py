@@ -3,20 +3,35 @@
 import json
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+import typer
 
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
-from kvlatent.evaluation import check_options as door
-from kvlatent.evaluation import standard
-from kvlatent.evaluation.checks import catalogue
-from kvlatent.evaluation.sliding import read_documents, sliding_perplexity
-from kvlatent.evaluation.standard import CHECKS, standard_evaluation
+from kvlatent.evaluation import checks as registry
+from kvlatent.evaluation import diagnosis, standard
+from kvlatent.evaluation.check import Argument, Check
+from kvlatent.evaluation.checks import (
+    CHECKS,
+    causality,
+    fidelity,
+    needle,
+    task_loading,
+    tasks,
+    text_perplexity,
+    word_order,
+)
+from kvlatent.evaluation.evidence import Sign, figure
+from kvlatent.evaluation.scored_text import read_documents
+from kvlatent.evaluation.standard import evaluate, standard_evaluation
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.model.config import LatentConfig
+from kvlatent_cli.main import app
+from kvlatent_cli.results import evaluation_tables
 from on_disk import write_checkpoint, write_text
 
 
@@ -60,7 +75,7 @@ def test_everything_is_measured_and_can_be_written(place, document):
 def test_figures_are_those_of_the_checks_alone(place, document):
     figures = document["figures"]
     model = load_model(place / "latent")
-    alone = sliding_perplexity(
+    alone, _ = text_perplexity.measure_documents(
         model, load_tokenizer(place / "model", model.config), read_documents(place / "text.txt"), window=32
     )
     assert figures["latent"]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
@@ -105,18 +120,37 @@ def test_mistakes(place, tiny_tokenizer, tmp_path):
     write_checkpoint(tmp_path / "other", tiny_tokenizer, vocab_size=301)
     with pytest.raises(ValueError, match="their vocabularies have 300 and 301 entries"):
         standard_evaluation(place / "latent", place / "text.txt", against=tmp_path / "other")
-    assert "tasks" not in CHECKS
+    with pytest.raises(ValueError, match="unknown check 'tasks'"):
+        standard_evaluation(place / "latent", checks=["tasks"])
+    with pytest.raises(
+        TypeError, match="has no option 'strides'; it has .*; stride: Tokens by which the window"
+    ):
+        standard_evaluation(place / "latent", strides=8)
 
 
-MEASURING = ("measure_sliding", "fidelity", "needle", "order", "causality", "run_tasks")
+MEASURING = {
+    "measure_text": text_perplexity,
+    "fidelity": fidelity,
+    "needle": needle,
+    "order": word_order,
+    "causality": causality,
+    "run_tasks": tasks,
+}
+CHECKING = {
+    "check_window": text_perplexity,
+    "check_fidelity": fidelity,
+    "check_needle": needle,
+    "check_order": word_order,
+    "check_tasks": tasks,
+}
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """Names of the measurements that began; none of them does anything."""
     begun = []
-    for name in MEASURING:
-        monkeypatch.setattr(standard, name, lambda *_, name=name, **__: begun.append(name))
+    for name, module in MEASURING.items():
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: begun.append(name))
     return begun
 
 
@@ -185,13 +219,13 @@ def test_bad_options_are_refused_before_anything_is_measured(place, measured, op
 
 def test_tasks_are_found_before_anything_is_measured(place, measured, monkeypatch, tmp_path):
     pytest.importorskip("lm_eval")
-    made = catalogue._manager
-    monkeypatch.setattr(catalogue, "_manager", lambda path, defaults, metadata: made(path, False, metadata))
+    read = task_loading._read_tasks
+    monkeypatch.setattr(task_loading, "_read_tasks", lambda path, _, metadata: read(path, False, metadata))
     (tmp_path / "colours.yaml").write_text("task: colours\noutput_type: multiple_choice\n")
     options = {"include_path": tmp_path, "tasks": ["colour"]}
     with pytest.raises(ValueError, match="no task 'colour'; names like it: colours"):
         standard_evaluation(place / "latent", place / "text.txt", **options)
-    with pytest.raises(ValueError, match="limit is at least 1: got 0; raise it or leave it out"):
+    with pytest.raises(ValueError, match="limit must be at least 1: got limit=0; raise it or leave it out"):
         standard_evaluation(place / "latent", place / "text.txt", **options, limit=0)
     with pytest.raises(ValueError, match="the task 'colours' cannot be read"):  # it has no data
         standard_evaluation(place / "latent", checks=[], **options | {"tasks": ["colours"]})
@@ -232,37 +266,22 @@ def test_models_of_other_shapes_are_refused_before_anything_is_measured(
 
 
 @pytest.mark.parametrize("size", [None, 3])
-def test_a_batch_size_reaches_every_check(place, measured, monkeypatch, size):
+def test_a_batch_size_reaches_every_check(place, monkeypatch, size):
     seen = {}
 
-    def watch(name):
-        real = getattr(door, f"check_{name}", None)
-
+    def watch(name, real):
         def call(*given, **options):
             seen.setdefault(name, set()).add(options.get("batch_size"))
-            return None if name == "tasks" else real(*given, **options)
+            return {"tasks": {}} if real.__module__ == tasks.__name__ else real(*given, **options)
 
         return call
 
-    for name in ("window", "fidelity", "needle", "order", "tasks"):
-        monkeypatch.setattr(door, f"check_{name}", watch(name))
-    text = door.Text(place / "text.txt", None, "text", place / "unused")
-    models = {"latent": load_model(place / "latent"), "original": load_model(place / "model")}
-    given = dict.fromkeys(door._USERS) | {"batch_size": size}
-    extent, options = door.options_of(models, given, CHECKS, seed=0)
-    tokenizer = load_tokenizer(place / "model", models["original"].config)
-    door.check_all(CHECKS, ["a"], models, tokenizer, text, options, extent)
-    assert seen == {name: {size} for name in ("window", "fidelity", "needle", "order", "tasks")}
-    calls = {}
-    for name in ("needle", "order", "fidelity", "run_tasks"):
-        monkeypatch.setattr(
-            standard, name, lambda *_, name=name, **o: calls.update({name: o}) or {"tasks": {}}
-        )
-    bench = standard._Bench(models, tokenizer, text, options, extent, None)
-    for name in ("needle", "order", "fidelity"):
-        getattr(bench, name)()
-    bench.tasks(["a"])
-    assert {name: o.get("batch_size") for name, o in calls.items()} == dict.fromkeys(calls, size)
+    watched = {name: module for name, module in (MEASURING | CHECKING).items() if module is not causality}
+    for name, module in watched.items():
+        monkeypatch.setattr(module, name, watch(name, getattr(module, name)))
+    options = {"batch_size": size, "tasks": ["a"], "contexts": [64], "block_size": 32}
+    standard_evaluation(place / "latent", place / "text.txt", against=place / "model", **options)
+    assert seen == {name: {size} for name in watched}
 
 
 def test_a_model_of_a_very_short_context_can_be_asked_whether_it_looks_ahead(tmp_path, tiny_tokenizer):
@@ -274,3 +293,73 @@ def test_a_model_of_a_very_short_context_can_be_asked_whether_it_looks_ahead(tmp
 def test_windows_nobody_chose_fit_the_context(place):
     found = standard_evaluation(place / "latent", place / "text.txt", checks=["perplexity"], max_tokens=300)
     assert found["figures"]["latent"]["window"] == 128
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"block_size": 32}, {"block_size": 16, "max_tokens": 300}, {"batch_size": 3}]
+)
+def test_evaluate_gives_the_numbers_of_the_command(place, options):
+    pair = {"against": place / "model"}
+    found = evaluate(place / "latent", place / "text.txt", **pair, **options)
+    command = standard_evaluation(
+        place / "latent", place / "text.txt", **pair, checks=["perplexity"], **options
+    )
+    assert found == command["figures"]
+    assert found["latent"]["window"] == options.get("block_size", 128) and found["ratio"] != 1
+
+
+def test_a_check_is_one_record(place, monkeypatch):
+    """Its argument, refusal, extents, figures, rows, lines and sign, from nowhere but the record."""
+
+    def refuse(request, settings):
+        if request.given["hue"] == 0:
+            raise ValueError("a hue is 1 or more: got 0; try 7")
+
+    def run(request, settings, start):
+        start("colour")(1, 1)
+        hues = {role: {"colour": request.given["hue"]} for role in request.models}
+        return hues | {"palette": settings["size"]}
+
+    def sign(figures, missing):
+        value = (figures.get("latent") or {}).get("colour")
+        return Sign({"hue": figure(value, 5)}, "Paint it.") if value else Sign({})
+
+    colour = Check(
+        name="colour",
+        arguments=(Argument("hue", int, "A hue."),),
+        refuse=refuse,
+        run=run,
+        extents=lambda request: [({"size": 2}, 0.0)],
+        rows=lambda latent: {"hue": lambda f: str(f["colour"])},
+        lines=lambda figures: [f"palette of {figures['palette']}"] if "palette" in figures else [],
+        signs={"fading": sign},
+    )
+    for module in (registry, standard, diagnosis):
+        monkeypatch.setattr(module, "CHECKS", (*CHECKS, colour))
+    monkeypatch.setattr(standard, "DEFAULT_CHECKS", ("colour",))
+    with pytest.raises(ValueError, match="a hue is 1 or more: got 0"):
+        standard_evaluation(place / "latent", checks=["colour"], hue=0)
+    steps = []
+    document = standard_evaluation(
+        place / "latent", checks=["colour"], hue=7, progress=lambda *event: steps.append(event)
+    )
+    assert document["figures"] == {"latent": {"colour": 7}, "palette": 2}
+    assert document["record"]["extent"]["measured"] == {"colour": {"size": 2}}
+    assert ("colour", 0, 0, "") in steps and ("colour", 1, 1, "") in steps
+    (finding,) = document["diagnosis"]["findings"]
+    assert finding["name"] == "fading" and finding["advice"] == "Paint it."
+    listing, *lines = evaluation_tables(document)
+    assert [column._cells for column in listing.columns] == [["hue"], ["7"]]
+    assert "palette of 2" in lines
+
+
+def test_the_command_offers_every_argument_of_the_checks_in_their_words():
+    offered = {option.name: option for option in typer.main.get_command(app).commands["eval"].params}
+    arguments = {argument.name: argument for check in CHECKS for argument in check.arguments}
+    assert {name: offered[name].help for name in arguments} == {
+        name: argument.help for name, argument in arguments.items()
+    }
+    (command,) = (command for command in app.registered_commands if command.name == "eval")
+    hints = get_type_hints(command.callback)
+    for name, argument in arguments.items():
+        assert hints[name] == (str if argument.type is list else argument.type) | None, name

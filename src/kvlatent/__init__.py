@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvlatent.checkpoints.load import load_model
     from kvlatent.checkpoints.save import save
     from kvlatent.conversion.convert_model import convert
-    from kvlatent.evaluation.quality import evaluate
+    from kvlatent.evaluation.standard import evaluate
     from kvlatent.jobs.recipe import Recipe
     from kvlatent.planning.width_plan import plan
     from kvlatent.selection.calibrate import calibrate
@@ -56,7 +56,7 @@ _LAZY = {
     "calibrate": "selection.calibrate",
     "compress": "workflows.compress_checkpoint",
     "convert": "conversion.convert_model",
-    "evaluate": "evaluation.quality",
+    "evaluate": "evaluation.standard",
     "load_model": "checkpoints.load",
     "plan": "planning.width_plan",
     "save": "checkpoints.save",

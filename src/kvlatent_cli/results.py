@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -16,6 +15,8 @@ Figures = Mapping[str, Any]
 
 def evaluation_tables(document: Figures) -> list[Any]:
     """The figures of both models side by side, tasks, and what is wrong."""
+    from kvlatent.evaluation.checks import CHECKS  # imports torch, which `--help` does without
+
     figures, names = document["figures"], ["latent"]
     if document["original"] is not None:
         names.insert(0, "original")
@@ -24,66 +25,20 @@ def evaluation_tables(document: Figures) -> list[Any]:
     for name in names:
         label = name if name == "original" or "latent" in document["model"] else document["model"]["name"]
         table.add_column(label, justify="right")
-    for label, show in _ROWS.items():
-        cells = [show(figures[name]) for name in names]
-        if any(cells):
-            table.add_row(label, *(cell or "-" for cell in cells))
-    for task, metric in _metrics(figures["latent"]):
-        cells = [_task_figure(figures[name], task, metric) for name in names]
-        table.add_row(f"{task}, {metric}", *cells)
-    return [table, *_beside(figures), *_diagnosis(document["diagnosis"])]
+    for check in CHECKS:
+        measured = [check.name in figures[name] for name in names]
+        if not any(measured):
+            continue
+        for label, show in check.rows(figures["latent"]).items():
+            cells = [
+                show(figures[name]) if known else "-" for name, known in zip(names, measured, strict=True)
+            ]
+            table.add_row(label, *cells)
+    lines = [line for check in CHECKS for line in check.lines(figures)]
+    return [table, *lines, *_diagnosis(document["diagnosis"])]
 
 
-def _grid_mean(figures: Figures, name: str, score: str, unit: str = "") -> str:
-    if name not in figures:
-        return ""
-    return f"{fmean(value for row in figures[name][score] for value in row):.3f}{unit}"
-
-
-_ROWS = {
-    "perplexity": lambda f: plus_minus(f["perplexity"], f["standard_error"]) if "perplexity" in f else "",
-    "bits per byte": lambda f: f"{f['bits_per_byte']:.4f}" if "bits_per_byte" in f else "",
-    "cache bytes/token": lambda f: (
-        f"{f['cache_bytes_per_token']:,.0f}" if "cache_bytes_per_token" in f else ""
-    ),
-    "needle, exact": lambda f: _grid_mean(f, "needle", "exact"),
-    "needle, reciprocal rank": lambda f: _grid_mean(f, "needle", "rank"),
-    "true order likelier by": lambda f: _grid_mean(f, "order", "margin", " nats"),
-    "true order preferred": lambda f: _grid_mean(f, "order", "preferred"),
-    "past logits moved by the future": lambda f: f"{f['causality']:.3g}" if "causality" in f else "",
-}
 _UNDECIDED = ("forgetting:", "positional confusion:")
-
-
-def _metrics(figures: Figures) -> list[tuple[str, str]]:
-    """(task, metric) of what lm-eval measured."""
-    tasks = figures.get("tasks", {}).get("tasks", {})
-    return [
-        (task, metric)
-        for task, found in tasks.items()
-        for metric in found
-        if isinstance(found[metric], float) and f"{metric}_stderr" in found
-    ]
-
-
-def _task_figure(figures: Figures, task: str, metric: str) -> str:
-    found = figures["tasks"]["tasks"][task]
-    return plus_minus(found[metric], found.get(f"{metric}_stderr"))
-
-
-def _beside(figures: Figures) -> list[str]:
-    """What compares both models."""
-    lines = []
-    if "ratio" in figures:
-        ratio = plus_minus(figures["ratio"], figures["ratio_standard_error"])
-        lines.append(f"perplexity over the original's: {ratio}; cache: {figures['cache_ratio']:.1%}")
-    if "fidelity" in figures:
-        found = figures["fidelity"]
-        kl = plus_minus(found["kl"], found["kl_standard_error"], 4)
-        lines.append(
-            f"KL from the original: {kl} nats a token; same likeliest token: {found['top1_agreement']:.1%}"
-        )
-    return lines
 
 
 def _diagnosis(diagnosis: Figures) -> list[str]:

@@ -8,16 +8,31 @@ Two models are compared on the same blocks, pair by pair: most of the spread is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from kvlatent.evaluation.sequences import counter, evaluation_mode
 from kvlatent.model.head import IGNORED, token_losses
 
 _LARGEST_LOSS = 700.0  # exp() of more is no longer a finite double
+
+
+class Rows(NamedTuple):
+    """Sequences that are read together, int64 [B, T] each.
+
+    Args:
+        input_ids: padded on the right, where no token looks.
+        labels: the token that each position should predict, `IGNORED` where none counts.
+        position_ids: None counts from 0; positions that restart separate documents.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,41 +60,44 @@ def perplexity(
 ) -> Perplexity:
     """Measure a model on blocks from :mod:`kvlatent.text`, every token weighing the same.
 
-    The model runs in evaluation mode, in its own dtype and on its own device; no logits of a whole batch
-    are ever held. `progress` is called with the blocks done and their number.
+    `progress` is called with the blocks done and their number.
 
     Raises:
         ValueError: no blocks, nothing to predict in them, or a loss that is NaN, infinite or above 700.
     """
     if batch_size < 1:
         raise ValueError(f"a batch holds at least one block: got batch_size={batch_size}; try 8")
-    losses: list[float] = []
     counts: list[int] = []
-    training = model.training
-    model.eval()
-    if progress is not None:
-        progress(0, len(blocks))
-    try:
+
+    def batches() -> Iterator[Rows]:
         for first in range(0, len(blocks), batch_size):
             columns = blocks[first : first + batch_size]
-            batch = {name: torch.as_tensor(columns[name], device=model.device) for name in columns}
-            sums = _block_losses(model, batch)
-            losses += sums.tolist()
-            counts += batch["labels"].ne(IGNORED).sum(dim=1).tolist()
-            if progress is not None:
-                progress(len(losses), len(blocks))
-    finally:
-        model.train(training)
-    return summarise(losses, counts)
+            rows = Rows(*(torch.as_tensor(columns[name]) for name in Rows._fields))
+            counts.extend(rows.labels.ne(IGNORED).sum(dim=1).tolist())
+            yield rows
+
+    advance = counter(progress, len(blocks))
+    losses = score_rows(model, batches(), lambda rows: advance(len(rows.labels)))
+    return summarise([total for part in losses for total in part.double().sum(dim=1).tolist()], counts)
 
 
-# Not inference_mode: tables that latent attention builds at its first forward must stay usable in training.
-@torch.no_grad()
-def _block_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    decoder: Any = model.get_decoder()
-    output = decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-    losses = token_losses(output.last_hidden_state, model.get_output_embeddings(), batch["labels"])
-    return losses.cpu().double().sum(dim=1)
+def score_rows(
+    model: PreTrainedModel, batches: Iterable[Rows], advance: Callable[[Rows], None]
+) -> list[torch.Tensor]:
+    """Nats of every token of each batch, fp32 [B, T] on the CPU, 0 where nothing is predicted: every perplexity's source.
+
+    The model runs in evaluation mode, in its own dtype and on its own device; no logits of a whole batch are ever held.
+    `advance` is called with each batch when it is done.
+    """
+    decoder, losses = model.get_decoder(), []
+    with evaluation_mode(model):
+        for rows in batches:
+            ids, labels = rows.input_ids.to(model.device), rows.labels.to(model.device)
+            positions = None if rows.position_ids is None else rows.position_ids.to(model.device)
+            output = decoder(input_ids=ids, position_ids=positions, use_cache=False)
+            losses.append(token_losses(output.last_hidden_state, model.get_output_embeddings(), labels).cpu())
+            advance(rows)
+    return losses
 
 
 def summarise(block_losses: Sequence[float], block_tokens: Sequence[int]) -> Perplexity:

@@ -7,25 +7,29 @@ small difference is not drowned by the spread that both models share.
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.load import check_block_size
-from kvlatent.checkpoints.source import check_same_vocabulary, resolve_model
-from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.perplexity import Perplexity, perplexity, perplexity_ratio
+from kvlatent.evaluation.sequences import evaluation_mode
 from kvlatent.model.cache_bytes import live_cache_bytes
-from kvlatent.text.corpus import evaluation_blocks
 
-__all__ = ["cache_bytes_per_token", "compare", "evaluate", "measure", "precision", "speedometer"]
+__all__ = [
+    "cache_bytes_per_token",
+    "cache_figures",
+    "compare",
+    "measure",
+    "measure_models",
+    "precision",
+    "speedometer",
+]
 
 _CACHE_POSITIONS = 64
 
@@ -44,16 +48,15 @@ def cache_bytes_per_token(model: PreTrainedModel, input_ids: torch.Tensor) -> fl
         model: original or latent; the cache is the one it makes itself, in its own dtype.
         input_ids: [B, T], T at most the sliding window where there is one (a longer text measures the window).
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            cache = model(
-                input_ids=input_ids.to(model.device), use_cache=True, logits_to_keep=1
-            ).past_key_values
-    finally:
-        model.train(training)
-    return live_cache_bytes(cache) / input_ids.numel()
+    with evaluation_mode(model):
+        output = model(input_ids=input_ids.to(model.device), use_cache=True, logits_to_keep=1)
+    return live_cache_bytes(output.past_key_values) / input_ids.numel()
+
+
+def cache_figures(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, Any]:
+    """Cache bytes a token after the first tokens of a text [B, T], and the dtype that takes so many."""
+    size = cache_bytes_per_token(model, input_ids[:, :_CACHE_POSITIONS])
+    return {"cache_bytes_per_token": size, "cache_dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def measure(
@@ -81,10 +84,8 @@ def measure(
         "standard_error": result.standard_error,
         "loss": result.loss,
         "tokens": result.tokens,
-        "cache_bytes_per_token": cache_bytes_per_token(model, ids[:, :_CACHE_POSITIONS]),
-        "cache_dtype": str(model.dtype).removeprefix("torch."),
     }
-    return figures, result
+    return figures | cache_figures(model, ids), result
 
 
 def compare(latent: Perplexity, original: Perplexity) -> dict[str, float | None]:
@@ -93,92 +94,39 @@ def compare(latent: Perplexity, original: Perplexity) -> dict[str, float | None]
     return {"ratio": ratio, "ratio_standard_error": standard_error}
 
 
-def evaluate(
-    model: str | Path | PreTrainedModel,
-    data: str | Path | Dataset,
-    *,
-    against: str | Path | PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    block_size: int = 512,
-    batch_size: int = 8,
-    max_tokens: int | None = None,
-    dtype: str | None = None,
-    device: str = "cpu",
-    separator: str | None = "<|endoftext|>",
-    text_field: str = "text",
-    progress: Callable[[str, int, int, str], None] | None = None,
+def measure_models(
+    models: Mapping[str, PreTrainedModel],
+    measure_one: Callable[[str, PreTrainedModel], tuple[dict[str, Any], Perplexity]],
 ) -> dict[str, Any]:
-    """Measure a model, and the original it came from when `against` is given.
+    """Figures by role, "latent" and "original" where there is one, and beside them those of the pair.
 
     Args:
-        model: a directory, a hub id or a loaded model.
-        data: a text file or hub data set, all of which is scored; or blocks made by `data.evaluation_blocks`.
-        against: the original.
-        tokenizer: of the text; None takes the model's own (then `model` is a directory or hub id).
-        block_size: tokens a window; a document's first token is context only.
-        max_tokens: score about that many tokens, from the start of the text; None scores all.
-        dtype: "float32", "bfloat16", "float16" or None, what the checkpoint has; on models that are loaded already it is ignored.
-        separator, text_field: how `data` splits into documents.
-        progress: called with a step's name, blocks done, their number, and a note.
-
-    Returns:
-        {"latent": {perplexity, standard_error, loss, tokens, cache_bytes_per_token, cache_dtype}} and, with
-        `against`, "original" with the same keys, "ratio", "ratio_standard_error" and "cache_ratio".
-
-    Raises:
-        ValueError: the two models have different vocabularies, the text is too short, or an unknown dtype.
+        measure_one: gives the figures of a role's model and its `Perplexity`, cache bytes included.
     """
-    loaded = resolve_model(model, dtype, device)
-    other = None if against is None else resolve_model(against, dtype, device)
-    if other is not None:
-        check_same_vocabulary(loaded, other)
-    if tokenizer is None and not isinstance(data, Dataset):
-        if isinstance(model, PreTrainedModel):
-            raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=, or blocks as data")
-        tokenizer = load_tokenizer(model, loaded.config)
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
-        if isinstance(data, Dataset):
-            blocks = data
-        else:
-            limit = getattr(loaded.config, "max_position_embeddings", None) or block_size
-            blocks = evaluation_blocks(
-                data,
-                tokenizer,
-                block_size=min(block_size, limit),
-                cache_dir=cache,
-                vocab_size=loaded.config.vocab_size,
-                separator=separator,
-                text_field=text_field,
-                max_tokens=max_tokens,
-            )
-        figures, result = measure(
-            loaded, blocks, batch_size=batch_size, progress=speedometer(progress, "measure", blocks)
-        )
-        report: dict[str, Any] = {"latent": figures}
-        if other is not None:
-            report["original"], original = measure(
-                other,
-                blocks,
-                batch_size=batch_size,
-                progress=speedometer(progress, "measure the original", blocks),
-            )
-            report |= compare(result, original)
-            report["cache_ratio"] = (
-                figures["cache_bytes_per_token"] / report["original"]["cache_bytes_per_token"]
-            )
-    return report
+    figures: dict[str, Any] = {}
+    results: dict[str, Perplexity] = {}
+    for role, model in models.items():
+        figures[role], results[role] = measure_one(role, model)
+    if "original" in results:
+        latent, original = (figures[role]["cache_bytes_per_token"] for role in ("latent", "original"))
+        figures |= compare(results["latent"], results["original"]) | {"cache_ratio": latent / original}
+    return figures
 
 
 def speedometer(
-    progress: Callable[[str, int, int, str], None] | None, step: str, blocks: Dataset
+    progress: Callable[[str, int, int, str], None] | None, step: str, blocks: Dataset | None = None
 ) -> Callable[[int, int], None] | None:
-    """What `measure` calls with blocks done and their number, handed on as `step` with the tokens per second."""
+    """What a measurement calls with blocks done and their number, handed on as `step` with the tokens per second.
+
+    Without blocks, it is tokens that are counted.
+    """
     if progress is None:
         return None
-    report, start, block_tokens = progress, time.monotonic(), len(blocks[0]["input_ids"])
+    report, start = progress, time.monotonic()
+    size = 1 if blocks is None else len(blocks[0]["input_ids"])
 
     def call(done: int, total: int) -> None:
-        speed = done * block_tokens / max(time.monotonic() - start, 1e-9)
+        speed = done * size / max(time.monotonic() - start, 1e-9)
         report(step, done, total, f"{speed:,.0f} tokens/s")
 
     return call

@@ -7,7 +7,8 @@ have one length, so there is no padding and no mask, and no logits are held but 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -23,9 +24,11 @@ __all__ = [
     "check_same",
     "context_limit",
     "counter",
+    "evaluation_mode",
     "leading_ids",
     "mean_and_error",
     "ordinary_ids",
+    "shortest_context",
     "token_stream",
 ]
 
@@ -72,6 +75,12 @@ def context_limit(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def shortest_context(models: Iterable[Any]) -> int | None:
+    """The shortest context of several models; None where their configs name none."""
+    limits = [context_limit(model.config) for model in models]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def check_counts(**counts: tuple[int, int]) -> None:
     """Raise `ValueError` unless every (value, smallest) pair is in order, naming the argument."""
     for name, (value, smallest) in counts.items():
@@ -93,6 +102,21 @@ def counter(progress: Callable[[int, int], None] | None, total: int) -> Callable
 
     advance(0)
     return advance
+
+
+@contextmanager
+def evaluation_mode(*models: Any) -> Generator[None]:
+    """Models in evaluation mode, and no gradients; afterwards they are as they were."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        # Not inference_mode: tables that latent attention builds at its first forward must stay usable in training.
+        with torch.no_grad():
+            yield
+    finally:
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
 
 
 def at_the_ends(
@@ -118,25 +142,20 @@ def at_the_ends(
     """
     for token in (int(rows.min()), int(rows.max())):
         check_token_ids(token, model.config.vocab_size)
-    training, found = model.training, []
-    model.eval()
-    try:
+    scores = []
+    with evaluation_mode(model):
         for group in torch.from_numpy(rows).split(batch_size):
             batch = group.to(model.device)
-            # Not inference_mode: tables that latent attention builds at its first forward must stay usable.
-            with torch.no_grad():
-                output = model(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=keep)
-                logits = output.logits[:, -keep:].float()
-                if not bool(torch.isfinite(logits).all()):
-                    raise ValueError(
-                        f"logits must be finite: got NaN or infinity within {rows.shape[1]} tokens; the model's "
-                        "weights are broken or its dtype overflows, try float32"
-                    )
-                found.append(score(logits, batch[:, -keep:]).cpu().double())
+            output = model(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=keep)
+            logits = output.logits[:, -keep:].float()
+            if not bool(torch.isfinite(logits).all()):
+                raise ValueError(
+                    f"logits must be finite: got NaN or infinity within {rows.shape[1]} tokens; the model's "
+                    "weights are broken or its dtype overflows, try float32"
+                )
+            scores.append(score(logits, batch[:, -keep:]).cpu().double())
             advance(len(group))
-    finally:
-        model.train(training)
-    return torch.cat(found).numpy()
+    return torch.cat(scores).numpy()
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:

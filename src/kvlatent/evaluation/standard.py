@@ -1,40 +1,106 @@
-"""The evaluation behind `kvlatent eval`: every check of this folder on one model, and on its original beside it.
+"""The evaluation behind `kvlatent eval`: every check on one model, and on its original beside it.
 
 Both models read the same text, needles and shuffled spans, by the same code. Without a text the modules of the Python
-standard library are read that the embedded model never saw: every installation carries them.
+standard library are read that the embedded model never saw: every installation carries them. Everything is refused
+before anything is measured: an hour's work must not end at a bad option.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.source import check_same_vocabulary, name_and_fingerprint, resolve_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
-from kvlatent.evaluation.check_options import CHECKS, check_all, checks_of, options_of
-from kvlatent.evaluation.checks.causality import causality
-from kvlatent.evaluation.checks.fidelity import fidelity
-from kvlatent.evaluation.checks.needle import needle
-from kvlatent.evaluation.checks.tasks import compare_tasks, run_tasks
-from kvlatent.evaluation.checks.word_order import order
+from kvlatent.evaluation.check import DATA, Check, Report, Request
+from kvlatent.evaluation.checks import CHECKS, DEFAULT_CHECKS
+from kvlatent.evaluation.checks.text_perplexity import measure_text
 from kvlatent.evaluation.diagnosis import diagnose
-from kvlatent.evaluation.extent import Extent
-from kvlatent.evaluation.perplexity import Perplexity, perplexity_ratio
-from kvlatent.evaluation.quality import cache_bytes_per_token
-from kvlatent.evaluation.scored_text import Text
-from kvlatent.evaluation.sliding import measure_sliding
+from kvlatent.evaluation.extent import Extent, choose_extent
+from kvlatent.evaluation.perplexity import Perplexity
+from kvlatent.evaluation.quality import measure, measure_models, speedometer
+from kvlatent.evaluation.scored_text import ScoredText
+from kvlatent.evaluation.sequences import check_counts, shortest_context
 from kvlatent.jobs.record import environment
 
-__all__ = ["CHECKS", "standard_evaluation"]
+__all__ = ["evaluate", "standard_evaluation"]
 
-_CACHE_POSITIONS = 64
+_WINDOW = 512
+_LARGEST_SEED = 2**32 - 1  # NumPy's, which lm-eval sets
 
 Progress = Callable[[str, int, int, str], None]
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    data: str | Path | Dataset,
+    *,
+    against: str | Path | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    block_size: int | None = None,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    separator: str | None = "<|endoftext|>",
+    text_field: str = "text",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity and cache bytes of a model, and of the original it came from when `against` is given.
+
+    On a text they are those of `kvlatent eval --checks perplexity`, to the bit.
+
+    Args:
+        model: a directory, a hub id or a loaded model.
+        data: a text file or hub data set, all of which is scored; or blocks made by `text.corpus.evaluation_blocks`.
+        against: the original.
+        tokenizer: of the text; None takes the model's own (then `model` is a directory or hub id).
+        block_size: tokens a window of the text; None takes 512, or the context where that is shorter.
+        batch_size: windows or blocks read together; None takes 8, of a text fewer of a large model.
+        max_tokens: score no more than so many tokens, from the start of the text; None scores all.
+        dtype: "float32", "bfloat16", "float16" or None, what the checkpoint has; on models that are loaded already it is ignored.
+        separator, text_field: how `data` splits into documents.
+        progress: called with a step's name, tokens or blocks done, their number, and a note.
+
+    Returns:
+        {"latent": {perplexity, standard_error, loss, tokens, cache_bytes_per_token, cache_dtype, and of a text what
+        `measure_documents` gives besides}} and, with `against`, "original" with the same keys, "ratio",
+        "ratio_standard_error" and "cache_ratio".
+
+    Raises:
+        ValueError: the two models have different vocabularies, there is no text, a window is longer than the context,
+            or an unknown dtype.
+    """
+    models = _load_models(model, against, dtype, device)
+    steps = {"latent": "measure", "original": "measure the original"}
+    if isinstance(data, Dataset):
+        blocks, at_once = data, 8 if batch_size is None else batch_size
+        return measure_models(
+            models,
+            lambda role, each: measure(
+                each, blocks, batch_size=at_once, progress=speedometer(progress, steps[role], blocks)
+            ),
+        )
+    tokenizer = tokenizer or _load_tokenizer(model, models["latent"], ", or blocks as data")
+    options = {
+        "window": _choose_window(models, block_size),
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+    }
+    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
+        documents = ScoredText(data, separator, text_field, Path(folder), tokenizer).documents
+
+    def measure_one(role: str, each: PreTrainedModel) -> tuple[dict[str, Any], Perplexity]:
+        report = speedometer(progress, steps[role])
+        return measure_text(each, tokenizer, documents, progress=report, **options)
+
+    return measure_models(models, measure_one)
 
 
 def standard_evaluation(
@@ -44,15 +110,6 @@ def standard_evaluation(
     against: str | Path | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     checks: Sequence[str] | None = None,
-    tasks: Sequence[str] | None = None,
-    include_path: str | Path | None = None,
-    limit: int | None = None,
-    block_size: int | None = None,
-    stride: int | None = None,
-    batch_size: int | None = None,
-    max_tokens: int | None = None,
-    contexts: Sequence[int] | None = None,
-    template: str | None = None,
     dtype: str | None = None,
     device: str = "cpu",
     separator: str | None = "<|endoftext|>",
@@ -60,6 +117,7 @@ def standard_evaluation(
     seed: int = 0,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Measure a model, beside its original when `against` is given, and say what is wrong.
 
@@ -70,166 +128,173 @@ def standard_evaluation(
         model, against: directories, hub ids or loaded models.
         data: a text file or hub data set; None: the standard library text.
         tokenizer: of the text; None takes the model's own (then `model` is a directory or hub id).
-        checks: of `CHECKS`; None takes them all, without `against` all but "fidelity", which needs it, and of a very
-            large model those that end in time.
-        tasks, include_path, limit: see `tasks.run_tasks`; None runs no task.
-        block_size: tokens of a window of perplexity and fidelity, and at most of order; None takes 512, or the
-            context where that is shorter.
-        stride: see `sliding.measure_sliding`.
-        batch_size: sequences at a time, in every check; None takes each check's own.
-        max_tokens: of perplexity alone, so many tokens are scored; None scores all of `data`, of the standard library
-            text 50,000, of a large model fewer.
-        contexts, template: see `needle.needle`; by default 128 tokens and the model's context, or what of it is
-            read in time.
+        checks: by name; None takes them all, without `against` those that need no original, and of a very large model
+            those that end in time.
         dtype, device: to load with.
         separator, text_field: how `data` splits into documents.
         seed: of everything random.
         progress: called with a step's name, what is done, of how much, and a note; at every step's begin already.
         say: called with a sentence where less is measured than of a small model.
+        options: arguments of the checks by name (see `CHECK` in their files); None, where nobody chose.
 
     Returns:
         {"kind": "evaluation", "model", "original", "figures": {"latent", "original", "ratio", "ratio_standard_error",
         "cache_ratio", "fidelity", "tasks"}, "diagnosis", "record"}; what was not measured is left out.
 
     Raises:
+        TypeError: an option that no check has.
         ValueError: nothing to measure, an option without a use, models of different vocabularies, too little text, or
             what a check refuses.
     """
-    given: dict[str, Any] = {
-        "data": data,
-        "block_size": block_size,
-        "stride": stride,
-        "batch_size": batch_size,
-    }
-    given |= {"max_tokens": max_tokens, "contexts": contexts, "template": template}
-    given |= {"limit": limit, "include_path": include_path}
-    wanted = checks_of(checks, tasks, against is not None, given)
+    given = _fill_in(options | {DATA.name: data})
+    chosen = _choose_checks(checks, given, against is not None)
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ValueError(f"a seed is between 0 and {_LARGEST_SEED}: got {seed}; try 0")
     start = time.perf_counter()
     if progress is not None:
         progress("load", 0, 0, "")
-    models = {"latent": resolve_model(model, dtype, device)}
-    if against is not None:
-        models["original"] = resolve_model(against, dtype, device)
-        check_same_vocabulary(models["latent"], models["original"])
-    tokenizer = tokenizer or _tokenizer(model, models["latent"])
+    models = _load_models(model, against, dtype, device)
+    tokenizer = tokenizer or _load_tokenizer(model, models["latent"])
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
-        text = Text(data, separator, text_field, Path(folder), tokenizer)
-        extent, options = options_of(models, given, wanted, seed=seed, optional=checks is None)
+        text = ScoredText(data, separator, text_field, Path(folder), tokenizer)
+        window, limit = _choose_window(models, given["block_size"]), shortest_context(models.values())
+        request = Request(models, tokenizer, text, given, window, limit, seed)
+        extent = choose_extent(request, chosen, optional=checks is None)
+        chosen = [check for check in chosen if check.extents is None or check.name in extent.measured]
         if progress is not None:
             progress("read the text", 0, 0, "")
-        check_all(list(extent.measured), tasks, models, tokenizer, text, options, extent)
+        _refuse(request, chosen, extent)
         if say is not None and extent.sentence is not None:
             say(extent.sentence)
-        bench = _Bench(models, tokenizer, text, options, extent, progress)
-        for name in [name for name in CHECKS if name in extent.measured]:
-            getattr(bench, name)()
-        if tasks:
-            bench.tasks(tasks)
+        figures = _measure(request, chosen, extent, progress)
     sources = {"latent": model, "original": against}
-    about = {role: _about(each, sources[role]) for role, each in models.items()}
+    about = {role: _describe(each, sources[role]) for role, each in models.items()}
     record = environment(models["latent"].device.type) | {"seed": seed, "text": text.about()}
     record["extent"] = extent.about()
     return {
         "kind": "evaluation",
         "model": about["latent"],
         "original": about.get("original"),
-        "figures": bench.figures,
-        "diagnosis": diagnose(bench.figures),
+        "figures": figures,
+        "diagnosis": diagnose(figures),
         "record": record | {"seconds": round(time.perf_counter() - start, 1)},
     }
 
 
-class _Bench:
-    """Both models at work, one check after another; `figures` collects what they say."""
+def _fill_in(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A value for every argument of the checks, None where nobody chose."""
+    arguments = {argument.name: argument for check in CHECKS for argument in check.arguments}
+    for name in options:
+        if name not in arguments:
+            known = "; ".join(f"{argument.name}: {argument.help}" for argument in arguments.values())
+            raise TypeError(f"an evaluation has no option {name!r}; it has {known}")
+    return dict.fromkeys(arguments) | dict(options)
 
-    def __init__(
-        self,
-        models: dict[str, PreTrainedModel],
-        tokenizer: Any,
-        text: Text,
-        options: dict[str, dict[str, Any]],
-        extent: Extent,
-        progress: Progress | None,
-    ) -> None:
-        self.models, self.tokenizer, self.text, self.options = models, tokenizer, text, options
-        self.extent, self.progress = extent, progress
-        self.figures: dict[str, Any] = {role: {} for role in models}
 
-    def perplexity(self) -> None:
-        """Perplexity and cache bytes of each, and what one is over the other."""
-        found: dict[str, Perplexity] = {}
-        documents = self.text.documents
-        for role, model in self.models.items():
-            report = self._report(f"perplexity, {role}")
-            figures, found[role] = measure_sliding(
-                model, self.tokenizer, documents, progress=report, **self.options["perplexity"]
+def _choose_checks(names: Sequence[str] | None, given: Mapping[str, Any], paired: bool) -> list[Check]:
+    """The checks to run, in order; None asks for all that make sense.
+
+    Args:
+        given: arguments by name, None where nobody chose.
+        paired: whether there is an original.
+
+    Raises:
+        ValueError: an unknown check, nothing to measure, a comparison without an original, or an option without a use.
+    """
+    for name in names or ():
+        if name not in DEFAULT_CHECKS:
+            raise ValueError(f"unknown check {name!r}; choose of {', '.join(DEFAULT_CHECKS)}")
+    chosen = []
+    for check in CHECKS:
+        if check.asked_by is not None:
+            wanted = given[check.asked_by] is not None
+        elif names is None:
+            wanted = paired or not check.needs_original
+        else:
+            wanted = check.name in names
+        if wanted and check.needs_original and not paired:
+            raise ValueError(
+                f"{check.name} is the distance from an original: got --checks with {check.name} and no --against; name "
+                f"the original, or leave {check.name} out"
             )
-            ids = self.tokenizer(documents[0], return_tensors="pt")["input_ids"][:, :_CACHE_POSITIONS]
-            figures["cache_bytes_per_token"] = cache_bytes_per_token(model, ids)
-            figures["cache_dtype"] = str(model.dtype).removeprefix("torch.")
-            self.figures[role] |= figures
-        if "original" in found:
-            ratio, error = perplexity_ratio(found["latent"], found["original"])
-            both = [self.figures[role]["cache_bytes_per_token"] for role in ("latent", "original")]
-            self.figures |= {"ratio": ratio, "ratio_standard_error": error, "cache_ratio": both[0] / both[1]}
-
-    def fidelity(self) -> None:
-        """Distance of the latent model from its original."""
-        report = self._report("fidelity")
-        number = self.extent.measured["fidelity"]["blocks"]
-        rows = self.models["latent"].config.vocab_size
-        blocks = self.text.blocks(self.tokenizer, rows, self.options["perplexity"]["window"], number)
-        pair = [self.models[role] for role in ("original", "latent")]
-        self.figures["fidelity"] = fidelity(*pair, blocks, progress=report, **self.options["fidelity"])
-
-    def needle(self) -> None:
-        """Needles in the text, found by each."""
-        for role, model in self.models.items():
-            report, options = self._report(f"needle, {role}"), self.options["needle"]
-            self.figures[role]["needle"] = needle(
-                model, self.tokenizer, haystack=self.text.documents, progress=report, **options
+        chosen += [check] if wanted else []
+    if not chosen:
+        raise ValueError(
+            f"an evaluation measures something: got 0 checks and 0 tasks; name some of {', '.join(DEFAULT_CHECKS)}, or "
+            "leave --checks out"
+        )
+    for name, value in given.items():
+        if value is not None and not any(check.understands(name) for check in chosen):
+            users = [check.name for check in CHECKS if check.understands(name)]
+            shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for {' and '.join(users)} only: got {shown}, and what is measured is "
+                f"{', '.join(check.name for check in chosen)}; leave it out, or ask for {users[0]}"
             )
+    return chosen
 
-    def order(self) -> None:
-        """The order of near tokens, as each knows it."""
-        for role, model in self.models.items():
-            report, options = self._report(f"order, {role}"), self.options["order"]
-            self.figures[role]["order"] = order(
-                model, self.text.documents, self.tokenizer, progress=report, **options
-            )
 
-    def causality(self) -> None:
-        """Whether each looks ahead."""
-        for role, model in self.models.items():
-            self._report(f"causality, {role}")
-            self.figures[role]["causality"] = causality(model, **self.options["causality"])
+def _choose_window(models: Mapping[str, Any], size: int | None) -> int:
+    """Tokens of a window that all models can read; None takes 512, or the context where that is shorter."""
+    limit = shortest_context(models.values())
+    default = min(_WINDOW, limit or _WINDOW)
+    if size is not None and (size < 2 or (limit is not None and size > limit)):
+        context = "" if limit is None else f", the model's context has {limit}"
+        raise ValueError(
+            f"a window has 2 tokens or more, and no more than the model's context: got --block-size {size}{context}; "
+            f"give {default}, or leave it out"
+        )
+    return default if size is None else size
 
-    def tasks(self, names: Sequence[str]) -> None:
-        """lm-eval's tasks on each, and their differences."""
-        for number, (role, model) in enumerate(self.models.items()):
-            if self.progress is not None:
-                self.progress("tasks", number, len(self.models), role)
-            self.figures[role]["tasks"] = run_tasks(model, self.tokenizer, names, **self.options["tasks"])
-        if "original" in self.models:
-            pair = [self.figures[role]["tasks"] for role in ("original", "latent")]
-            self.figures["tasks"] = compare_tasks(*pair)
 
-    def _report(self, step: str) -> Callable[[int, int], None] | None:
-        """What a check calls; the step is told at once, before it has read its text."""
-        report = self.progress
-        if report is None:
+def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
+    """Raise, before any model runs, what the checks would raise for their arguments and the text."""
+    if request.given["batch_size"] is not None:
+        check_counts(batch_size=(request.given["batch_size"], 1))
+    for check in checks:
+        check.refuse(request, check.options(request, extent.measured.get(check.name, {})))
+    if any(check.understands(DATA.name) for check in checks):
+        _ = request.text.documents  # a text that cannot be read, or holds none
+
+
+def _measure(
+    request: Request, checks: Sequence[Check], extent: Extent, progress: Progress | None
+) -> dict[str, Any]:
+    """The figures of all checks: by role, and beside them those of the pair."""
+
+    def start(step: str) -> Report:
+        """Tell of the step at once, before it has read its text."""
+        if progress is None:
             return None
-        report(step, 0, 0, "")
-        return lambda done, total: report(step, done, total, "")
+        progress(step, 0, 0, "")
+        return lambda done, total: progress(step, done, total, "")
+
+    figures: dict[str, Any] = {role: {} for role in request.models}
+    for check in checks:
+        options = check.options(request, extent.measured.get(check.name, {}))
+        measured = dict(check.run(request, options, start))
+        for role in figures.keys() & request.models.keys() & measured.keys():
+            figures[role] |= measured.pop(role)
+        figures |= measured
+    return figures
 
 
-def _tokenizer(source: str | Path | PreTrainedModel, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def _load_models(model: Any, against: Any, dtype: str | None, device: str) -> dict[str, PreTrainedModel]:
+    """By role, known to have one vocabulary."""
+    models = {"latent": resolve_model(model, dtype, device)}
+    if against is not None:
+        models["original"] = resolve_model(against, dtype, device)
+        check_same_vocabulary(models["latent"], models["original"])
+    return models
+
+
+def _load_tokenizer(source: Any, model: PreTrainedModel, instead: str = "") -> PreTrainedTokenizerBase:
     if isinstance(source, PreTrainedModel):
-        raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=")  # noqa: TRY004
+        raise ValueError(f"a loaded model comes without its tokenizer: pass tokenizer={instead}")  # noqa: TRY004
     return load_tokenizer(source, model.config)
 
 
-def _about(model: PreTrainedModel, source: Any) -> dict[str, Any]:
+def _describe(model: PreTrainedModel, source: Any) -> dict[str, Any]:
     """Name and fingerprint, and the latent config where there is one."""
     latent = getattr(model.config, "kv_latent", None)
     return name_and_fingerprint(model, source) | ({} if latent is None else {"latent": latent})

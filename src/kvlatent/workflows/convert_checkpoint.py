@@ -15,7 +15,7 @@ from kvlatent.checkpoints.lineage import lineage
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
-from kvlatent.evaluation.quality import evaluate
+from kvlatent.evaluation.standard import evaluate
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.fingerprints import identity

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
-from kvlatent.evaluation.checks.copying import copy_accuracy
+from kvlatent.evaluation.copying import copy_accuracy
 from kvlatent.text.standard_library import model_path, stdlib_documents
 from kvlatent.workflows.compress_checkpoint import compress
 from kvlatent.workflows.generate import continuation

@@ -1,7 +1,7 @@
 """Needles and the text they are hidden in.
 
 A needle is planted somewhere, asked for at the end, and answered by its value. It is made of random tokens, or written
-in words from a template. The text is the user's, or plain sentences that are the same on every machine.
+in words from a template.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from kvlatent.evaluation.sequences import ordinary_ids
 
-__all__ = ["Needle", "generated_text", "planted_rows", "random_needles", "written_needles"]
+__all__ = ["Needle", "planted_rows", "random_needles", "written_needles"]
 
 _ADJECTIVES = (
     *("old", "small", "quiet", "red", "cold", "gentle", "clever", "tired"),
@@ -23,11 +23,6 @@ _NOUNS = (
     *("sailor", "lamp", "river", "garden", "teacher", "window", "letter", "market"),
     *("horse", "bridge", "farmer", "basket", "tower", "kettle", "singer", "road"),
 )
-_VERBS = (
-    *("carried", "found", "painted", "watched", "sold", "borrowed", "cleaned", "drew"),
-    *("followed", "hid", "lost", "moved", "named", "opened", "saw", "took"),
-)
-_PLACES = ("near", "behind", "beside", "before", "above", "below", "past", "without")
 
 
 class Needle(NamedTuple):
@@ -41,24 +36,6 @@ class Needle(NamedTuple):
     def size(self) -> int:
         """Tokens of a sequence that are not haystack."""
         return sum(map(len, self))
-
-
-def generated_text(sentences: int, seed: int = 0) -> str:
-    """Plain English sentences without a story, drawn from 1.3e8 different ones.
-
-    The first sentences are the same for the same seed, however many follow.
-    """
-    parts = (_ADJECTIVES, _NOUNS, _VERBS, _ADJECTIVES, _NOUNS, _PLACES, _NOUNS)
-    drawn = np.random.default_rng(seed).integers(
-        [len(words) for words in parts], size=(sentences, len(parts))
-    )
-    lines = []
-    for row in drawn.tolist():
-        one, who, did, other, what, where, mark = (
-            words[index] for words, index in zip(parts, row, strict=True)
-        )
-        lines.append(f"The {one} {who} {did} the {other} {what} {where} the {mark}.")
-    return " ".join(lines)
 
 
 def random_needles(

@@ -107,7 +107,7 @@ class LayerSums:
         if self.rows == 0:
             raise ValueError(
                 "attention is compared where a token sees 2 keys or more: 0 of the sampled rows do; give longer "
-                "documents, or pass layers=False"
+                "documents"
             )
         varying = self.energy - float((self.total / self.tokens).square().sum()) * self.tokens
         kl, original, latent, *uniformity = (self.attention / self.rows).tolist()

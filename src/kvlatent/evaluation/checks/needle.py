@@ -10,21 +10,33 @@ exact reproduction, which users see, and the rank of the value's tokens, which m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.evaluation.check import (
+    BATCH_SIZE,
+    DATA,
+    Argument,
+    Check,
+    Levels,
+    Report,
+    Request,
+    Settings,
+    grid_mean,
+    run_each,
+)
 from kvlatent.evaluation.checks.haystack import (
     Needle,
-    generated_text,
     planted_rows,
     random_needles,
     written_needles,
 )
+from kvlatent.evaluation.evidence import score_sign
 from kvlatent.evaluation.sequences import (
     at_the_ends,
     check_counts,
@@ -37,36 +49,33 @@ from kvlatent.evaluation.sequences import (
 )
 from kvlatent.model.time_estimate import rows_at_once
 
-__all__ = ["check_needle", "default_contexts", "needle", "needle_drop"]
+__all__ = ["CHECK", "check_needle", "needle", "needle_drop"]
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
-_SHORTEST = 128
+_SHORTEST = 128  # of the contexts that nobody chose; two checks of position then take a minute, not five
+_TRIALS = (2, 4, 8)  # that nobody chose
 _MOST_ROWS = 8
 _HAYSTACKS = 16  # so many contexts of a text are looked at, whatever other contexts are measured
 _SETTINGS = ("contexts", "depths", "trials", "needle_tokens", "cue_tokens", "template", "seed")
 
 
-def default_contexts(limit: int) -> list[int]:
-    """Powers of two from 128 tokens up to `limit`, and `limit` itself."""
-    powers = [1 << power for power in range(limit.bit_length()) if _SHORTEST <= 1 << power < limit]
-    return [*powers, limit]
+class Grid(NamedTuple):
+    """What is asked: the contexts, the needles of each, and the settings that the figures are given with."""
+
+    contexts: list[int]
+    needles: list[Needle]
+    settings: Settings
 
 
 def needle(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    haystack: Sequence[int] | Iterable[str] | None = None,
-    contexts: Sequence[int] | None = None,
-    depths: Sequence[float] = DEPTHS,
-    trials: int = 20,
-    needle_tokens: int = 8,
-    cue_tokens: int = 4,
-    template: str | None = None,
-    seed: int = 0,
+    haystack: Sequence[int] | Iterable[str],
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """How well a model finds a needle, by context length and depth.
 
@@ -76,60 +85,40 @@ def needle(
 
     Args:
         haystack: text to hide the needle in, as strings or token ids, read from a random place on and from its
-            start again at its end; None generates plain English sentences.
-        contexts: lengths in tokens; None is `default_contexts` of the model's context.
-        depths: share of the haystack before the needle, 0 to 1; at 1 the question follows at once.
-        trials: needles a cell.
-        needle_tokens: tokens to be reproduced; with a template, decimal digits.
-        cue_tokens: tokens before them, which the question repeats; a template has its own.
-        template: a needle in words, such as "The magic number for {key} is {value}."; up to {value} it is the question.
+            start again at its end.
         batch_size: sequences read together; None takes 8, fewer where the context is long or the model large.
         progress: called with the tokens of all sequences done, and of all that there are.
+        options: the grid and the needles, see `check_needle`.
 
     Returns:
-        {"contexts", "depths", "exact": [[...]] share of trials with the whole value reproduced, contexts x depths,
-        "rank": [[...]] mean reciprocal rank of the value's tokens, "trial_exact", "trial_rank": the same by trial, over
-        all cells, and the settings "trials", "needle_tokens", "cue_tokens" (None with a template), "template", "seed"}.
+        The settings "contexts", "depths", "trials", "needle_tokens", "cue_tokens" (None with a template), "template" and
+        "seed"; "exact": [[...]] share of trials with the whole value reproduced, contexts x depths; "rank": [[...]] mean
+        reciprocal rank of the value's tokens; "trial_exact" and "trial_rank": the same by trial, over all cells.
 
     Raises:
-        ValueError: a context is longer than the model's or too short for the needle, a depth is outside 0 to 1, the
-            template lacks {key} before {value}, there is no text or no cue, or a logit is not finite.
+        ValueError: see `check_needle`; there is no text, or a logit is not finite.
     """
-    lengths, needles = check_needle(
-        model.config, tokenizer, contexts=contexts, depths=depths, trials=trials, needle_tokens=needle_tokens,
-        cue_tokens=cue_tokens, template=template, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
-    lead = leading_ids(tokenizer)
-    source = generated_text(2 * max(lengths), seed) if haystack is None else haystack
-    stream = token_stream(source, tokenizer, _HAYSTACKS * max(lengths))
-    advance = counter(progress, sum(lengths) * len(depths) * trials)
+    lengths, needles, settings = check_needle(model.config, tokenizer, batch_size=batch_size, **options)
+    depths, seed, lead = settings["depths"], settings["seed"], leading_ids(tokenizer)
+    stream = token_stream(haystack, tokenizer, _HAYSTACKS * max(lengths))
+    advance = counter(progress, sum(lengths) * len(depths) * len(needles))
 
     keep = max(len(one.value) for one in needles)
-    exact, rank = (np.empty((len(lengths), len(depths), trials)) for _ in range(2))
+    exact, rank = (np.empty((len(lengths), len(depths), len(needles))) for _ in range(2))
     for place, context in enumerate(lengths):
         rows = planted_rows(needles, stream[: _HAYSTACKS * context], lead, context, depths, seed)
         at_once = batch_size or rows_at_once(model, context, _MOST_ROWS)
-        found = at_the_ends(
+        answers = at_the_ends(
             model, rows, keep, _hits_and_ranks, batch_size=at_once,
             advance=lambda done, context=context: advance(done * context),
         )  # fmt: skip
-        for index, (hits, ranks) in enumerate(found):
+        for index, (hits, ranks) in enumerate(answers):
             trial, depth = divmod(index, len(depths))
             answer = slice(keep - len(needles[trial].value), keep)
             exact[place, depth, trial], rank[place, depth, trial] = hits[answer].all(), ranks[answer].mean()
-    return {
-        "contexts": lengths,
-        "depths": [float(depth) for depth in depths],
-        "exact": exact.mean(axis=2).tolist(),
-        "rank": rank.mean(axis=2).tolist(),
-        "trial_exact": exact.mean(axis=(0, 1)).tolist(),
-        "trial_rank": rank.mean(axis=(0, 1)).tolist(),
-        "trials": trials,
-        "needle_tokens": needle_tokens,
-        "cue_tokens": cue_tokens if template is None else None,
-        "template": template,
-        "seed": seed,
-    }
+    scores = {"exact": exact, "rank": rank}
+    cells = {name: score.mean(axis=2).tolist() for name, score in scores.items()}
+    return settings | cells | {f"trial_{name}": s.mean(axis=(0, 1)).tolist() for name, s in scores.items()}
 
 
 def check_needle(
@@ -144,8 +133,21 @@ def check_needle(
     template: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-) -> tuple[list[int], list[Needle]]:
-    """The contexts and the needles of `needle`, which has the same arguments; raises what it raises, text aside."""
+) -> Grid:
+    """The grid of `needle`, before a model runs.
+
+    Args:
+        contexts: lengths in tokens.
+        depths: share of the haystack before the needle, 0 to 1; at 1 the question follows at once.
+        trials: needles a cell.
+        needle_tokens: tokens to be reproduced; with a template, decimal digits.
+        cue_tokens: tokens before them, which the question repeats; a template has its own.
+        template: a needle in words, such as "The magic number for {key} is {value}."; up to {value} it is the question.
+
+    Raises:
+        ValueError: a context is longer than the model's or too short for the needle, a depth is outside 0 to 1, the
+            template lacks {key} before {value}, or there is no cue.
+    """
     lengths = _lengths(config, contexts, depths)
     check_counts(trials=(trials, 1), needle_tokens=(needle_tokens, 1))
     check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
@@ -154,7 +156,9 @@ def check_needle(
     else:
         needles = written_needles(tokenizer, trials, needle_tokens, template, seed)
     _check_fits(lengths, len(leading_ids(tokenizer)) + max(one.size for one in needles))
-    return lengths, needles
+    cue = cue_tokens if template is None else None
+    numbers = (lengths, [float(depth) for depth in depths], trials, needle_tokens, cue, template, seed)
+    return Grid(lengths, needles, dict(zip(_SETTINGS, numbers, strict=True)))
 
 
 def needle_drop(original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
@@ -180,11 +184,9 @@ def _lengths(config: Any, contexts: Sequence[int] | None, depths: Sequence[float
     """The contexts to measure, once the grid is known to be possible."""
     limit = context_limit(config)
     if contexts is None:
-        if limit is None:
-            raise ValueError(
-                "the model's config names no context length: got contexts=None; pass contexts=[1024]"
-            )
-        contexts = default_contexts(limit)
+        raise ValueError(
+            "contexts are chosen where the model's config names none: got contexts=None; pass contexts=[1024]"
+        )
     if not len(contexts) or not len(depths):
         raise ValueError(
             f"the grid needs a context and a depth: got {len(contexts)} and {len(depths)}; leave them out"
@@ -214,3 +216,65 @@ def _hits_and_ranks(logits: Tensor, target: Tensor) -> Tensor:
     above, level = (logits > own).sum(-1), (logits == own).sum(-1) - 1
     hits = logits.argmax(-1) == target
     return torch.stack([hits.float(), 1 / (1 + above + level / 2)], dim=1)
+
+
+def _refuse(request: Request, options: Settings) -> None:
+    for model in request.models.values():
+        check_needle(model.config, request.tokenizer, **options)
+
+
+def _measure(model: Any, request: Request, report: Report, options: Settings) -> dict[str, Any]:
+    return needle(model, request.tokenizer, haystack=request.text.documents, progress=report, **options)
+
+
+def _extents(request: Request) -> Levels:
+    """The short and one longer context, the longest the model's own; fewer trials where that is too much."""
+    most, contexts, limit = _TRIALS[-1], request.given["contexts"], request.limit
+    if contexts is not None or limit is None:
+        lengths = [length for length in contexts or () if length > 0]
+        seconds = sum(request.seconds(n, most * len(DEPTHS)) for n in lengths)
+        return [({"contexts": contexts, "trials": most}, seconds)]
+    short = min(_SHORTEST, limit)
+    grid: list[tuple[tuple[int, ...], int]] = [((short,), trials) for trials in _TRIALS]
+    powers = [1 << power for power in range(short.bit_length(), limit.bit_length()) if 1 << power < limit]
+    grid += [((short, longest), most) for longest in (*powers, limit) if longest > short]
+    return [
+        (
+            {"contexts": list(lengths), "trials": trials},
+            sum(request.seconds(n, trials * len(DEPTHS)) for n in lengths),
+        )
+        for lengths, trials in grid
+    ]
+
+
+CHECK = Check(
+    name="needle",
+    arguments=(
+        DATA,
+        BATCH_SIZE,
+        Argument(
+            "contexts",
+            list,
+            "Contexts of the needle; by default 128 and as much of the model's own as two minutes hold.",
+        ),
+        Argument("template", str, "A needle in words, with {key} and {value}."),
+    ),
+    refuse=_refuse,
+    run=run_each("needle", _measure),
+    extents=_extents,
+    may_be_left_out=True,
+    units={"trials": "trials"},
+    more=lambda request: f"--contexts {request.limit} for the whole context",
+    rows=lambda _: {
+        "needle, exact": lambda f: grid_mean(f["needle"]["exact"]),
+        "needle, reciprocal rank": lambda f: grid_mean(f["needle"]["rank"]),
+    },
+    signs={
+        "positional confusion": score_sign(
+            "needle",
+            {"rank": 0.0, "exact": 0.0},
+            "for distant tokens widen keys and values (--d-qk, --d-vo or --kv) and train stage II on blocks as long as "
+            "the contexts in use (--set data.block_size=N)",
+        )
+    },
+)

@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.evaluation.checks.harness import lm_eval_modules, loaded_tasks
-from kvlatent.evaluation.sequences import check_counts
+from kvlatent.evaluation.check import (
+    BATCH_SIZE,
+    Argument,
+    Check,
+    Report,
+    Request,
+    Settings,
+    run_each,
+    with_error,
+)
+from kvlatent.evaluation.checks.task_loading import import_lm_eval, loaded_tasks
+from kvlatent.evaluation.evidence import Figures
+from kvlatent.evaluation.sequences import check_counts, context_limit, evaluation_mode
 
-__all__ = ["check_tasks", "compare_tasks", "run_tasks"]
+__all__ = ["CHECK", "check_tasks", "compare_tasks", "run_tasks"]
 
+_BATCH = 8
 _RESAMPLES = 1000  # for errors without a closed form: 2 % off; lm-eval's 100,000 take hours on long data
 _HAYSTACK = 4096  # tokens of a synthetic haystack that nobody chose, lm-eval's own number
 _COUNTS = ("samples", "shots")
@@ -31,24 +43,20 @@ def run_tasks(
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Run lm-eval tasks, groups or tags on a loaded model, original or latent.
 
     The model's mode and the tokenizer are left as they were; the global random states of Python, NumPy and torch are
     set to `seed`. Reading lm-eval's own list of tasks takes about 30 seconds, once a process; names that are all under
-    `include_path` do without.
+    `include_path` do without. Question and answer take no more tokens than the model's context, what is longer loses
+    its start; synthetic haystacks (`niah_*`, `ruler`) are as long, at most 4096.
 
     Args:
         include_path: a folder of YAML tasks, which stand before lm-eval's own of the same name.
         limit: look at the first so many samples of a task; None looks at all.
-        num_fewshot: examples before each question; None takes the task's own number. A task that fixes it at 0 keeps 0.
-        batch_size: requests run together.
-        max_length: tokens of question and answer; what is longer loses its start. Also the length of synthetic
-            haystacks (`niah_*`, `ruler`). None takes the model's context, for haystacks at most 4096.
+        batch_size: requests run together; None takes 8.
         seed: of the examples drawn, and of whatever a task draws.
 
     Returns:
@@ -57,39 +65,37 @@ def run_tasks(
         where the task does not define one. A metric behind a named filter is "metric[filter]".
 
     Raises:
-        ValueError: lm-eval or a task's package is missing, no such task, its data cannot be fetched, answers longer
-            than `max_length`, or that longer than the model's context.
+        ValueError: lm-eval or a task's package is missing, no such task, its data cannot be fetched, or answers longer
+            than the model's context.
         TypeError: one string in place of several names.
     """
-    length, haystack = _check(model.config, tasks, limit, num_fewshot, batch_size, max_length)
-    evaluator, harness = lm_eval_modules()
-    training = model.training
-    with loaded_tasks(tokenizer, tasks, include_path, length, haystack) as (manager, loaded):
-        try:
-            own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
-            if own.pad_token_id is not None and own.pad_token_id >= model.config.vocab_size:
-                own.pad_token = own.eos_token  # padding is masked, but the embedding must have its row
-            results = evaluator.simple_evaluate(
-                model=harness.HFLM(
-                    pretrained=model,
-                    tokenizer=own,
-                    backend="causal",
-                    batch_size=batch_size,
-                    max_length=length,
-                ),
-                tasks=loaded,
-                task_manager=manager,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=_RESAMPLES,
-                log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
-        finally:
-            model.train(training)
+    _check(tasks, limit, batch_size, seed)
+    length = context_limit(model.config) or _HAYSTACK
+    evaluator, harness = import_lm_eval()
+    own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
+    if own.pad_token_id is not None and own.pad_token_id >= model.config.vocab_size:
+        own.pad_token = own.eos_token  # padding is masked, but the embedding must have its row
+    seeds = dict.fromkeys(
+        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
+    )
+    quiet = loaded_tasks(tokenizer, tasks, include_path, length, min(length, _HAYSTACK))
+    with quiet as (manager, loaded), evaluation_mode(model):
+        wrapped = harness.HFLM(
+            pretrained=model,
+            tokenizer=own,
+            backend="causal",
+            batch_size=batch_size or _BATCH,
+            max_length=length,
+        )
+        results = evaluator.simple_evaluate(
+            model=wrapped,
+            tasks=loaded,
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=_RESAMPLES,
+            log_samples=False,
+            **seeds,
+        )
     return {"tasks": _figures(results), "lm_eval": results["lm_eval_version"]}
 
 
@@ -100,16 +106,14 @@ def check_tasks(
     *,
     include_path: str | Path | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> None:
     """Raise what `run_tasks`, which has the same arguments, raises before the model runs; the data are fetched."""
-    check_counts(seed=(seed, 0))
-    length, haystack = _check(config, tasks, limit, num_fewshot, batch_size, max_length)
-    lm_eval_modules()
-    with loaded_tasks(tokenizer, tasks, include_path, length, haystack):
+    _check(tasks, limit, batch_size, seed)
+    length = context_limit(config) or _HAYSTACK
+    import_lm_eval()
+    with loaded_tasks(tokenizer, tasks, include_path, length, min(length, _HAYSTACK)):
         pass
 
 
@@ -146,34 +150,15 @@ def compare_tasks(original: dict[str, Any], latent: dict[str, Any]) -> dict[str,
     return {"tasks": compared}
 
 
-def _check(
-    config: Any,
-    tasks: Sequence[str],
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int,
-    max_length: int | None,
-) -> tuple[int, int]:
-    """Tokens that the model is given at most, and those of a haystack."""
+def _check(tasks: Sequence[str], limit: int | None, batch_size: int | None, seed: int) -> None:
     if isinstance(tasks, str):
         raise TypeError("tasks are several names: got one string; pass [name]")
     if not tasks:
-        raise ValueError("nothing to run: got 0 tasks; name one, such as arc_easy")
-    for name, value, least in (
-        ("limit", limit, 1),
-        ("num_fewshot", num_fewshot, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is at least {least}: got {value}; raise it or leave it out")
-    context = getattr(config, "max_position_embeddings", None) or max_length or _HAYSTACK
-    length = context if max_length is None else max_length
-    if not 1 <= length <= context:
         raise ValueError(
-            f"max_length lies within the model's context: got max_length={length}, max_position_embeddings={context}; "
-            f"use {context} or less"
+            "--tasks names at least one task: got 0; name one, such as arc_easy, or leave it out"
         )
-    return length, min(length, _HAYSTACK) if max_length is None else length
+    counts = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0)}
+    check_counts(**{name: (value, least) for name, (value, least) in counts.items() if value is not None})
 
 
 def _figures(results: dict[str, Any]) -> dict[str, Any]:
@@ -206,3 +191,45 @@ def _samples(results: dict[str, Any], name: str) -> int:
     if name in results["n-samples"]:
         return int(results["n-samples"][name]["effective"])
     return sum(_samples(results, child) for child in results["group_subtasks"].get(name, ()))
+
+
+def _refuse(request: Request, options: Settings) -> None:
+    shortest = min((model.config for model in request.models.values()), key=lambda c: context_limit(c) or 0)
+    check_tasks(shortest, request.tokenizer, request.given["tasks"], **options)
+
+
+def _measure(model: PreTrainedModel, request: Request, _: Report, options: Settings) -> dict[str, Any]:
+    return run_tasks(model, request.tokenizer, request.given["tasks"], **options)
+
+
+def _rows(latent: Figures) -> dict[str, Callable[[Figures], str]]:
+    """One a task and metric that has a standard error."""
+
+    def show(task: str, metric: str) -> Callable[[Figures], str]:
+        def cell(figures: Figures) -> str:
+            row = figures["tasks"]["tasks"][task]
+            return with_error(row[metric], row.get(f"{metric}_stderr"))
+
+        return cell
+
+    return {
+        f"{task}, {metric}": show(task, metric)
+        for task, row in latent["tasks"]["tasks"].items()
+        for metric in row
+        if isinstance(row[metric], float) and f"{metric}_stderr" in row
+    }
+
+
+CHECK = Check(
+    name="tasks",
+    arguments=(
+        BATCH_SIZE,
+        Argument("tasks", list, "lm-eval tasks, e.g. arc_easy,hellaswag."),
+        Argument("include_path", Path, "Folder of your own task files (YAML)."),
+        Argument("limit", int, "Questions a task."),
+    ),
+    refuse=_refuse,
+    run=run_each("tasks", _measure, compare_tasks),
+    asked_by="tasks",
+    rows=_rows,
+)

@@ -12,23 +12,63 @@ bag of words scores 0 there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.evaluation.checks.shuffling import AFTER, DEPTHS, SPANS, check_order
-from kvlatent.evaluation.sequences import at_the_ends, check_same, counter, mean_and_error
+from kvlatent.evaluation.check import (
+    BATCH_SIZE,
+    BLOCK_SIZE,
+    DATA,
+    Check,
+    Levels,
+    Report,
+    Request,
+    Settings,
+    grid_mean,
+    run_each,
+)
+from kvlatent.evaluation.evidence import score_sign
+from kvlatent.evaluation.sequences import (
+    at_the_ends,
+    check_counts,
+    check_same,
+    context_limit,
+    counter,
+    leading_ids,
+    mean_and_error,
+    token_stream,
+)
 from kvlatent.model.time_estimate import rows_at_once
 
-__all__ = ["order", "order_drop"]
+__all__ = ["CHECK", "check_order", "order", "order_drop"]
 
+SPANS = (2, 3, 4, 6, 8)
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+AFTER = 16
 _SETTINGS = ("spans", "depths", "length", "after", "permutations", "trials", "seed")
 _PARTS = ("margin", "after_margin")
+_CHANCES = {"after_margin": 0.0, "margin": 0.0, "preferred": 0.5}  # the first is what only attention can know
 _MOST_ROWS = 16
+_TEXT = 8  # a text is read up to so many times the tokens that the trials need
+_EXTENTS = ((64, 2), (128, 2), (256, 2), (256, 4), (256, 8), (256, 16))  # tokens of a window, trials
+
+
+class Trials(NamedTuple):
+    """What is asked of a model, and the settings that its figures are given with."""
+
+    windows: np.ndarray  # of the text, [W, length]
+    begins: list[int]  # the token at which the spans of each depth begin
+    plans: list[
+        tuple[np.ndarray, np.ndarray]
+    ]  # windows shuffled, [R, length]; places of span and window, [R, 2]
+    settings: Settings
 
 
 def order(
@@ -36,15 +76,9 @@ def order(
     text: Sequence[int] | Iterable[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    spans: Sequence[int] = SPANS,
-    depths: Sequence[float] = DEPTHS,
-    length: int = 256,
-    after: int = AFTER,
-    trials: int = 32,
-    permutations: int = 1,
-    seed: int = 0,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """How much likelier a model finds the true order of short spans than a shuffled one.
 
@@ -55,14 +89,9 @@ def order(
     Args:
         text: strings, which need the tokenizer, or token ids; documents are laid end to end.
         tokenizer: whose leading token, if it puts one, begins every window.
-        spans: tokens that change places, 2 or more.
-        depths: share of the window before the span, 0 to 1.
-        length: tokens of a window.
-        after: tokens scored behind the span, 2 or more.
-        trials: windows; a short text gives fewer, as the result says.
         batch_size: sequences read together; None takes 16, fewer of a large model.
-        permutations: shuffled orders a span, all different; a span has no more than its tokens allow.
         progress: called with the sequences done and their number.
+        options: the spans and windows, see `check_order`.
 
     Returns:
         {"spans", "depths", "margin": [[...]] mean nats by which the true order is likelier, spans x depths,
@@ -73,32 +102,71 @@ def order(
         other order and is left out (None in a trial that has no other).
 
     Raises:
-        ValueError: a span is below 2 or longer than the window has room for, a window is longer than the model's
-            context or the text, a depth is outside 0 to 1, all spans of a cell repeat one token, or a logit is not
-            finite.
+        ValueError: see `check_order`; or a logit is not finite.
     """
-    windows, begins, plans = check_order(
-        model.config, text, tokenizer, spans=spans, depths=depths, length=length, after=after, trials=trials,
-        permutations=permutations, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
+    windows, begins, plans, settings = check_order(
+        model.config, text, tokenizer, batch_size=batch_size, **options
+    )
+    spans, after = settings["spans"], settings["after"]
     keep = max(spans) + after
-    batch_size = batch_size or rows_at_once(model, length, _MOST_ROWS)
+    batch_size = batch_size or rows_at_once(model, windows.shape[1], _MOST_ROWS)
     advance = counter(progress, sum(len(windows) + len(rows) for rows, _ in plans))
 
     scores = []
     for begin, (shuffled, origin) in zip(begins, plans, strict=True):
         rows = np.concatenate([windows, shuffled])[:, : begin + keep]
-        found = at_the_ends(model, rows, keep, _log_likelihoods, batch_size=batch_size, advance=advance)
-        scores.append(_scores(found[: len(windows)], found[len(windows) :], origin, spans, after))
-    return _document(np.stack(scores, axis=2)) | {
-        "spans": [int(span) for span in spans],
-        "depths": [float(depth) for depth in depths],
-        "trials": len(windows),
-        "permutations": permutations,
-        "length": length,
-        "after": after,
-        "seed": seed,
-    }
+        nats = at_the_ends(model, rows, keep, _log_likelihoods, batch_size=batch_size, advance=advance)
+        scores.append(_scores(nats[: len(windows)], nats[len(windows) :], origin, spans, after))
+    return settings | _document(np.stack(scores, axis=2))
+
+
+def check_order(
+    config: Any,
+    text: Sequence[int] | Iterable[str],
+    tokenizer: Any = None,
+    *,
+    spans: Sequence[int] = SPANS,
+    depths: Sequence[float] = DEPTHS,
+    length: int = 256,
+    after: int = AFTER,
+    trials: int = 32,
+    permutations: int = 1,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Trials:
+    """The trials of `order`, before a model runs.
+
+    Args:
+        spans: tokens that change places, 2 or more.
+        depths: share of the window before the span, 0 to 1.
+        length: tokens of a window.
+        after: tokens scored behind the span, 2 or more.
+        trials: windows; a short text gives fewer, as the result says.
+        permutations: shuffled orders a span, all different; a span has no more than its tokens allow.
+
+    Raises:
+        ValueError: a span is below 2 or longer than the window has room for, a window is longer than the model's
+            context or the text, a depth is outside 0 to 1, or all spans of a cell repeat one token.
+    """
+    check_counts(after=(after, 2), trials=(trials, 1), permutations=(permutations, 1))
+    check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
+    lead = [] if tokenizer is None else leading_ids(tokenizer)
+    _check_grid(spans, depths, length, after + max(1, len(lead)), context_limit(config))
+    stream = token_stream(text, tokenizer, _TEXT * trials * length)
+    windows = _windows(stream, lead, length, trials, seed)
+    first, keep = max(1, len(lead)), max(spans) + after
+    begins = [first + round(depth * (length - first - keep)) for depth in depths]
+    plans = [_shuffled(windows, spans, begin, permutations, seed) for begin in begins]
+    numbers = (
+        list(map(int, spans)),
+        list(map(float, depths)),
+        length,
+        after,
+        permutations,
+        len(windows),
+        seed,
+    )
+    return Trials(windows, begins, plans, dict(zip(_SETTINGS, numbers, strict=True)))
 
 
 def order_drop(original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
@@ -169,3 +237,113 @@ def _document(scores: np.ndarray) -> dict[str, Any]:
             for row in zip(means, counts, strict=True)
         ]
     return result
+
+
+def _check_grid(
+    spans: Sequence[int], depths: Sequence[float], length: int, extra: int, limit: int | None
+) -> None:
+    if not len(spans) or not len(depths):
+        raise ValueError(
+            f"order needs a span and a depth: got {len(spans)} and {len(depths)}; leave them out"
+        )
+    if min(spans) < 2:
+        raise ValueError(f"a span needs two tokens to change places: got {min(spans)}; try 2")
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"a window cannot be longer than the model's context: got length={length}, "
+            f"max_position_embeddings={limit}; pass length={limit}"
+        )
+    if max(spans) + extra > length:
+        raise ValueError(
+            f"a span and the {extra} tokens around it must fit the window: a span of {max(spans)} needs "
+            f"{max(spans) + extra} tokens, got length={length}; take shorter spans or a longer window"
+        )
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"a depth is a share of the window, 0 to 1: got {depth}; try 0.5")
+
+
+def _windows(stream: np.ndarray, lead: list[int], length: int, trials: int, seed: int) -> np.ndarray:
+    """Up to `trials` stretches of the text that do not overlap, each led by `lead`: int64 [W, length]."""
+    body = length - len(lead)
+    number = len(stream) // body
+    if number == 0:
+        raise ValueError(
+            f"the text is too short for one window of {length} tokens: got {len(stream)}; give more text, "
+            "a shorter window, or leave order out of the checks"
+        )
+    chosen = np.random.default_rng(seed).permutation(number)[:trials]
+    return np.array([[*lead, *stream[at * body : (at + 1) * body].tolist()] for at in chosen], dtype=np.int64)
+
+
+def _shuffled(
+    windows: np.ndarray, spans: Sequence[int], begin: int, permutations: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows [R, length] with a span shuffled, and for each the places of its span and window, [R, 2]."""
+    rows, origin = [], []
+    for place, span in enumerate(spans):
+        for index, window in enumerate(windows):
+            rng = np.random.default_rng([seed, index, begin, span])
+            for other in _other_orders(window[begin : begin + span], permutations, rng):
+                rows.append(np.concatenate([window[:begin], other, window[begin + span :]]))
+                origin.append((place, index))
+        if not origin or origin[-1][0] != place:
+            raise ValueError(
+                f"order needs spans with two different tokens: all {len(windows)} spans of {span} at token {begin} "
+                "of a window repeat one token; give more varied text or more trials"
+            )
+    return np.array(rows), np.array(origin)
+
+
+def _other_orders(tokens: np.ndarray, number: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """Up to `number` different sequences of the same tokens, none of them `tokens`, all equally likely."""
+    true = tuple(tokens.tolist())
+    orders = math.factorial(len(true)) // math.prod(map(math.factorial, Counter(true).values()))
+    others: dict[tuple[int, ...], None] = {}
+    while len(others) < min(number, orders - 1):
+        other = tuple(rng.permutation(tokens).tolist())
+        if other != true:
+            others[other] = None
+    return list(others)
+
+
+def _refuse(request: Request, options: Settings) -> None:
+    for model in request.models.values():
+        check_order(model.config, request.text.documents, request.tokenizer, **options)
+
+
+def _measure(model: Any, request: Request, report: Report, options: Settings) -> dict[str, Any]:
+    return order(model, request.text.documents, request.tokenizer, progress=report, **options)
+
+
+def _extents(request: Request) -> Levels:
+    levels: dict[tuple[int, int], float] = {}
+    for length, trials in _EXTENTS:
+        length = min(length, request.window)
+        keep = max(SPANS) + AFTER
+        read = [max(1, round(keep + depth * (length - keep))) for depth in DEPTHS]
+        levels[length, trials] = sum(request.seconds(n, trials * (1 + len(SPANS))) for n in read)
+    return [({"length": length, "trials": trials}, cost) for (length, trials), cost in levels.items()]
+
+
+CHECK = Check(
+    name="order",
+    arguments=(DATA, BLOCK_SIZE, BATCH_SIZE),
+    refuse=_refuse,
+    run=run_each("order", _measure),
+    extents=_extents,
+    may_be_left_out=True,
+    units={"length": "tokens a window", "trials": "trials"},
+    rows=lambda _: {
+        "true order likelier by": lambda f: grid_mean(f["order"]["margin"], " nats"),
+        "true order preferred": lambda f: grid_mean(f["order"]["preferred"]),
+    },
+    signs={
+        "positional confusion": score_sign(
+            "order",
+            _CHANCES,
+            "for the order of near tokens let every head keep the frequencies it uses (--preset calibrated --table head) "
+            "or widen keys (--d-qk)",
+        )
+    },
+)

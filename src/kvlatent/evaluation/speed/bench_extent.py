@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from kvlatent.evaluation.speed.caches import CACHES, cached_widths, check_caches
+from kvlatent.evaluation.speed.caches import CACHES, cached_widths
 from kvlatent.evaluation.speed.memory import read_bytes
 from kvlatent.evaluation.speed.variants import UNTIMED
 from kvlatent.model.time_estimate import (
@@ -22,13 +20,12 @@ from kvlatent.model.time_estimate import (
     listed,
 )
 
-__all__ = ["CONTEXTS", "NEW_TOKENS", "REPEATS", "Extent", "extent_of", "working_caches"]
+__all__ = ["CONTEXTS", "NEW_TOKENS", "REPEATS", "Extent", "extent_of"]
 
 CONTEXTS = (256, 1024, 4096)
 NEW_TOKENS, REPEATS = 16, 5
 _FEW_TOKENS, _FEW_REPEATS = 4, 3
 _SHORT_CONTEXTS = (16, 32, 64, 128)
-_DEFAULT_CACHES = ("dynamic", "quantized-int4")
 
 # A step that adds a token, measured on two cores: the weights are read, the cache copied or unpacked, layers called.
 _READ_BYTES_PER_S = {"cpu": 8e9, "cuda": 5e11}
@@ -125,26 +122,3 @@ def _sentence(chosen: Extent, full: tuple[tuple[int, ...], int, int]) -> str:
         aim = f"and yet it takes two cores {chosen.seconds / 60:.0f} min or more"
     wanted = ",".join(map(str, contexts))
     return f"measured by the models' size, {aim}: {', '.join(parts)}; give --contexts {wanted} for all"
-
-
-def working_caches(
-    caches: Sequence[str] | None, models: Sequence[Any], device: torch.device, *, compiled: bool
-) -> tuple[list[str], list[str]]:
-    """Kinds of cache that are known to work, and why others of the default ones do not.
-
-    Raises:
-        ValueError: one that was asked for does not; see `check_caches`.
-    """
-    configs = [model.config for model in models]
-    if caches is not None:
-        check_caches(caches, configs, device, compiled=compiled)
-        return list(caches), []
-    working, left_out = [], []
-    for cache in _DEFAULT_CACHES:
-        try:
-            check_caches((cache,), configs, device, compiled=compiled)
-        except ValueError as error:
-            left_out.append(str(error))
-        else:
-            working.append(cache)
-    return working, left_out

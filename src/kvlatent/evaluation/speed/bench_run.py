@@ -15,17 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvlatent.checkpoints.source import name_and_fingerprint
+from kvlatent.checkpoints.source import ModelSource, name_and_fingerprint, resolve_model
 from kvlatent.engines.roofline import maximum_context
-from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of, working_caches
-from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size
-from kvlatent.evaluation.speed.checked_options import (
-    Model,
-    check_context,
-    check_numbers,
-    context_limit,
-    loaded,
-)
+from kvlatent.evaluation.sequences import shortest_context
+from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of
+from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size, working_caches
 from kvlatent.evaluation.speed.memory import PEAK_METHODS, read_bytes, weight_bytes
 from kvlatent.evaluation.speed.ratios import largest_contexts, ratio_rows, stacked_rows, table_rows
 from kvlatent.evaluation.speed.variants import (
@@ -45,8 +39,8 @@ Progress = Callable[[str, int, int, str], None]
 
 
 def bench(
-    model: Model,
-    original: Model | None = None,
+    model: ModelSource,
+    original: ModelSource | None = None,
     *,
     batches: Sequence[int] = (1,),
     contexts: Sequence[int] | None = None,
@@ -92,10 +86,10 @@ def bench(
             unknown attention or cache, a missing package, or a memory below the model's weights.
     """
     start = time.perf_counter()
-    check_numbers(batches, contexts, new_tokens, repeats)
+    _check_numbers(batches, contexts, new_tokens, repeats)
     if progress is not None:
         progress("load", 0, 0, "")
-    models = loaded(model, original, dtype, device)
+    models = _load_models(model, original, dtype, device)
     latent = list(models.values())[-1]
     if memory is None and latent.device.type == "cuda":
         memory = torch.cuda.get_device_properties(latent.device).total_memory
@@ -147,12 +141,16 @@ def _chosen(
     say: Callable[[str], None] | None,
 ) -> tuple[list[str], Extent, dict[str, Any]]:
     """Caches and extent, given or by default, known to be possible; and what the record says of them."""
-    each, device, limit = list(models.values()), next(iter(models.values())).device, context_limit(models)
+    each, device, limit = (
+        list(models.values()),
+        next(iter(models.values())).device,
+        shortest_context(models.values()),
+    )
     if sizes["contexts"] is not None:  # first, as trying a cache can build its code
-        check_context(sizes["contexts"], sizes["new_tokens"] or NEW_TOKENS, limit)
+        _check_context(sizes["contexts"], sizes["new_tokens"] or NEW_TOKENS, limit)
     kinds, left_out = working_caches(caches, each, device, compiled=compiled)
     extent = extent_of(each, kinds, batches, limit=limit, **sizes)
-    check_context(extent.contexts, extent.new_tokens, limit)
+    _check_context(extent.contexts, extent.new_tokens, limit)
     said = [f"a default cache is left out: {reason}" for reason in left_out]
     said += [extent.sentence] if extent.sentence is not None else []
     if say is not None:
@@ -199,7 +197,7 @@ def _measured(
     return cells, skipped
 
 
-def _about(model: Any, source: Model, caches: Sequence[str]) -> dict[str, Any]:
+def _about(model: Any, source: ModelSource, caches: Sequence[str]) -> dict[str, Any]:
     """Which model it is, its bytes and widths, and the group sizes of its quantised caches."""
     keys, values = zip(*cached_widths(model.config), strict=True)
     sizes = {cache: group_size(cache, model.config) for cache in caches}
@@ -221,3 +219,57 @@ def _record(model: PreTrainedModel, caches: Sequence[str]) -> dict[str, Any]:
     ):
         record["versions"] |= {package: importlib.metadata.version(package)}
     return record
+
+
+def _check_numbers(
+    batches: Sequence[int], contexts: Sequence[int] | None, new_tokens: int | None, repeats: int | None
+) -> None:
+    """Raise `ValueError` for sizes that make no sense whatever the model."""
+    for name, values in (("batches", batches), ("contexts", (1,) if contexts is None else contexts)):
+        if not values or min(values) < 1:
+            raise ValueError(
+                f"{name} are numbers of 1 or more, at least one: got {', '.join(map(str, values)) or 'none'}; try 1"
+            )
+        if len(set(values)) < len(values):
+            raise ValueError(
+                f"{name} are measured once each: got {', '.join(map(str, values))}; name each once"
+            )
+    if new_tokens is not None and new_tokens < 1:
+        raise ValueError(f"decoding adds 1 token or more: got new_tokens={new_tokens}; try 16")
+    if repeats is not None and repeats < 3:
+        raise ValueError(f"a median with quartiles needs 3 rounds or more: got repeats={repeats}; try 5")
+
+
+def _load_models(
+    model: ModelSource, original: ModelSource | None, dtype: str | None, device: str
+) -> dict[str, PreTrainedModel]:
+    """Models by role, the original first, known to belong together."""
+    given = {"original": original, "latent": model} if original is not None else {"latent": model}
+    models = {role: resolve_model(each, dtype, device) for role, each in given.items() if each is not None}
+    if original is None:
+        only = models["latent"]
+        return models if getattr(only.config, "kv_latent", None) else {"original": only}
+    for name, what in (("vocab_size", "tokens"), ("dtype", "dtype"), ("device", "device")):
+        values = [getattr(each.config if name == "vocab_size" else each, name) for each in models.values()]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"original and latent model are compared on the same {what}: got {name} {values[0]} and {values[1]}; "
+                f"{_ADVICE[name]}"
+            )
+    return models
+
+
+_ADVICE = {
+    "vocab_size": "compare with the model it came from",
+    "dtype": "load both with the same dtype",
+    "device": "load both on the same device",
+}
+
+
+def _check_context(contexts: Sequence[int], new_tokens: int, limit: int | None) -> None:
+    """Raise `ValueError` unless the longest prompt leaves room for the added tokens."""
+    if limit is not None and max(contexts) + new_tokens > limit:
+        raise ValueError(
+            f"prompt and added tokens must fit the model's context of {limit} tokens: got {max(contexts)} + "
+            f"{new_tokens}; give contexts of {max(limit - new_tokens, 1)} or less, or fewer new tokens"
+        )

@@ -17,7 +17,15 @@ from transformers import DynamicCache, PretrainedConfig, QuantizedCache, StaticC
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import family_of, head_dim_of
 
-__all__ = ["CACHES", "PACKAGES", "cached_widths", "check_caches", "group_size", "make_cache"]
+__all__ = [
+    "CACHES",
+    "PACKAGES",
+    "cached_widths",
+    "check_caches",
+    "group_size",
+    "make_cache",
+    "working_caches",
+]
 
 CACHES: dict[str, tuple[str, int] | None] = {
     "dynamic": None,
@@ -31,6 +39,7 @@ CACHES: dict[str, tuple[str, int] | None] = {
 }
 """Kinds of cache: None for unquantised ones, else transformers' backend and bits a number."""
 
+_DEFAULT_CACHES = ("dynamic", "quantized-int4")
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 _GROUP, _SMALLEST_GROUP = 64, 8
 
@@ -94,6 +103,29 @@ def make_cache(kind: str, config: PretrainedConfig, length: int) -> Any:
             f"cache {kind} needs the package {package}: run `pip install --upgrade {package}`, or measure quantized-fp8, "
             "which needs none"
         ) from error
+
+
+def working_caches(
+    caches: Sequence[str] | None, models: Sequence[Any], device: torch.device, *, compiled: bool
+) -> tuple[list[str], list[str]]:
+    """Kinds of cache that are known to work, and why others of the default ones do not.
+
+    Raises:
+        ValueError: one that was asked for does not; see `check_caches`.
+    """
+    configs = [model.config for model in models]
+    if caches is not None:
+        check_caches(caches, configs, device, compiled=compiled)
+        return list(caches), []
+    working, left_out = [], []
+    for cache in _DEFAULT_CACHES:
+        try:
+            check_caches((cache,), configs, device, compiled=compiled)
+        except ValueError as error:
+            left_out.append(str(error))
+        else:
+            working.append(cache)
+    return working, left_out
 
 
 def check_caches(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvlatent.evaluation.sequences import ordinary_ids
+from kvlatent.evaluation.sequences import evaluation_mode, ordinary_ids
 from kvlatent.text.standard_library import stdlib_documents
 
-__all__ = ["copy_accuracy", "copy_trials", "perplexity", "windowed_mask"]
-
-
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+__all__ = ["copy_accuracy", "copy_trials", "window_hiding", "windowed_mask"]
 
 
 def copy_trials(
@@ -66,12 +62,27 @@ def windowed_mask(length: int, window: int | None, dtype: torch.dtype, device: A
     return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
 
-def _logits(model: Any, rows: torch.Tensor, window: int | None, keep: int) -> torch.Tensor:
-    """Logits of the last ``keep`` positions, ``(batch, keep, vocabulary)``; keep 0 means all."""
-    extra: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep}
-    if window is not None:
-        extra["attention_mask"] = windowed_mask(rows.shape[1], window, model.dtype, rows.device)
-    return model(input_ids=rows, **extra).logits[:, -keep:]
+@contextmanager
+def window_hiding(model: Any, window: int | None) -> Generator[None]:
+    """`model` sees no key more than `window` tokens back, in every layer (attention ``eager`` or ``sdpa``); None: all.
+
+    Sequences are read from their first token on, without a cache.
+    """
+
+    def add_mask(
+        _: Any, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids = given["input_ids"]
+        return args, given | {"attention_mask": windowed_mask(ids.shape[1], window, model.dtype, ids.device)}
+
+    if window is None:
+        yield
+        return
+    hook = model.get_decoder().register_forward_pre_hook(add_mask, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def copy_accuracy(
@@ -96,13 +107,13 @@ def copy_accuracy(
     Raises ``ValueError`` when there is no held-out text to fill with, or a sequence exceeds the context.
     """
     if filler is None:
-        documents = _encode(tokenizer, stdlib_documents("held_out"))
-        filler = np.array([token for document in documents for token in document], dtype=np.int64)
+        documents = stdlib_documents("held_out")
+        streams = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+        filler = np.array([token for stream in streams for token in stream], dtype=np.int64)
     limit = getattr(model.config, "max_position_embeddings", None)
-    ids, device, training = ordinary_ids(tokenizer, model.config.vocab_size), model.device, model.training
+    ids = ordinary_ids(tokenizer, model.config.vocab_size)
     result: dict[int, float] = {}
-    model.eval()
-    try:
+    with window_hiding(model, window), evaluation_mode(model):
         for distance in distances:
             rows = torch.from_numpy(copy_trials(ids, filler, distance, trials, seed))
             if limit is not None and rows.shape[1] > limit:
@@ -111,48 +122,7 @@ def copy_accuracy(
                 )
             correct = 0
             for batch in rows.split(batch_size):
-                with torch.inference_mode():
-                    best = _logits(model, batch[:, :-1].to(device), window, 14).argmax(-1).cpu()
-                correct += int((best == batch[:, -14:]).sum())
+                output = model(input_ids=batch[:, :-1].to(model.device), use_cache=False, logits_to_keep=14)
+                correct += int((output.logits[:, -14:].argmax(-1).cpu() == batch[:, -14:]).sum())
             result[distance] = correct / (14 * trials)
-    finally:
-        model.train(training)
     return result
-
-
-def perplexity(
-    model: Any,
-    tokenizer: Any,
-    documents: Sequence[str] | None = None,
-    context: int = 1024,
-    window: int | None = None,
-    batch_size: int = 8,
-) -> float:
-    """Token-weighted perplexity on ``documents`` (default: the held-out modules, without tests).
-
-    Each document, led by the end-of-text token, is cut into windows of at most ``context`` tokens that are
-    scored independently; the first token of a window is context only. ``window`` as in
-    :func:`copy_accuracy`. Raises ``ValueError`` when there is nothing to score.
-    """
-    lead = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = _encode(tokenizer, stdlib_documents("held_out") if documents is None else documents)
-    streams = [lead + ids for ids in encoded]
-    rows = [stream[at : at + context] for stream in streams for at in range(0, len(stream) - 1, context)]
-    rows.sort(key=len, reverse=True)
-    if not rows:
-        raise ValueError("no text to score: this Python ships none of the held-out modules")
-    total, count, training = 0.0, 0, model.training
-    model.eval()
-    try:
-        while rows:
-            group = [row for row in rows[:batch_size] if len(row) == len(rows[0])]
-            rows = rows[len(group) :]
-            batch = torch.tensor(group, device=model.device)
-            with torch.inference_mode():
-                logits = _logits(model, batch, window, 0)[:, :-1].flatten(0, 1).float()
-                target = batch[:, 1:].flatten()
-                total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-            count += target.numel()
-    finally:
-        model.train(training)
-    return math.exp(total / count)
