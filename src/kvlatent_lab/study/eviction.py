@@ -26,9 +26,8 @@ import torch
 from kvlatent.checkpoints.save import save
 from kvlatent.evaluation.perplexity import Perplexity, summarise
 from kvlatent.workflows.steps import Progress
-from kvlatent_lab.study.converted_models import forget, trained
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, widths_of
-from kvlatent_lab.study.measuring import paired
+from kvlatent_lab.study.measure_cell import compare_losses, forget, train_cell
 from kvlatent_lab.study.press_worker import PRESSES
 from kvlatent_lab.study.subject import Subject
 
@@ -108,7 +107,7 @@ def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
         checkpoint, on_the_way = _exported(subject, cell, progress)
     progress(f"score, {cell.extra['press']}", 0, 0, "")
     own = _scored(subject, checkpoint, cell)
-    found = paired(_perplexity(own), _perplexity(original))
+    found = compare_losses(_perplexity(own), _perplexity(original))
     tokens = own["context"] * len(own["losses"])
     size, whole = own["cache_bytes"] / tokens, original["cache_bytes"] / tokens
     return {
@@ -128,7 +127,7 @@ def _exported(subject: Subject, cell: Cell, progress: Progress) -> tuple[Path, d
     path = subject.folder.work / "checkpoints" / base.name
 
     def make() -> dict[str, Any]:
-        model, on_the_way = trained(subject, base, progress)
+        model, on_the_way = train_cell(subject, base, progress)
         path.parent.mkdir(exist_ok=True)
         save(model, path, tokenizer=subject.tokenizer, overwrite=True)
         forget(subject, base)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 
+from kvlatent_lab.study.conversion_grids import CHOICES, CONVERSION, WIDTHS
 from kvlatent_lab.study.eviction import EVICTION
 from kvlatent_lab.study.grid_cells import Grid
-from kvlatent_lab.study.lora_rank import LORA_RANK
-from kvlatent_lab.study.objective import OBJECTIVE
-from kvlatent_lab.study.rope import ROPE
-from kvlatent_lab.study.stage_share import STAGES
-from kvlatent_lab.study.widths import WIDTHS
+from kvlatent_lab.study.rotary_grid import ROPE
+from kvlatent_lab.study.training_grids import LORA_RANK, OBJECTIVE, STAGES
 
 __all__ = ["STUDIES", "grid_of"]
 
-STUDIES = {grid.name: grid for grid in (WIDTHS, LORA_RANK, STAGES, OBJECTIVE, ROPE, EVICTION)}
+STUDIES = {
+    grid.name: grid for grid in (WIDTHS, LORA_RANK, STAGES, OBJECTIVE, ROPE, EVICTION, CONVERSION, CHOICES)
+}
 
 
 def grid_of(name: str) -> Grid:

@@ -146,7 +146,7 @@ def _scale(grid: Grid, config: Any, base: Recipe, seeds: Sequence[int] | None, t
     block = min(block, getattr(config, "max_position_embeddings", None) or block)
     steps = [s.batch_size * s.gradient_accumulation * block for s in (base.stage1, base.stage2)]
     share = base.stage1.tokens / (base.stage1.tokens + base.stage2.tokens)
-    return Scale(head_dim_of(config), chosen, wanted, share, lcm(*steps))
+    return Scale(head_dim_of(config), chosen, wanted, share, lcm(*steps), base.calibration.blocks)
 
 
 def _matching(grid: Grid, cells: list[Cell], patterns: str | None) -> list[Cell]:

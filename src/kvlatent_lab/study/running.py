@@ -13,9 +13,9 @@ import torch
 
 from kvlatent.jobs.record import environment
 from kvlatent.workflows.steps import Progress
-from kvlatent_lab.study.converted_models import forget
 from kvlatent_lab.study.folder import Folder
 from kvlatent_lab.study.grid_cells import Cell
+from kvlatent_lab.study.measure_cell import forget
 from kvlatent_lab.study.request import Request, request
 from kvlatent_lab.study.subject import Subject
 

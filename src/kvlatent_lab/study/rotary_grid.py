@@ -32,10 +32,9 @@ from kvlatent.model.rotary import attenuation, standard_exponents
 from kvlatent.model.table import RotaryTable
 from kvlatent.selection.latent_config import choose
 from kvlatent.workflows.steps import Progress
-from kvlatent_lab.study.converted_models import trained
 from kvlatent_lab.study.folder import numeric
-from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, answers, widths_of
-from kvlatent_lab.study.measuring import measured
+from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, choices_of, widths_of
+from kvlatent_lab.study.measure_cell import measure_model, train_cell
 from kvlatent_lab.study.subject import Subject
 
 __all__ = ["ROPE", "curve_figures"]
@@ -72,10 +71,10 @@ def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     """Convert, train where tokens are given; curves, perplexity, order and needle."""
     latent = None
     if cell.extra["rope"] == "standard":
-        config = standard_config(subject.model.config, cell, answers(cell, subject.recipe))
+        config = standard_config(subject.model.config, cell, choices_of(cell, subject.recipe))
         latent = convert(subject.model, config)
-    model, on_the_way = trained(subject, cell, progress, latent)
-    found = measured(subject, model, progress) | on_the_way
+    model, on_the_way = train_cell(subject, cell, progress, latent)
+    found = measure_model(subject, model, progress) | on_the_way
     found |= curve_figures(subject.model.config, latent_config_of(model.config))
     for name, measure in (("order", order_of), ("needle", needle_of)):
 
