@@ -27,7 +27,7 @@ from kvlatent_lab.study.folder import numeric
 from kvlatent_lab.study.grid_cells import Cell, Scale, choices_of, recipe_of
 from kvlatent_lab.study.press_worker import main as press_main
 from kvlatent_lab.study.press_worker import scores
-from kvlatent_lab.study.rotary_grid import curve_figures, standard_config
+from kvlatent_lab.study.rotary_grid import measure_curves, standard_config
 from on_disk import write_checkpoint, write_text
 from study_worker import SETTINGS, STEP, run
 from tiny import LLAMA3_ROPE
@@ -218,7 +218,7 @@ CURVES = {
 def test_curves_have_known_values(table, width):
     config = LlamaConfig(hidden_size=256, num_attention_heads=2, num_hidden_layers=2, head_dim=128)
     latent = choose(config, width, 128, resolve_choices("own-frequency", frequencies=table))
-    found = curve_figures(config, latent)
+    found = measure_curves(config, latent)
     negative, minimum, noise = CURVES[table, width]
     assert 100 * found["attenuation_negative_share"] == pytest.approx(negative, abs=0.06)
     assert found["attenuation_minimum"] == pytest.approx(minimum, abs=6e-4)
@@ -393,7 +393,7 @@ def test_eviction_runs_the_worker_on_exported_checkpoints(place, tmp_path, monke
         press_main(job, result)
 
     monkeypatch.setattr(eviction_study.subprocess, "run", worker)
-    monkeypatch.setattr(eviction_study, "requires", None)
+    monkeypatch.setattr(eviction_study, "find_kvpress", None)
     grid = eviction_study.EVICTION
     monkeypatch.setitem(
         STUDIES,

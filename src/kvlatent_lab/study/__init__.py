@@ -4,7 +4,7 @@ Reading order: `grid_cells` (what a study is made of), the grids (`conversion_gr
 `eviction`), `subject`, `measure_cell` (one cell), `folder`, `request`, `running` (all of them), `summaries`.
 """
 
-from kvlatent_lab.study.grids import STUDIES
+from kvlatent_lab.study.request import STUDIES
 from kvlatent_lab.study.running import study
 from kvlatent_lab.study.summaries import summary
 

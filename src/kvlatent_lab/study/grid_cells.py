@@ -14,7 +14,7 @@ from kvlatent.model.families import head_dim_of
 from kvlatent.selection.choices import BY_PAIRS, Choices, resolve_choices
 from kvlatent.selection.latent_config import check_widths, choose
 
-__all__ = ["PAPER_PARTS", "Cell", "Grid", "Scale", "choices_of", "recipe_of", "refusal", "widths_of"]
+__all__ = ["PAPER_PARTS", "Cell", "Grid", "Scale", "choices_of", "find_refusal", "recipe_of", "widths_of"]
 
 PAPER_PARTS = (2, 4, 8)
 """The paper's 64, 32 and 16 of 128 channels are a half, a quarter and an eighth of a head."""
@@ -141,7 +141,7 @@ def widths_of(head_dim: int, parts: Sequence[int]) -> list[int]:
     return [head_dim // part for part in parts if head_dim % part == 0]
 
 
-def refusal(config: Any, cell: Cell, base: Recipe) -> str | None:
+def find_refusal(config: Any, cell: Cell, base: Recipe) -> str | None:
     """Why a model with that transformers config cannot be converted to a cell's widths, or None."""
     choices = choices_of(cell, base)
     try:

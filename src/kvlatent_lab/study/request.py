@@ -1,7 +1,8 @@
-"""What a call of a study asks for, checked before anything is loaded: model, texts, recipe, cells."""
+"""All studies by name, and what a call of one asks for, checked before anything is loaded: model, texts, recipe, cells."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,11 +15,18 @@ from kvlatent.jobs.recipe import Conversion, Recipe
 from kvlatent.jobs.record import command_line, spoken_name
 from kvlatent.model.families import head_dim_of
 from kvlatent.workflows.run_plan import source_config
-from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, refusal
-from kvlatent_lab.study.grids import STUDIES, grid_of
-from kvlatent_lab.study.subject import Source, source_of
+from kvlatent_lab.study.conversion_grids import CHOICES, CONVERSION, WIDTHS
+from kvlatent_lab.study.eviction import EVICTION
+from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, find_refusal
+from kvlatent_lab.study.rotary_grid import ROPE
+from kvlatent_lab.study.subject import Source, resolve_source
+from kvlatent_lab.study.training_grids import LORA_RANK, OBJECTIVE, STAGES
 
-__all__ = ["Request", "request"]
+__all__ = ["STUDIES", "Request", "resolve_request"]
+
+STUDIES = {
+    grid.name: grid for grid in (WIDTHS, LORA_RANK, STAGES, OBJECTIVE, ROPE, EVICTION, CONVERSION, CHOICES)
+}
 
 _OWN = ("align", "qk_norm")  # of the recipe's conversion; the rest is what studies vary
 
@@ -60,7 +68,7 @@ class Request:
         return command_line("study", self.grid.name, {**self.spoken, "cells": cell.name})
 
 
-def request(
+def resolve_request(
     name: str,
     model: str | Path | None,
     out: str | Path,
@@ -82,19 +90,19 @@ def request(
     Raises:
         ValueError, FileNotFoundError: one sentence naming what is wrong and what to do.
     """
-    grid, overrides = grid_of(name), list(overrides)
+    grid, overrides = _find_grid(name), list(overrides)
     if python is not None and grid.requires is None:
         users = " and ".join(study for study, one in STUDIES.items() if one.requires is not None)
         raise ValueError(
             f"--python is for the study {users} only: got --python {python} with {name}; leave it out"
         )
-    base, device = _recipe(recipe, overrides), choose_device(device)
-    source = source_of(model, data, eval_data)
+    base, device = _read_recipe(recipe, overrides), choose_device(device)
+    source = resolve_source(model, data, eval_data)
     config = source_config(source.model)
-    scale = _scale(grid, config, base, seeds, tokens)
+    scale = _lay_out(grid, config, base, seeds, tokens)
     possible, impossible = [], {}
     for cell in grid.cells(scale):
-        if (why := refusal(config, cell, base)) is None:
+        if (why := find_refusal(config, cell, base)) is None:
             possible.append(cell)
         else:
             impossible[cell.name] = why
@@ -112,11 +120,24 @@ def request(
         "device": device,
         "python": None if python is None else Path(python),
     }
-    wanted = _matching(grid, possible, cells)
+    wanted = _match_cells(grid, possible, cells)
     return Request(grid, source, base, scale, wanted, impossible, eval_tokens, device, spoken)
 
 
-def _recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
+def _find_grid(name: str) -> Grid:
+    """The study of that name.
+
+    Raises:
+        ValueError: there is none; a near match is named.
+    """
+    if name in STUDIES:
+        return STUDIES[name]
+    near = difflib.get_close_matches(name.lower(), STUDIES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(STUDIES)}"
+    raise ValueError(f"there is no study {name!r}; {hint}")
+
+
+def _read_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
     """The recipe that cells differ from; what a study varies may not be set by hand."""
     base, plain = Recipe.load(path, overrides), Recipe.load(path).conversion
     for key in Conversion.model_fields:
@@ -129,7 +150,7 @@ def _recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
     return base
 
 
-def _scale(grid: Grid, config: Any, base: Recipe, seeds: Sequence[int] | None, tokens: int | None) -> Scale:
+def _lay_out(grid: Grid, config: Any, base: Recipe, seeds: Sequence[int] | None, tokens: int | None) -> Scale:
     """What the grid is laid out for.
 
     Raises:
@@ -149,7 +170,7 @@ def _scale(grid: Grid, config: Any, base: Recipe, seeds: Sequence[int] | None, t
     return Scale(head_dim_of(config), chosen, wanted, share, lcm(*steps), base.calibration.blocks)
 
 
-def _matching(grid: Grid, cells: list[Cell], patterns: str | None) -> list[Cell]:
+def _match_cells(grid: Grid, cells: list[Cell], patterns: str | None) -> list[Cell]:
     """The cells whose names match one of the patterns, in order.
 
     Raises:

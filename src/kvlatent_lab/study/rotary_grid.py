@@ -37,7 +37,7 @@ from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, choice
 from kvlatent_lab.study.measure_cell import measure_model, train_cell
 from kvlatent_lab.study.subject import Subject
 
-__all__ = ["ROPE", "curve_figures"]
+__all__ = ["ROPE", "measure_curves"]
 
 TABLES: dict[str, dict[str, Any]] = {
     "standard": {"keys": "stride", "frequencies": "own"},
@@ -53,7 +53,7 @@ _TRIALS = {"needle": 10, "order": 16}
 _DEPTHS = (0.1, 0.5, 0.9)
 
 
-def cells(scale: Scale) -> list[Cell]:
+def rotary_cells(scale: Scale) -> list[Cell]:
     """Every table at every width of the keys; values stay whole."""
     found = []
     for width in widths_of(scale.head_dim, PAPER_PARTS):
@@ -67,7 +67,7 @@ def cells(scale: Scale) -> list[Cell]:
     return found
 
 
-def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
+def measure_rotary(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     """Convert, train where tokens are given; curves, perplexity, order and needle."""
     latent = None
     if cell.extra["rope"] == "standard":
@@ -75,7 +75,7 @@ def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
         latent = convert(subject.model, config)
     model, on_the_way = train_cell(subject, cell, progress, latent)
     found = measure_model(subject, model, progress) | on_the_way
-    found |= curve_figures(subject.model.config, latent_config_of(model.config))
+    found |= measure_curves(subject.model.config, latent_config_of(model.config))
     for name, measure in (("order", order_of), ("needle", needle_of)):
 
         def report(done: int, total: int, name: str = name) -> None:
@@ -85,7 +85,7 @@ def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
             f"{name}-original", lambda m=measure, r=report: m(subject, subject.model, r)
         )
         own = measure(subject, model, report)
-        found |= compared(name, original, own)
+        found |= compare_maps(name, original, own)
     return found
 
 
@@ -99,7 +99,7 @@ def standard_config(config: Any, cell: Cell, choices: Any) -> LatentConfig:
     return replace(latent, tables=((table,),))
 
 
-def curve_figures(config: Any, latent: LatentConfig) -> dict[str, Any]:
+def measure_curves(config: Any, latent: LatentConfig) -> dict[str, Any]:
     """Attenuation with the distance (equation 10, a mean over channels), of the original's table and of the latent's.
 
     Args:
@@ -174,7 +174,7 @@ def _ids(subject: Subject) -> list[int]:
     return torch.as_tensor(subject.blocks()[:]["input_ids"]).flatten().tolist()
 
 
-def compared(name: str, original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
+def compare_maps(name: str, original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
     """The maps of both models, and the mean of the latent's less the original's with its paired standard error."""
     from kvlatent.evaluation.checks.needle import needle_drop
     from kvlatent.evaluation.checks.word_order import order_drop
@@ -201,6 +201,6 @@ def compared(name: str, original: dict[str, Any], latent: dict[str, Any]) -> dic
 ROPE = Grid(
     "rope",
     "which rotary table narrow keys should have: equation 10, perplexity, order and needle",
-    cells,
-    figures,
+    rotary_cells,
+    measure_rotary,
 )
