@@ -10,9 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
-from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio
 from kvlatent.jobs.recipe import Recipe
@@ -20,7 +18,6 @@ from kvlatent.planning.width_plan import plan
 from kvlatent.selection.choices import resolve_choices
 from kvlatent.selection.latent_config import choose
 from kvlatent.selection.statistics import Statistics
-from kvlatent.text.corpus import evaluation_blocks
 from kvlatent_lab.study import STUDIES, summary
 from kvlatent_lab.study import eviction as eviction_study
 from kvlatent_lab.study.folder import numeric
@@ -28,8 +25,8 @@ from kvlatent_lab.study.grid_cells import Cell, Scale, choices_of, recipe_of
 from kvlatent_lab.study.press_worker import main as press_main
 from kvlatent_lab.study.press_worker import scores
 from kvlatent_lab.study.rotary_grid import measure_curves, standard_config
-from on_disk import write_checkpoint, write_text
-from study_worker import SETTINGS, STEP, run
+from on_disk import write_checkpoint
+from study_worker import SETTINGS, STEP, lay_out, original_and_blocks, run
 from tiny import LLAMA3_ROPE
 
 SCALE = Scale(head_dim=128, seeds=(0, 1), tokens=0, stage1_share=0.2, step=STEP)
@@ -40,11 +37,7 @@ TABLE_6 = "64,32 32,64 64,16 16,64"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("grids")
-    write_checkpoint(folder / "model", tiny_tokenizer)
-    write_text(folder / "text.txt")
-    write_text(folder / "valid.txt", seed=1)
-    return folder
+    return lay_out(tmp_path_factory.mktemp("grids"), tiny_tokenizer)
 
 
 def figures_of(place, out, name):
@@ -298,10 +291,7 @@ def test_conversion_measures_plans_other_selections_and_less_text(place):
     planned, plain, fisher, gram, tenth, _ = (figures[name] for name in names)
     assert len({found["ratio"] for found in (planned, plain, fisher, gram, tenth)}) >= 4
 
-    model = load_model(place / "model", dtype="float32").requires_grad_(False).eval()
-    tokenizer = load_tokenizer(place / "model", model.config)
-    options = {"block_size": 32, "cache_dir": place / "by-hand", "vocab_size": 300}
-    blocks = evaluation_blocks(place / "valid.txt", tokenizer, **options).select(range(256 // 32))
+    model, _, blocks = original_and_blocks(place, 256)
     statistics = Statistics.load(work / "statistics-seed0.safetensors")
     assert len(statistics.input_ids) == 20
     found = plan(statistics, 0.75, table="head", per_layer=True)
