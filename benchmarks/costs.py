@@ -45,11 +45,11 @@ def measure_seconds(args: argparse.Namespace) -> dict[str, Any]:
     blocks = read_blocks(args, model, args.blocks)
     forward(model, {name: column[:1] for name, column in blocks.items()})
     _, plain = timed(lambda: forward(model, blocks))
-    found, calibration = timed(lambda: calibrate(model, blocks))
-    _, closed = timed(lambda: convert(model, d_qk=half, d_vo=half, statistics=found, align=0))
-    _, aligned = timed(lambda: convert(model, d_qk=half, d_vo=half, statistics=found, align=args.align))
+    collected, calibration = timed(lambda: calibrate(model, blocks))
+    _, closed = timed(lambda: convert(model, d_qk=half, d_vo=half, statistics=collected, align=0))
+    _, aligned = timed(lambda: convert(model, d_qk=half, d_vo=half, statistics=collected, align=args.align))
     figures = {
-        "tokens": found.tokens,
+        "tokens": collected.tokens,
         "forward_seconds": plain,
         "calibration_seconds": calibration,
         "conversion_seconds": closed,
@@ -104,8 +104,8 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     limit = 3.0 if args.calibrated else 1.3
     if args.calibrated:
         ids = torch.randint(8000, (8, 128), generator=generator)
-        found = calibrate(model, {"input_ids": ids, "position_ids": torch.arange(128).expand_as(ids)})
-        convert(model, d_qk=32, d_vo=32, statistics=found, align=2)
+        collected = calibrate(model, {"input_ids": ids, "position_ids": torch.arange(128).expand_as(ids)})
+        convert(model, d_qk=32, d_vo=32, statistics=collected, align=2)
     else:
         convert(model, d_qk=32, d_vo=32, choices=PAPER)
     peak = resident_bytes("VmHWM") - baseline
@@ -185,10 +185,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = {"benchmark": f"costs {args.what}", **measures[args.what](args)}
+    document = {"benchmark": f"costs {args.what}", **measures[args.what](args)}
     if args.what != "memory":
-        found["sha256"] = {"model": identity(args.model), "data": args.data and identity(args.data)}
-    json.dump({**found, **environment("cpu")}, sys.stdout, indent=1)
+        document["sha256"] = {"model": identity(args.model), "data": args.data and identity(args.data)}
+    json.dump({**document, **environment("cpu")}, sys.stdout, indent=1)
     print()
 
 

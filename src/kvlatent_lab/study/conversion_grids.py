@@ -22,14 +22,14 @@ PRESETS = ("paper", "calibrated")
 
 def width_cells(scale: Scale) -> list[Cell]:
     """Both presets at every pair of widths."""
-    found = []
+    cells = []
     for d_qk, d_vo in width_pairs(scale.head_dim):
         for preset in PRESETS:
             drawn = preset == "calibrated" or scale.tokens > 0
             for seed in scale.seeds if drawn else scale.seeds[:1]:
                 name = f"{preset}-{d_qk}x{d_vo}-seed{seed}"
-                found.append(Cell(name, d_qk, d_vo, preset, seed, **scale.trained()))
-    return found
+                cells.append(Cell(name, d_qk, d_vo, preset, seed, **scale.trained()))
+    return cells
 
 
 def width_pairs(head_dim: int) -> list[tuple[int, int]]:
@@ -61,16 +61,16 @@ _WITHOUT_TEXT: dict[str, tuple[str, dict[str, str], str]] = {
 def choice_cells(scale: Scale) -> list[Cell]:
     """Every set of choices at half the width."""
     seeds = scale.seeds if scale.tokens else scale.seeds[:1]
-    found = []
+    cells = []
     for half in widths_of(scale.head_dim, (2,)):
         for name, (preset, choices, sides) in _WITHOUT_TEXT.items():
             d_qk = scale.head_dim if sides == "values" else half
             d_vo = scale.head_dim if sides == "keys" else half
             for seed in seeds:
-                found.append(
+                cells.append(
                     Cell(f"{name}-seed{seed}", d_qk, d_vo, preset, seed, choices=choices, **scale.trained())
                 )
-    return found
+    return cells
 
 
 Pair = tuple[int, int]
@@ -96,7 +96,7 @@ ONE_CHANGE: dict[str, dict[str, Any]] = {
 
 def conversion_cells(scale: Scale) -> list[Cell]:
     """Every variant once, the most important first; a name says all of it, so that variants can meet."""
-    found: dict[str, Cell] = {}
+    cells: dict[str, Cell] = {}
     for word, pairs, seeds, choices, options in _variants(scale):
         for d_qk, d_vo in (_channels(scale.head_dim, *pair) for pair in pairs):
             for seed in seeds:
@@ -106,8 +106,8 @@ def conversion_cells(scale: Scale) -> list[Cell]:
                     **options,
                     **scale.trained(),
                 }
-                found.setdefault(name, Cell(name, d_qk, d_vo, seed=seed, **settings))
-    return list(found.values())
+                cells.setdefault(name, Cell(name, d_qk, d_vo, seed=seed, **settings))
+    return list(cells.values())
 
 
 Variant = tuple[str, Sequence[Pair], Sequence[int], dict[str, Any], dict[str, Any]]

@@ -107,11 +107,11 @@ def measure_eviction(subject: Subject, cell: Cell, progress: Progress) -> dict[s
         checkpoint, on_the_way = _export(subject, cell, progress)
     progress(f"score, {cell.extra['press']}", 0, 0, "")
     own = _score(subject, checkpoint, cell)
-    found = compare_losses(_perplexity(own), _perplexity(original))
+    figures = compare_losses(_perplexity(own), _perplexity(original))
     tokens = own["context"] * len(own["losses"])
     size, whole = own["cache_bytes"] / tokens, original["cache_bytes"] / tokens
     return {
-        **found,
+        **figures,
         "original_perplexity": _perplexity(original).perplexity,
         "context": own["context"],
         "cache_bytes_per_token": size,
@@ -168,8 +168,8 @@ def _score(subject: Subject, checkpoint: Any, cell: Cell | None = None) -> dict[
         return json.loads(files["result.json"].read_text()) | {"context": context}
 
 
-def _perplexity(found: dict[str, Any]) -> Perplexity:
-    return summarise(found["losses"], [found["tokens"]] * len(found["losses"]))
+def _perplexity(scores: dict[str, Any]) -> Perplexity:
+    return summarise(scores["losses"], [scores["tokens"]] * len(scores["losses"]))
 
 
 def _environment() -> dict[str, str]:

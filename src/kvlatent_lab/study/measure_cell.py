@@ -33,11 +33,11 @@ __all__ = ["compare_losses", "convert_cell", "forget", "measure_cell", "measure_
 def measure_cell(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     """The figures of a cell: convert, train where tokens are given, measure."""
     model, on_the_way = train_cell(subject, cell, progress)
-    found = measure_model(subject, model, progress) | on_the_way
+    figures = measure_model(subject, model, progress) | on_the_way
     if cell.per_layer:
         attentions = [layer.self_attn for layer in model.model.layers]
-        found |= {f"planned_{side}": [getattr(a, side) for a in attentions] for side in ("d_qk", "d_vo")}
-    return found
+        figures |= {f"planned_{side}": [getattr(a, side) for a in attentions] for side in ("d_qk", "d_vo")}
+    return figures
 
 
 def convert_cell(subject: Subject, cell: Cell, progress: Progress) -> PreTrainedModel:
@@ -72,8 +72,8 @@ def _statistics(subject: Subject, cell: Cell, progress: Progress) -> Statistics:
     path = subject.folder.work / f"statistics-seed{cell.seed}{some}.safetensors"
     with subject.folder.lock(path.stem):
         if not path.is_file():
-            found, _ = gathered(subject.model, subject.train_blocks, recipe, progress)
-            found.save(path, overwrite=True)
+            statistics, _ = gathered(subject.model, subject.train_blocks, recipe, progress)
+            statistics.save(path, overwrite=True)
     return Statistics.load(path)
 
 
@@ -82,8 +82,8 @@ def _target(subject: Subject, cell: Cell, statistics: Statistics) -> dict[str, A
     choices = choices_of(cell, subject.recipe)
     if cell.per_layer:
         share = (cell.d_qk + cell.d_vo) / (2 * statistics.head_dim)
-        found = plan(statistics, share, table=choices.table, per_layer=True, aligned=choices.align > 0)
-        return {"d_qk": found.d_qk, "d_vo": found.d_vo}
+        widths = plan(statistics, share, table=choices.table, per_layer=True, aligned=choices.align > 0)
+        return {"d_qk": widths.d_qk, "d_vo": widths.d_vo}
     if (order := SELECTIONS.get(cell.extra.get("keys", ""))) is None:
         return {"d_qk": cell.d_qk, "d_vo": cell.d_vo}
     blocks = calibration_blocks(subject.train_blocks, recipe_of(cell, subject.recipe))
@@ -175,20 +175,20 @@ def measure_model(
     with subject.precision():
         figures, result = measure(model, blocks, progress=report)
     size, whole = figures["cache_bytes_per_token"], original["cache_bytes_per_token"]
-    found = compare_losses(result, reference) | {
+    compared = compare_losses(result, reference) | {
         "original_perplexity": original["perplexity"],
         "original_loss": original["loss"],
         "cache_bytes_per_token": size,
         "original_cache_bytes_per_token": whole,
         "cache_ratio": size / whole,
     }
-    return found
+    return compared
 
 
 def compare_losses(result: Perplexity, reference: Perplexity) -> dict[str, Any]:
     """Perplexity, and its ratio to a reference on the same blocks; errors only where there are several blocks."""
     ratio, error = perplexity_ratio(result, reference)
-    found = {
+    compared = {
         "perplexity": result.perplexity,
         "standard_error": result.standard_error,
         "loss": result.loss,
@@ -196,7 +196,7 @@ def compare_losses(result: Perplexity, reference: Perplexity) -> dict[str, Any]:
         "ratio": ratio,
         "ratio_standard_error": error,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in compared.items() if value is not None}
 
 
 def _measure_ratio(subject: Subject, model: PreTrainedModel) -> float:

@@ -39,7 +39,7 @@ class Request:
         grid, source, recipe, scale: of the study; `recipe` is the one that cells differ from.
         cells: that were asked for; impossible: cells whose widths do not fit the model, with the reason.
         eval_tokens, device: as asked for.
-        spoken: the options as the command line spells them.
+        options: the options as the command line spells them.
     """
 
     grid: Grid
@@ -50,22 +50,22 @@ class Request:
     impossible: dict[str, str]
     eval_tokens: int
     device: str
-    spoken: dict[str, Any]
+    options: dict[str, Any]
 
     def decides(self, tools: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that decides the figures of all cells, beside their own settings."""
-        found = {
+        decisive = {
             **self.source.sha256(),
             "tokens": self.scale.tokens,
             "eval_tokens": self.eval_tokens,
             "device": self.device,
             "recipe": self.recipe.model_dump(mode="json", exclude={"seed"}),
         }
-        return found if tools is None else {**found, "tools": tools["versions"]}
+        return decisive if tools is None else {**decisive, "tools": tools["versions"]}
 
     def command(self, cell: Cell) -> str:
         """A command that measures one cell again."""
-        return command_line("study", self.grid.name, {**self.spoken, "cells": cell.name})
+        return command_line("study", self.grid.name, {**self.options, "cells": cell.name})
 
 
 def resolve_request(
@@ -106,7 +106,7 @@ def resolve_request(
             possible.append(cell)
         else:
             impossible[cell.name] = why
-    spoken = {
+    options = {
         "model": None if model is None else spoken_name(model),
         "data": None if data is None else spoken_name(data),
         "eval-data": None if eval_data is None else spoken_name(eval_data),
@@ -121,7 +121,7 @@ def resolve_request(
         "python": None if python is None else Path(python),
     }
     wanted = _match_cells(grid, possible, cells)
-    return Request(grid, source, base, scale, wanted, impossible, eval_tokens, device, spoken)
+    return Request(grid, source, base, scale, wanted, impossible, eval_tokens, device, options)
 
 
 def _find_grid(name: str) -> Grid:
@@ -177,11 +177,11 @@ def _match_cells(grid: Grid, cells: list[Cell], patterns: str | None) -> list[Ce
         ValueError: none does.
     """
     wanted = ["*"] if patterns is None else [pattern.strip() for pattern in patterns.split(",")]
-    found = [cell for cell in cells if any(fnmatch(cell.name, pattern) for pattern in wanted)]
-    if not found:
+    matching = [cell for cell in cells if any(fnmatch(cell.name, pattern) for pattern in wanted)]
+    if not matching:
         named = f", such as {', '.join(cell.name for cell in cells[:3])}" if cells else ""
         raise ValueError(
             f"no cell of the study {grid.name} matches {patterns or '*'}: the model has {len(cells)}{named}; name one "
             "or more of them, with * for any characters"
         )
-    return found
+    return matching

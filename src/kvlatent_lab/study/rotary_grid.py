@@ -55,7 +55,7 @@ _DEPTHS = (0.1, 0.5, 0.9)
 
 def rotary_cells(scale: Scale) -> list[Cell]:
     """Every table at every width of the keys; values stay whole."""
-    found = []
+    cells = []
     for width in widths_of(scale.head_dim, PAPER_PARTS):
         for table, choices in TABLES.items():
             preset = "calibrated" if table == "calibrated" else "own-frequency"
@@ -63,8 +63,8 @@ def rotary_cells(scale: Scale) -> list[Cell]:
             for seed in scale.seeds if drawn else scale.seeds[:1]:
                 name = f"{table}-{width}-seed{seed}"
                 cell = Cell(name, width, scale.head_dim, preset, seed, choices=choices, extra={"rope": table})
-                found.append(replace(cell, **scale.trained()))
-    return found
+                cells.append(replace(cell, **scale.trained()))
+    return cells
 
 
 def measure_rotary(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def measure_rotary(subject: Subject, cell: Cell, progress: Progress) -> dict[str
         config = standard_config(subject.model.config, cell, choices_of(cell, subject.recipe))
         latent = convert(subject.model, config)
     model, on_the_way = train_cell(subject, cell, progress, latent)
-    found = measure_model(subject, model, progress) | on_the_way
-    found |= measure_curves(subject.model.config, latent_config_of(model.config))
+    figures = measure_model(subject, model, progress) | on_the_way
+    figures |= measure_curves(subject.model.config, latent_config_of(model.config))
     for name, measure in (("order", order_of), ("needle", needle_of)):
 
         def report(done: int, total: int, name: str = name) -> None:
@@ -85,8 +85,8 @@ def measure_rotary(subject: Subject, cell: Cell, progress: Progress) -> dict[str
             f"{name}-original", lambda m=measure, r=report: m(subject, subject.model, r)
         )
         own = measure(subject, model, report)
-        found |= compare_maps(name, original, own)
-    return found
+        figures |= compare_maps(name, original, own)
+    return figures
 
 
 def standard_config(config: Any, cell: Cell, choices: Any) -> LatentConfig:
@@ -192,8 +192,8 @@ def compare_maps(name: str, original: dict[str, Any], latent: dict[str, Any]) ->
             for part in ("margin", "after_margin")
         }
     maps = {
-        side: {part: found[part] for part in kept if numeric(found[part])}
-        for side, found in ((name, latent), (f"original_{name}", original))
+        side: {part: of[part] for part in kept if numeric(of[part])}
+        for side, of in ((name, latent), (f"original_{name}", original))
     }
     return maps | {f"{name}_{part}": value for part, value in means.items() if value is not None}
 

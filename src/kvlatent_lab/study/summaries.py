@@ -40,10 +40,10 @@ def summary(folder: str | Path) -> dict[str, Any]:
     if not documents:
         raise FileNotFoundError(f"{folder} holds no finished cell of a study; run one with kvlatent study")
     for what in ("study", "model"):
-        found = {json.dumps(document[what], sort_keys=True): document["cell"] for document in documents}
-        if len(found) > 1:
+        kinds = {json.dumps(document[what], sort_keys=True): document["cell"] for document in documents}
+        if len(kinds) > 1:
             raise ValueError(
-                f"{folder} holds cells of more than one {what}: {' and '.join(sorted(found.values())[:2])} differ; "
+                f"{folder} holds cells of more than one {what}: {' and '.join(sorted(kinds.values())[:2])} differ; "
                 "give each its own folder"
             )
     study = documents[0]["study"]
@@ -66,12 +66,12 @@ def average_over_seeds(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for document in documents:
         settings = {name: value for name, value in document["settings"].items() if name != "seed"}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(document)
-    found = []
+    averages = []
     for group in sorted(groups.values(), key=_order):
         settings = {name: value for name, value in group[0]["settings"].items() if name != "seed"}
         shared = set.intersection(*(set(document["figures"]) for document in group))
         names = [name for name in group[0]["figures"] if name in shared]
-        found.append(
+        averages.append(
             {
                 "settings": settings,
                 "seeds": sorted(document["settings"]["seed"] for document in group),
@@ -82,7 +82,7 @@ def average_over_seeds(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 },
             }
         )
-    return found
+    return averages
 
 
 def _order(group: list[dict[str, Any]]) -> list[tuple[str, bool, float, str]]:

@@ -62,15 +62,15 @@ def stage_cells(scale: Scale) -> list[Cell]:
             f"the study stages needs ten optimiser steps: got {scale.tokens} tokens, a step takes {scale.step}; pass "
             f"--tokens {10 * scale.step} or more"
         )
-    found = []
+    cells = []
     for seed in scale.seeds:
         for width in widths_of(scale.head_dim, PAPER_PARTS):
             for preset in PRESETS:
                 for shares in LENGTHS:
                     first, second = (share * tenth for share in shares)
                     name = f"{preset}-{width}x{width}-tenths{shares[0]}+{shares[1]}-seed{seed}"
-                    found.append(Cell(name, width, width, preset, seed, first, second))
-    return found
+                    cells.append(Cell(name, width, width, preset, seed, first, second))
+    return cells
 
 
 def compare_stages(documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def choose_rates(documents: list[dict[str, Any]]) -> dict[str, Any]:
     rows = []
     for objective, rates in losses.items():
         seeds = max(map(len, rates.values()))
-        whole = {rate: found for rate, found in rates.items() if len(found) == seeds}
+        whole = {rate: figures for rate, figures in rates.items() if len(figures) == seeds}
         best = min(whole, key=lambda rate: statistics.fmean(f["validation_loss"] for f in whole[rate]))
         means = {name: statistics.fmean(f[name] for f in whole[best]) for name in ("loss", "ratio")}
         edge = best in (min(rates), max(rates))
