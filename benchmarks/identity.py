@@ -21,46 +21,44 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
 from kvlatent.jobs.record import environment
+from kvlatent.selection.choices import PAPER
 from tiny import FAMILIES, HEAD_DIM, logits, padded, tiny_model, tokens
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def row(name: str) -> dict[str, float]:
+def measure_family(name: str) -> dict[str, float]:
     """All differences of one family."""
     model, x, figures = tiny_model(name), tokens(), {}
+
+    def compare(what: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        figures[what] = (a - b).abs().max().item()
+
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         same = convert(model, d_qk=HEAD_DIM, d_vo=HEAD_DIM)
-        figures[f"full width, {implementation}"] = difference(logits(same, x), logits(model, x))
-    latent = convert(model, d_qk=16, d_vo=8, preset="paper")
+        compare(f"full width, {implementation}", logits(same, x), logits(model, x))
+    latent = convert(model, d_qk=16, d_vo=8, choices=PAPER)
     expected = logits(latent, x)
     with tempfile.TemporaryDirectory() as folder:
         save(latent, Path(folder) / "m")
-        figures["saved, loaded"] = difference(logits(load_model(Path(folder) / "m"), x), expected)
-    cache, steps = None, []
-    for position, piece in enumerate(x.split(1, 1)):
-        with torch.no_grad():
-            out = latent(
-                piece, past_key_values=cache, position_ids=torch.tensor([[position]]), use_cache=True
-            )
-        cache = out.past_key_values
-        steps.append(out.logits)
+        compare("saved, loaded", logits(load_model(Path(folder) / "m"), x), expected)
     # Token by token a longrope model turns early keys by its short table, as the original does: compare before.
-    length = 32 if name == "phi3-longrope" else x.shape[1]
-    figures["cached"] = difference(torch.cat(steps, 1)[:, :length], logits(latent, x[:, :length]))
+    part = x[:, :32] if name == "phi3-longrope" else x
+    cache, steps = None, []
+    with torch.no_grad():
+        for at, piece in enumerate(part.split(1, 1)):
+            positions = torch.tensor([[at]])
+            out = latent(piece, past_key_values=cache, position_ids=positions, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    compare("cached", torch.cat(steps, 1), logits(latent, part))
     ids, mask = padded(x)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    figures["left-padded"] = difference(
-        logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:], expected
-    )
+    compare("left-padded", logits(latent, ids, attention_mask=mask, position_ids=positions)[:, 5:], expected)
     changed = x.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 100 + 3
-    figures["future token"] = difference(logits(latent, changed)[:, :-1], expected[:, :-1])
+    compare("future token", logits(latent, changed)[:, :-1], expected[:, :-1])
     latent.set_attn_implementation("eager")
-    figures["eager against sdpa"] = difference(logits(latent, x), expected)
+    compare("eager against sdpa", logits(latent, x), expected)
     return figures
 
 
@@ -71,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = {name: row(name) for name in FAMILIES}
+    rows = {name: measure_family(name) for name in FAMILIES}
     columns = list(next(iter(rows.values())))
     print("| family |", " | ".join(columns), "|")
     print("|---" * (len(columns) + 1) + "|")

@@ -36,8 +36,8 @@ class Results:
 
     def rows(self, study: str, subject: str, /, **settings: Any) -> Rows:
         """Rows of a study with these settings."""
-        found = self.of(study, subject)["rows"]
-        return [row for row in found if settings.items() <= row["settings"].items()]
+        rows = self.of(study, subject)["rows"]
+        return [row for row in rows if settings.items() <= row["settings"].items()]
 
 
 def figure(rows: Rows, name: str = "ratio", digits: int = 3, tokens: int | None = None) -> str:
@@ -227,8 +227,8 @@ def token_eviction(results: Results) -> str:
         line = [press, f"{100 * share:g} %"]
         for model in MODELS:
             for name in ("original", "calibrated"):
-                found = results.rows("token-eviction", model, model=name, press=press, evicted=share)
-                line += [figure(found), figure(found, "cache_ratio")]
+                cells = results.rows("token-eviction", model, model=name, press=press, evicted=share)
+                line += [figure(cells), figure(cells, "cache_ratio")]
         rows.append(line)
     names = ["original", "its cache", "half width", "its cache"]
     return table(["method", "evicted", *both(names)], rows)

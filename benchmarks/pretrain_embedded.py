@@ -21,17 +21,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import tokenizers
 import torch
-import transformers
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import (
     GenerationConfig,
@@ -45,6 +41,7 @@ from transformers import (
 from kvlatent.evaluation.checks.text_perplexity import measure_documents
 from kvlatent.evaluation.copying import copy_accuracy, window_hiding
 from kvlatent.evaluation.sequences import ordinary_ids
+from kvlatent.jobs.record import environment
 from kvlatent.text.standard_library import HELD_OUT, MODEL_PATH, stdlib_documents
 
 CONTEXT = 1024
@@ -437,14 +434,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "copy_trials": 500,
         "evaluation_seconds": round(time.monotonic() - started, 1),
         "training": json.loads(training.read_text()) if training.is_file() else previous,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
+        **environment("cpu"),
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
@@ -457,25 +447,12 @@ def perplexity(model: Any, tokenizer: Any, window: int | None) -> float:
         return measure_documents(model, tokenizer, stdlib_documents("held_out"), window=1024)[0]["perplexity"]
 
 
-def processor() -> str:
-    """The processor's name where Linux tells it, with the widest bf16 unit it has."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine()
-    name = next(
-        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), ""
-    )
-    return f"{name or platform.machine()}{' (avx512_bf16)' if 'avx512_bf16' in text else ''}"
-
-
 def write_card(folder: Path, results: dict[str, Any]) -> None:
     """The model card, from the measured figures."""
     copy, near = results["copy_accuracy"], results[f"copy_accuracy_window_{WINDOW}"]
     rows = "\n".join(f"| {key} | {100 * copy[key]:.1f} % | {100 * near[key]:.1f} % |" for key in copy)
-    training, model, versions, machine = (
-        results[key] for key in ("training", "model", "versions", "machine")
-    )
+    training, model, machine = (results[key] for key in ("training", "model", "machine"))
+    versions = {"python": results["python"], **results["versions"]}
     (folder / "README.md").write_text(
         CARD.format(
             parameters=f"{model['parameters']:,}",
@@ -494,7 +471,7 @@ def write_card(folder: Path, results: dict[str, Any]) -> None:
             command=training["command"],
             note=training.get("note", ""),
             modules=", ".join(f"`{name}`" for name in model["held_out_modules"]),
-            versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+            versions=", ".join(f"{name} {version}" for name, version in versions.items() if version),
         )
     )
 

@@ -57,7 +57,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     check_caches(args.caches, [model.config for model in models.values()], torch.device("cpu"))
     tokenizer = load_tokenizer(args.against, models["original"].config)
     text = ScoredText(args.data, "<|endoftext|>", "text", args.work, None)
-    blocks = torch.as_tensor(text.blocks(tokenizer, args.block_size)[: args.blocks]["input_ids"])
+    vocabulary = models["original"].config.vocab_size
+    picked = text.blocks(tokenizer, vocabulary, args.block_size, args.blocks)
+    blocks = torch.as_tensor(picked[: args.blocks]["input_ids"])
     rows, base = [], None
     for kind in args.caches:
         for role, model in models.items():

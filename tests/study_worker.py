@@ -16,7 +16,11 @@ from pathlib import Path
 import peft  # imported before the forks, it takes seconds
 import torch
 
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.text.corpus import evaluation_blocks
 from kvlatent_lab.study import study
+from on_disk import write_checkpoint, write_text
 
 SETTINGS = (
     "data.block_size=32",
@@ -29,6 +33,26 @@ SETTINGS = (
 STEP = 4 * 32
 OPTIONS = {"overrides": SETTINGS, "eval_tokens": 512, "device": "cpu"}
 RANKS = ["rank0-seed0", "rank4-seed0", "rank8-seed0"]
+
+
+def lay_out(folder: Path, tokenizer) -> Path:
+    """A tiny checkpoint, a text to train on and one to measure on."""
+    write_checkpoint(folder / "model", tokenizer)
+    write_text(folder / "text.txt")
+    write_text(folder / "valid.txt", seed=1)
+    return folder
+
+
+def original_and_blocks(place: Path, eval_tokens: int):
+    """The checkpoint, its tokenizer, and the blocks that a study of so many tokens measures on."""
+    original = load_model(place / "model", dtype="float32").requires_grad_(False).eval()
+    tokenizer = load_tokenizer(place / "model", original.config)
+    blocks = evaluation_blocks(place / "valid.txt", tokenizer, **blocks_in(place))
+    return original, tokenizer, blocks.select(range(eval_tokens // 32))
+
+
+def blocks_in(place: Path) -> dict:
+    return {"block_size": 32, "cache_dir": place / "by-hand", "vocab_size": 300}
 
 
 def run(place: Path, name: str, out: str, **options) -> dict:

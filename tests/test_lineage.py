@@ -17,7 +17,7 @@ from kvlatent.jobs.record import command_line, spoken_name
 from kvlatent.workflows.compress_checkpoint import spoken
 from kvlatent.workflows.training_history import options_of
 from kvlatent_cli.main import app
-from kvlatent_lab.study.subject import source_of
+from kvlatent_lab.study.subject import resolve_source
 from on_disk import SETTINGS, write_checkpoint, write_text
 
 SET = [word for setting in SETTINGS for word in ("--set", setting)]
@@ -78,7 +78,7 @@ def test_every_recorded_command_keeps_the_owner(place):
     assert spoken(files, {}) == {"data": "owner/data:config:split", "eval_data": "text.txt", "out": "out"}
     said = options_of("latent", 1, "owner/data", "runs/out", HUB, None, [], "cpu")
     assert (said["data"], said["teacher"], said["out"]) == ("owner/data", HUB, "out")
-    assert source_of(HUB, place / "text.txt", None).name == HUB
+    assert resolve_source(HUB, place / "text.txt", None).name == HUB
     model = kvlatent.load_model("models/local")
     assert (
         name_and_fingerprint(model, model)["name"] == "local"

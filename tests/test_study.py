@@ -11,28 +11,21 @@ import pytest
 import torch
 
 import study_worker
-from kvlatent.checkpoints.load import load_model
-from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.text.corpus import evaluation_blocks, prepare
+from kvlatent.text.corpus import prepare
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent_lab.study import STUDIES, study
 from kvlatent_lab.study.folder import StudyFolder, read_cell
-from on_disk import write_checkpoint, write_text
-from study_worker import RANKS, SETTINGS, STEP, ranks, run
+from on_disk import write_text
+from study_worker import RANKS, SETTINGS, STEP, blocks_in, lay_out, original_and_blocks, ranks, run
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_tokenizer) -> Path:
-    """A tiny checkpoint, a text to train on and one to measure on."""
-    folder = tmp_path_factory.mktemp("study")
-    write_checkpoint(folder / "model", tiny_tokenizer)
-    write_text(folder / "text.txt")
-    write_text(folder / "valid.txt", seed=1)
-    return folder
+    return lay_out(tmp_path_factory.mktemp("study"), tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +42,11 @@ def cell(place, out, name):
 
 def by_hand(place, *stages, **recipe):
     """Ratio of the paper's preset at half width, without any code of the studies."""
-    original = load_model(place / "model", dtype="float32").requires_grad_(False)
-    tokenizer = load_tokenizer(place / "model", original.config)
-    options = {"block_size": 32, "cache_dir": place / "by-hand", "vocab_size": 300}
-    blocks = evaluation_blocks(place / "valid.txt", tokenizer, **options).select(range(512 // 32))
+    original, tokenizer, blocks = original_and_blocks(place, 512)
     latent = convert(original, d_qk=8, d_vo=8, preset="paper")
     if stages:
         settings = Recipe.load(None, [*SETTINGS, *(f"{key}={value}" for key, value in recipe.items())])
-        train = prepare(place / "text.txt", tokenizer, held_out=0.0, **options).train
+        train = prepare(place / "text.txt", tokenizer, held_out=0.0, **blocks_in(place)).train
         prepare_for_training(latent, settings)
         for stage in stages:
             train_stage(latent, original, stage, train, settings, place / f"by-hand-{stage}")

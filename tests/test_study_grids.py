@@ -12,18 +12,21 @@ from transformers import DynamicCache, LlamaConfig
 
 from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.perplexity import perplexity, perplexity_ratio
 from kvlatent.jobs.recipe import Recipe
+from kvlatent.planning.width_plan import plan
 from kvlatent.selection.choices import resolve_choices
 from kvlatent.selection.latent_config import choose
+from kvlatent.selection.statistics import Statistics
 from kvlatent_lab.study import STUDIES, summary
 from kvlatent_lab.study import eviction as eviction_study
 from kvlatent_lab.study.folder import numeric
-from kvlatent_lab.study.grid_cells import Cell, Scale, answers, recipe_of
+from kvlatent_lab.study.grid_cells import Cell, Scale, choices_of, recipe_of
 from kvlatent_lab.study.press_worker import main as press_main
 from kvlatent_lab.study.press_worker import scores
-from kvlatent_lab.study.rope import curve_figures, standard_config
-from on_disk import write_checkpoint, write_text
-from study_worker import STEP, run
+from kvlatent_lab.study.rotary_grid import measure_curves, standard_config
+from on_disk import write_checkpoint
+from study_worker import SETTINGS, STEP, lay_out, original_and_blocks, run
 from tiny import LLAMA3_ROPE
 
 SCALE = Scale(head_dim=128, seeds=(0, 1), tokens=0, stage1_share=0.2, step=STEP)
@@ -34,11 +37,7 @@ TABLE_6 = "64,32 32,64 64,16 16,64"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("grids")
-    write_checkpoint(folder / "model", tiny_tokenizer)
-    write_text(folder / "text.txt")
-    write_text(folder / "valid.txt", seed=1)
-    return folder
+    return lay_out(tmp_path_factory.mktemp("grids"), tiny_tokenizer)
 
 
 def figures_of(place, out, name):
@@ -212,7 +211,7 @@ CURVES = {
 def test_curves_have_known_values(table, width):
     config = LlamaConfig(hidden_size=256, num_attention_heads=2, num_hidden_layers=2, head_dim=128)
     latent = choose(config, width, 128, resolve_choices("own-frequency", frequencies=table))
-    found = curve_figures(config, latent)
+    found = measure_curves(config, latent)
     negative, minimum, noise = CURVES[table, width]
     assert 100 * found["attenuation_negative_share"] == pytest.approx(negative, abs=0.06)
     assert found["attenuation_minimum"] == pytest.approx(minimum, abs=6e-4)
@@ -254,6 +253,63 @@ def test_rope_measures_curves_perplexity_order_and_needle(place):
     assert own["order_margin_mean"] == pytest.approx(margins.mean(), abs=0.03)
     # keys of 8, values of 16, of 2 layers x 2 heads x (16 + 16) x 4 bytes
     assert own["cache_bytes_per_token"] == 2 * 2 * (8 + 16) * 4
+
+
+def test_conversion_covers_what_is_chosen_and_scales_with_the_head():
+    cells = {cell.name: cell for cell in STUDIES["conversion"].cells(Scale(64, (0, 1, 2), 0, 0.2, STEP))}
+    first, *_ = cells.values()
+    assert (first.name, first.per_layer) == ("planned-head-aligned-48x48-seed0", True)
+    named = "model-aligned-16x20-seed2 head-statistics-36x28-seed1 gram-selection-8x8-seed0 paper-16x16-seed0"
+    named += " fisher-refit-32x32-seed0 scores-selection-48x48-seed0 head-aligned-16x64-seed0 svd-aligned-32x32-seed0"
+    assert set(named.split()) <= set(cells)
+    assert cells["tenth-head-aligned-32x32-seed0"].settings["calibration_blocks"] == 13
+    assert cells["fisher-refit-32x32-seed0"].settings["keys"] == "fisher"
+    widths = {}
+    for size in (16, 128):
+        found = STUDIES["conversion"].cells(Scale(size, (0,), 0, 0.2, STEP))
+        widths[size] = [(c.d_qk, c.d_vo) for c in found if c.name.startswith("values-factored")]
+    assert widths == {16: [(16, 12), (16, 8), (16, 4), (16, 2)], 128: [(128, w) for w in (96, 64, 32, 16)]}
+
+
+def test_conversion_measures_plans_other_selections_and_less_text(place):
+    words = "planned-head-aligned-12x12 head-aligned-8x8 fisher-selection-8x8 gram-selection-8x8"
+    words += " tenth-head-aligned-8x8 values-sliced-16x12"
+    names = [f"{word}-seed0" for word in words.split()]
+    settings = [*SETTINGS, "calibration.blocks=20"]
+    report = run(
+        place, "conversion", "conversion", cells=",".join(names), eval_tokens=256, overrides=settings
+    )
+    assert set(report["measured"]) == set(names)
+    assert "head_dim divisible by d_vo: got d_vo=12" in report["failed"].pop(names[-1])
+    assert report["failed"] == {}
+    figures = {name: figures_of(place, "conversion", name) for name in names}
+    work = place / "conversion" / "work"
+    assert {path.name for path in work.glob("statistics-*")} >= {
+        "statistics-seed0.safetensors",
+        "statistics-seed0-blocks2.safetensors",
+    }
+    planned, plain, fisher, gram, tenth, _ = (figures[name] for name in names)
+    assert len({found["ratio"] for found in (planned, plain, fisher, gram, tenth)}) >= 4
+
+    model, _, blocks = original_and_blocks(place, 256)
+    statistics = Statistics.load(work / "statistics-seed0.safetensors")
+    assert len(statistics.input_ids) == 20
+    found = plan(statistics, 0.75, table="head", per_layer=True)
+    assert isinstance(found.d_qk, tuple)  # layers differ
+    by_layer = {side: np.broadcast_to(getattr(found, side), 2).tolist() for side in ("d_qk", "d_vo")}
+    assert {side: planned[f"planned_{side}"] for side in by_layer} == by_layer
+    reference = perplexity(model, blocks)
+    order = json.loads((work / "pairs-fisher-seed0.json").read_text())
+    pairs = tuple(tuple(tuple(sorted(head[:4])) for head in layer) for layer in order)
+    alone = {"align": 0, "gains": False, "refit": False}
+    by_fisher = choose(model.config, 8, 8, resolve_choices(**alone), pairs=pairs)
+    for own, options in (
+        (planned, {"d_qk": found.d_qk, "d_vo": found.d_vo, "align": 2}),
+        (gram, {"d_qk": 8, "d_vo": 8, **alone}),
+        (fisher, {"config": by_fisher, **alone}),
+    ):
+        latent = convert(model, **options, statistics=statistics)
+        assert own["ratio"] == perplexity_ratio(perplexity(latent, blocks), reference)[0]
 
 
 def test_objective_measures_two_parts_of_the_text(place):
@@ -327,7 +383,7 @@ def test_eviction_runs_the_worker_on_exported_checkpoints(place, tmp_path, monke
         press_main(job, result)
 
     monkeypatch.setattr(eviction_study.subprocess, "run", worker)
-    monkeypatch.setattr(eviction_study, "requires", None)
+    monkeypatch.setattr(eviction_study, "find_kvpress", None)
     grid = eviction_study.EVICTION
     monkeypatch.setitem(
         STUDIES,
@@ -384,6 +440,6 @@ def test_a_cell_is_trained_by_its_own_seed_tokens_and_keys():
     assert (made.seed, made.stage1.tokens, made.stage2.tokens) == (5, 11, 99)  # stage I does not run
     assert (made.lora.rank, made.stage2.objective, made.stage2.learning_rate) == (3, "mix", 0.5)
     assert cell.settings["lora_rank"] == 3
-    assert answers(cell, base).align == 7
-    assert answers(Cell("c", 8, 8, choices={"align": 0}), base).align == 0
-    assert answers(Cell("c", 8, 8, "paper"), base).align == 0
+    assert choices_of(cell, base).align == 7
+    assert choices_of(Cell("c", 8, 8, choices={"align": 0}), base).align == 0
+    assert choices_of(Cell("c", 8, 8, "paper"), base).align == 0

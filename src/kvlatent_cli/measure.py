@@ -183,7 +183,10 @@ def bench(
 def study(
     name: Annotated[
         str,
-        typer.Argument(help="widths, lora-rank, stages, objective, rope or token-eviction.", metavar="NAME"),
+        typer.Argument(
+            help="conversion, choices, widths, lora-rank, stages, objective, rope or token-eviction.",
+            metavar="NAME",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of results, one file a cell.", metavar="DIR")],
     model: Annotated[

@@ -1,10 +1,10 @@
 """Studies: grids of conversions and trainings, each cell measured once, that redo the paper's tables and ask what it did not.
 
-Reading order: `cells` (what a study is made of), the grids (`widths`, `lora_rank`, `stages`, `objective`, `rope`,
-`eviction`), `subject`, `making`, `measuring` (one cell), `folder`, `request`, `running` (all of them), `summaries`.
+Reading order: `grid_cells` (what a study is made of), the grids (`conversion_grids`, `training_grids`, `rotary_grid`,
+`eviction`), `subject`, `measure_cell` (one cell), `folder`, `request`, `running` (all of them), `summaries`.
 """
 
-from kvlatent_lab.study.grids import STUDIES
+from kvlatent_lab.study.request import STUDIES
 from kvlatent_lab.study.running import study
 from kvlatent_lab.study.summaries import summary
 

@@ -26,13 +26,12 @@ import torch
 from kvlatent.checkpoints.save import save
 from kvlatent.evaluation.perplexity import Perplexity, summarise
 from kvlatent.jobs.progress import Progress
-from kvlatent_lab.study.converted_models import forget, trained
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, widths_of
-from kvlatent_lab.study.measuring import paired
+from kvlatent_lab.study.measure_cell import compare_losses, forget, train_cell
 from kvlatent_lab.study.press_worker import PRESSES
 from kvlatent_lab.study.subject import Subject
 
-__all__ = ["EVICTION", "HOW", "requires"]
+__all__ = ["EVICTION"]
 
 EVICTED = (0.5, 0.75)
 HOW = (
@@ -43,7 +42,7 @@ HOW = (
 _SHORTEST = 65  # SnapKV scores by the last 64 tokens of a context and needs one more
 
 
-def cells(scale: Scale) -> list[Cell]:
+def eviction_cells(scale: Scale) -> list[Cell]:
     """The original and latent models at half the width, under every method; the paper's preset where it is trained."""
     models: dict[str, dict[str, Any]] = {
         "original": {"d_qk": scale.head_dim, "d_vo": scale.head_dim, "preset": "own-frequency"}
@@ -67,7 +66,7 @@ def cells(scale: Scale) -> list[Cell]:
     ]
 
 
-def requires(python: str | None) -> dict[str, Any]:
+def find_kvpress(python: str | None) -> dict[str, Any]:
     """The interpreter that has kvpress, and versions there.
 
     Raises:
@@ -90,7 +89,7 @@ def requires(python: str | None) -> dict[str, Any]:
     return {"python": python or sys.executable, "versions": versions}
 
 
-def check(subject: Subject) -> None:
+def check_context(subject: Subject) -> None:
     """Raise `ValueError` unless half a block is long enough to evict from."""
     if subject.block_size // 2 < _SHORTEST:
         raise ValueError(
@@ -99,20 +98,20 @@ def check(subject: Subject) -> None:
         )
 
 
-def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
+def measure_eviction(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     """Perplexity of text behind a thinned context, beside the original's behind a whole one, and the bytes kept."""
-    original = subject.remembered("eviction-original", lambda: _scored(subject, subject.source.model))
+    original = subject.remembered("eviction-original", lambda: _score(subject, subject.source.model))
     if cell.extra["model"] == "original":
         checkpoint, on_the_way = subject.source.model, {}
     else:
-        checkpoint, on_the_way = _exported(subject, cell, progress)
+        checkpoint, on_the_way = _export(subject, cell, progress)
     progress.report(f"score, {cell.extra['press']}")
-    own = _scored(subject, checkpoint, cell)
-    found = paired(_perplexity(own), _perplexity(original))
+    own = _score(subject, checkpoint, cell)
+    figures = compare_losses(_perplexity(own), _perplexity(original))
     tokens = own["context"] * len(own["losses"])
     size, whole = own["cache_bytes"] / tokens, original["cache_bytes"] / tokens
     return {
-        **found,
+        **figures,
         "original_perplexity": _perplexity(original).perplexity,
         "context": own["context"],
         "cache_bytes_per_token": size,
@@ -122,13 +121,13 @@ def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _exported(subject: Subject, cell: Cell, progress: Progress) -> tuple[Path, dict[str, Any]]:
+def _export(subject: Subject, cell: Cell, progress: Progress) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that all methods of one model share, made once, and the figures of its training."""
     base = replace(cell, name=f"{cell.extra['model']}-seed{cell.seed}", extra={})
     path = subject.folder.work / "checkpoints" / base.name
 
     def make() -> dict[str, Any]:
-        model, on_the_way = trained(subject, base, progress)
+        model, on_the_way = train_cell(subject, base, progress)
         path.parent.mkdir(exist_ok=True)
         save(model, path, tokenizer=subject.tokenizer, overwrite=True)
         forget(subject, base)
@@ -137,7 +136,7 @@ def _exported(subject: Subject, cell: Cell, progress: Progress) -> tuple[Path, d
     return path, subject.remembered(f"checkpoint-{base.name}", make)
 
 
-def _scored(subject: Subject, checkpoint: Any, cell: Cell | None = None) -> dict[str, Any]:
+def _score(subject: Subject, checkpoint: Any, cell: Cell | None = None) -> dict[str, Any]:
     """What the worker says of a checkpoint; without a cell nothing is evicted.
 
     Raises:
@@ -169,8 +168,8 @@ def _scored(subject: Subject, checkpoint: Any, cell: Cell | None = None) -> dict
         return json.loads(files["result.json"].read_text()) | {"context": context}
 
 
-def _perplexity(found: dict[str, Any]) -> Perplexity:
-    return summarise(found["losses"], [found["tokens"]] * len(found["losses"]))
+def _perplexity(scores: dict[str, Any]) -> Perplexity:
+    return summarise(scores["losses"], [scores["tokens"]] * len(scores["losses"]))
 
 
 def _environment() -> dict[str, str]:
@@ -190,8 +189,8 @@ def _last(error: Exception) -> str:
 EVICTION = Grid(
     "token-eviction",
     "a latent cache with token eviction on top (Table 4 of the paper)",
-    cells,
-    figures,
-    requires=requires,
-    check=check,
+    eviction_cells,
+    measure_eviction,
+    requires=find_kvpress,
+    check=check_context,
 )

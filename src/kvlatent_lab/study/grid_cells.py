@@ -14,7 +14,7 @@ from kvlatent.model.families import head_dim_of
 from kvlatent.selection.choices import BY_PAIRS, Choices, resolve_choices
 from kvlatent.selection.latent_config import check_widths, choose
 
-__all__ = ["PAPER_PARTS", "Cell", "Grid", "Scale", "answers", "recipe_of", "refusal", "widths_of"]
+__all__ = ["PAPER_PARTS", "Cell", "Grid", "Scale", "choices_of", "find_refusal", "recipe_of", "widths_of"]
 
 PAPER_PARTS = (2, 4, 8)
 """The paper's 64, 32 and 16 of 128 channels are a half, a quarter and an eighth of a head."""
@@ -27,11 +27,12 @@ class Cell:
     Args:
         name: of the result file.
         d_qk, d_vo: widths.
+        per_layer: every layer gets widths of its own, by the statistics, at the share of the cache that d_qk and d_vo take.
         preset: of the conversion; `choices` replaces single answers of it.
         seed: of the calibration blocks, of alignment and of training.
         stage1, stage2: tokens to train on; 0 leaves a stage out.
         recipe: `section.key` of the recipe -> value, for this cell alone.
-        extra: settings that only this study knows.
+        extra: settings that only this study knows; "keys" is a rule of `other_selections` there.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Cell:
     stage2: int = 0
     choices: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    per_layer: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -55,6 +57,7 @@ class Cell:
             "seed": self.seed,
             "stage1_tokens": self.stage1,
             "stage2_tokens": self.stage2,
+            **({"per_layer": True} if self.per_layer else {}),
             **self.choices,
             **{key.replace(".", "_"): value for key, value in self.recipe.items()},
             **self.extra,
@@ -71,6 +74,7 @@ class Scale:
         tokens: of training, all stages of a cell together.
         stage1_share: of them, in (0, 1), by the recipe.
         step: tokens of an optimiser step, of either stage; training is rounded up to whole ones.
+        blocks: of calibration, by the recipe.
     """
 
     head_dim: int
@@ -78,6 +82,7 @@ class Scale:
     tokens: int
     stage1_share: float
     step: int
+    blocks: int = 128
 
     def trained(self) -> dict[str, Any]:
         """The tokens of both stages of a cell; of none where nothing is trained."""
@@ -112,7 +117,7 @@ class Grid:
     check: Callable[..., Any] | None = None
 
 
-def answers(cell: Cell, base: Recipe) -> Choices:
+def choices_of(cell: Cell, base: Recipe) -> Choices:
     """The choices of a cell's conversion; the steps of alignment are the recipe's, where the preset aligns."""
     replaced: dict[str, Any] = dict(cell.choices)
     if cell.preset == "calibrated":
@@ -136,9 +141,9 @@ def widths_of(head_dim: int, parts: Sequence[int]) -> list[int]:
     return [head_dim // part for part in parts if head_dim % part == 0]
 
 
-def refusal(config: Any, cell: Cell, base: Recipe) -> str | None:
+def find_refusal(config: Any, cell: Cell, base: Recipe) -> str | None:
     """Why a model with that transformers config cannot be converted to a cell's widths, or None."""
-    choices = answers(cell, base)
+    choices = choices_of(cell, base)
     try:
         if choices.keys in BY_PAIRS or cell.d_qk == head_dim_of(config):
             check_widths(config, cell.d_qk, cell.d_vo)

@@ -1,7 +1,8 @@
-"""What a call of a study asks for, checked before anything is loaded: model, texts, recipe, cells."""
+"""All studies by name, and what a call of one asks for, checked before anything is loaded: model, texts, recipe, cells."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,11 +15,18 @@ from kvlatent.jobs.recipe import Conversion, Recipe
 from kvlatent.jobs.record import command_line, spoken_name
 from kvlatent.model.families import head_dim_of
 from kvlatent.workflows.run_plan import source_config
-from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, refusal
-from kvlatent_lab.study.grids import STUDIES, grid_of
-from kvlatent_lab.study.subject import Source, source_of
+from kvlatent_lab.study.conversion_grids import CHOICES, CONVERSION, WIDTHS
+from kvlatent_lab.study.eviction import EVICTION
+from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, find_refusal
+from kvlatent_lab.study.rotary_grid import ROPE
+from kvlatent_lab.study.subject import Source, resolve_source
+from kvlatent_lab.study.training_grids import LORA_RANK, OBJECTIVE, STAGES
 
-__all__ = ["Request", "request"]
+__all__ = ["STUDIES", "Request", "resolve_request"]
+
+STUDIES = {
+    grid.name: grid for grid in (WIDTHS, LORA_RANK, STAGES, OBJECTIVE, ROPE, EVICTION, CONVERSION, CHOICES)
+}
 
 _OWN = ("align", "qk_norm")  # of the recipe's conversion; the rest is what studies vary
 
@@ -31,7 +39,7 @@ class Request:
         grid, source, recipe, scale: of the study; `recipe` is the one that cells differ from.
         cells: that were asked for; impossible: cells whose widths do not fit the model, with the reason.
         eval_tokens, device: as asked for.
-        spoken: the options as the command line spells them.
+        options: the options as the command line spells them.
     """
 
     grid: Grid
@@ -42,25 +50,25 @@ class Request:
     impossible: dict[str, str]
     eval_tokens: int
     device: str
-    spoken: dict[str, Any]
+    options: dict[str, Any]
 
     def decides(self, tools: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that decides the figures of all cells, beside their own settings."""
-        found = {
+        decisive = {
             **self.source.sha256(),
             "tokens": self.scale.tokens,
             "eval_tokens": self.eval_tokens,
             "device": self.device,
             "recipe": self.recipe.model_dump(mode="json", exclude={"seed"}),
         }
-        return found if tools is None else {**found, "tools": tools["versions"]}
+        return decisive if tools is None else {**decisive, "tools": tools["versions"]}
 
     def command(self, cell: Cell) -> str:
         """A command that measures one cell again."""
-        return command_line("study", self.grid.name, {**self.spoken, "cells": cell.name})
+        return command_line("study", self.grid.name, {**self.options, "cells": cell.name})
 
 
-def request(
+def resolve_request(
     name: str,
     model: str | Path | None,
     out: str | Path,
@@ -82,23 +90,23 @@ def request(
     Raises:
         ValueError, FileNotFoundError: one sentence naming what is wrong and what to do.
     """
-    grid, overrides = grid_of(name), list(overrides)
+    grid, overrides = _find_grid(name), list(overrides)
     if python is not None and grid.requires is None:
         users = " and ".join(study for study, one in STUDIES.items() if one.requires is not None)
         raise ValueError(
             f"--python is for the study {users} only: got --python {python} with {name}; leave it out"
         )
-    base, device = _recipe(recipe, overrides), choose_device(device)
-    source = source_of(model, data, eval_data)
+    base, device = _read_recipe(recipe, overrides), choose_device(device)
+    source = resolve_source(model, data, eval_data)
     config = source_config(source.model)
-    scale = _scale(grid, config, base, seeds, tokens)
+    scale = _lay_out(grid, config, base, seeds, tokens)
     possible, impossible = [], {}
     for cell in grid.cells(scale):
-        if (why := refusal(config, cell, base)) is None:
+        if (why := find_refusal(config, cell, base)) is None:
             possible.append(cell)
         else:
             impossible[cell.name] = why
-    spoken = {
+    options = {
         "model": None if model is None else spoken_name(model),
         "data": None if data is None else spoken_name(data),
         "eval-data": None if eval_data is None else spoken_name(eval_data),
@@ -112,11 +120,24 @@ def request(
         "device": device,
         "python": None if python is None else Path(python),
     }
-    wanted = _matching(grid, possible, cells)
-    return Request(grid, source, base, scale, wanted, impossible, eval_tokens, device, spoken)
+    wanted = _match_cells(grid, possible, cells)
+    return Request(grid, source, base, scale, wanted, impossible, eval_tokens, device, options)
 
 
-def _recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
+def _find_grid(name: str) -> Grid:
+    """The study of that name.
+
+    Raises:
+        ValueError: there is none; a near match is named.
+    """
+    if name in STUDIES:
+        return STUDIES[name]
+    near = difflib.get_close_matches(name.lower(), STUDIES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(STUDIES)}"
+    raise ValueError(f"there is no study {name!r}; {hint}")
+
+
+def _read_recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
     """The recipe that cells differ from; what a study varies may not be set by hand."""
     base, plain = Recipe.load(path, overrides), Recipe.load(path).conversion
     for key in Conversion.model_fields:
@@ -129,7 +150,7 @@ def _recipe(path: str | Path | None, overrides: list[str]) -> Recipe:
     return base
 
 
-def _scale(grid: Grid, config: Any, base: Recipe, seeds: Sequence[int] | None, tokens: int | None) -> Scale:
+def _lay_out(grid: Grid, config: Any, base: Recipe, seeds: Sequence[int] | None, tokens: int | None) -> Scale:
     """What the grid is laid out for.
 
     Raises:
@@ -146,21 +167,21 @@ def _scale(grid: Grid, config: Any, base: Recipe, seeds: Sequence[int] | None, t
     block = min(block, getattr(config, "max_position_embeddings", None) or block)
     steps = [s.batch_size * s.gradient_accumulation * block for s in (base.stage1, base.stage2)]
     share = base.stage1.tokens / (base.stage1.tokens + base.stage2.tokens)
-    return Scale(head_dim_of(config), chosen, wanted, share, lcm(*steps))
+    return Scale(head_dim_of(config), chosen, wanted, share, lcm(*steps), base.calibration.blocks)
 
 
-def _matching(grid: Grid, cells: list[Cell], patterns: str | None) -> list[Cell]:
+def _match_cells(grid: Grid, cells: list[Cell], patterns: str | None) -> list[Cell]:
     """The cells whose names match one of the patterns, in order.
 
     Raises:
         ValueError: none does.
     """
     wanted = ["*"] if patterns is None else [pattern.strip() for pattern in patterns.split(",")]
-    found = [cell for cell in cells if any(fnmatch(cell.name, pattern) for pattern in wanted)]
-    if not found:
+    matching = [cell for cell in cells if any(fnmatch(cell.name, pattern) for pattern in wanted)]
+    if not matching:
         named = f", such as {', '.join(cell.name for cell in cells[:3])}" if cells else ""
         raise ValueError(
             f"no cell of the study {grid.name} matches {patterns or '*'}: the model has {len(cells)}{named}; name one "
             "or more of them, with * for any characters"
         )
-    return found
+    return matching

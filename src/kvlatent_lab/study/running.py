@@ -13,10 +13,10 @@ import torch
 
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import environment
-from kvlatent_lab.study.converted_models import forget
 from kvlatent_lab.study.folder import StudyFolder, numeric
 from kvlatent_lab.study.grid_cells import Cell
-from kvlatent_lab.study.request import Request, request
+from kvlatent_lab.study.measure_cell import forget
+from kvlatent_lab.study.request import Request, resolve_request
 from kvlatent_lab.study.subject import Subject
 
 __all__ = ["EVAL_TOKENS", "study"]
@@ -79,7 +79,7 @@ def study(
     for flag, value in (("--eval-tokens", eval_tokens), ("--limit", limit), ("--threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1: got {value}; raise it or leave it out")
-    asked = request(
+    asked = resolve_request(
         name,
         model,
         out,

@@ -32,7 +32,7 @@ from kvlatent.text.parts import first_blocks
 from kvlatent.text.standard_library import model_path, stdlib_documents
 from kvlatent_lab.study.folder import StudyFolder
 
-__all__ = ["Source", "Subject", "source_of"]
+__all__ = ["Source", "Subject", "resolve_source"]
 
 _ROOM = 8  # how much more text is read than is calibrated and measured on, so that blocks come from many documents
 
@@ -48,7 +48,7 @@ class Source(NamedTuple):
     def sha256(self) -> dict[str, Any]:
         """What the files hold; the standard library stands for its text in this Python."""
         if self.data is None:
-            texts = {split: stdlib_lines(split) for split in ("train", "held_out")}
+            texts = {split: read_stdlib(split) for split in ("train", "held_out")}
             found = {use: f"stdlib:{fingerprint({'text': text})}" for use, text in texts.items()}
             return {
                 "model": identity(self.model),
@@ -62,7 +62,7 @@ class Source(NamedTuple):
         }
 
 
-def source_of(model: str | Path | None, data: Any, eval_data: Any) -> Source:
+def resolve_source(model: str | Path | None, data: Any, eval_data: Any) -> Source:
     """The model and texts that a call names; without a model the embedded one, without text the standard library's.
 
     Raises:
@@ -89,7 +89,7 @@ def source_of(model: str | Path | None, data: Any, eval_data: Any) -> Source:
     return Source(path, spoken_name(path), data, eval_data)
 
 
-def stdlib_lines(split: Any) -> str:
+def read_stdlib(split: Any) -> str:
     """Standard library text as JSON lines, one a module, in seeded order.
 
     Raises:
@@ -213,7 +213,7 @@ class Subject:
 
         def file(split: str) -> Path:
             return self.folder.shared_file(
-                f"stdlib_{split}.jsonl", lambda path: write_text(path, stdlib_lines(split))
+                f"stdlib_{split}.jsonl", lambda path: write_text(path, read_stdlib(split))
             )
 
         return file("train"), file("held_out")

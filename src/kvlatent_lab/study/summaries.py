@@ -9,7 +9,7 @@ from typing import Any
 
 from kvlatent_lab.spread import standard_error
 from kvlatent_lab.study.folder import cell_files, read_cell
-from kvlatent_lab.study.grids import STUDIES
+from kvlatent_lab.study.request import STUDIES
 
 __all__ = ["summary"]
 
@@ -40,10 +40,10 @@ def summary(folder: str | Path) -> dict[str, Any]:
     if not documents:
         raise FileNotFoundError(f"{folder} holds no finished cell of a study; run one with kvlatent study")
     for what in ("study", "model"):
-        found = {json.dumps(document[what], sort_keys=True): document["cell"] for document in documents}
-        if len(found) > 1:
+        kinds = {json.dumps(document[what], sort_keys=True): document["cell"] for document in documents}
+        if len(kinds) > 1:
             raise ValueError(
-                f"{folder} holds cells of more than one {what}: {' and '.join(sorted(found.values())[:2])} differ; "
+                f"{folder} holds cells of more than one {what}: {' and '.join(sorted(kinds.values())[:2])} differ; "
                 "give each its own folder"
             )
     study = documents[0]["study"]
@@ -53,36 +53,36 @@ def summary(folder: str | Path) -> dict[str, Any]:
     return {
         "study": study,
         "model": documents[0]["model"],
-        "rows": rows(measured),
+        "rows": average_over_seeds(measured),
         "failed": {d["cell"]: d["record"].get("failed", "") for d in documents if not d["figures"]},
         "damaged": damaged,
         **conclusion,
     }
 
 
-def rows(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def average_over_seeds(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a setting, in the order of the settings: by name, then by value."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for document in documents:
         settings = {name: value for name, value in document["settings"].items() if name != "seed"}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(document)
-    found = []
+    averages = []
     for group in sorted(groups.values(), key=_order):
         settings = {name: value for name, value in group[0]["settings"].items() if name != "seed"}
         shared = set.intersection(*(set(document["figures"]) for document in group))
         names = [name for name in group[0]["figures"] if name in shared]
-        found.append(
+        averages.append(
             {
                 "settings": settings,
                 "seeds": sorted(document["settings"]["seed"] for document in group),
                 "figures": {
-                    name: mean_and_error([document["figures"][name] for document in group])
+                    name: _mean_and_error([document["figures"][name] for document in group])
                     for name in names
                     if isinstance(group[0]["figures"][name], int | float)
                 },
             }
         )
-    return found
+    return averages
 
 
 def _order(group: list[dict[str, Any]]) -> list[tuple[str, bool, float, str]]:
@@ -94,6 +94,6 @@ def _order(group: list[dict[str, Any]]) -> list[tuple[str, bool, float, str]]:
     ]
 
 
-def mean_and_error(values: list[float]) -> dict[str, float | None]:
+def _mean_and_error(values: list[float]) -> dict[str, float | None]:
     """Mean, and its standard error where there are two values or more."""
     return {"mean": statistics.fmean(values), "standard_error": standard_error(values)}

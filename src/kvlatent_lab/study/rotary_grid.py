@@ -31,13 +31,12 @@ from kvlatent.model.families import effective_table
 from kvlatent.model.rotary import attenuation, standard_exponents
 from kvlatent.model.table import RotaryTable
 from kvlatent.selection.latent_config import choose
-from kvlatent_lab.study.converted_models import trained
 from kvlatent_lab.study.folder import numeric
-from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, answers, widths_of
-from kvlatent_lab.study.measuring import measured
+from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, choices_of, widths_of
+from kvlatent_lab.study.measure_cell import measure_model, train_cell
 from kvlatent_lab.study.subject import Subject
 
-__all__ = ["ROPE", "curve_figures"]
+__all__ = ["ROPE", "measure_curves"]
 
 TABLES: dict[str, dict[str, Any]] = {
     "standard": {"keys": "stride", "frequencies": "own"},
@@ -53,9 +52,9 @@ _TRIALS = {"needle": 10, "order": 16}
 _DEPTHS = (0.1, 0.5, 0.9)
 
 
-def cells(scale: Scale) -> list[Cell]:
+def rotary_cells(scale: Scale) -> list[Cell]:
     """Every table at every width of the keys; values stay whole."""
-    found = []
+    cells = []
     for width in widths_of(scale.head_dim, PAPER_PARTS):
         for table, choices in TABLES.items():
             preset = "calibrated" if table == "calibrated" else "own-frequency"
@@ -63,27 +62,27 @@ def cells(scale: Scale) -> list[Cell]:
             for seed in scale.seeds if drawn else scale.seeds[:1]:
                 name = f"{table}-{width}-seed{seed}"
                 cell = Cell(name, width, scale.head_dim, preset, seed, choices=choices, extra={"rope": table})
-                found.append(replace(cell, **scale.trained()))
-    return found
+                cells.append(replace(cell, **scale.trained()))
+    return cells
 
 
-def figures(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
+def measure_rotary(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     """Convert, train where tokens are given; curves, perplexity, order and needle."""
     latent = None
     if cell.extra["rope"] == "standard":
-        config = standard_config(subject.model.config, cell, answers(cell, subject.recipe))
+        config = standard_config(subject.model.config, cell, choices_of(cell, subject.recipe))
         latent = convert(subject.model, config)
-    model, on_the_way = trained(subject, cell, progress, latent)
-    found = measured(subject, model, progress) | on_the_way
-    found |= curve_figures(subject.model.config, latent_config_of(model.config))
+    model, on_the_way = train_cell(subject, cell, progress, latent)
+    figures = measure_model(subject, model, progress) | on_the_way
+    figures |= measure_curves(subject.model.config, latent_config_of(model.config))
     for name, measure in (("order", order_of), ("needle", needle_of)):
         step = progress.step(name)
         original = subject.remembered(
             f"{name}-original", lambda m=measure, s=step: m(subject, subject.model, s)
         )
         own = measure(subject, model, step)
-        found |= compared(name, original, own)
-    return found
+        figures |= compare_maps(name, original, own)
+    return figures
 
 
 def standard_config(config: Any, cell: Cell, choices: Any) -> LatentConfig:
@@ -96,7 +95,7 @@ def standard_config(config: Any, cell: Cell, choices: Any) -> LatentConfig:
     return replace(latent, tables=((table,),))
 
 
-def curve_figures(config: Any, latent: LatentConfig) -> dict[str, Any]:
+def measure_curves(config: Any, latent: LatentConfig) -> dict[str, Any]:
     """Attenuation with the distance (equation 10, a mean over channels), of the original's table and of the latent's.
 
     Args:
@@ -167,7 +166,7 @@ def _ids(subject: Subject) -> list[int]:
     return torch.as_tensor(subject.blocks()[:]["input_ids"]).flatten().tolist()
 
 
-def compared(name: str, original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
+def compare_maps(name: str, original: dict[str, Any], latent: dict[str, Any]) -> dict[str, Any]:
     """The maps of both models, and the mean of the latent's less the original's with its paired standard error."""
     from kvlatent.evaluation.checks.needle import needle_drop
     from kvlatent.evaluation.checks.word_order import order_drop
@@ -185,8 +184,8 @@ def compared(name: str, original: dict[str, Any], latent: dict[str, Any]) -> dic
             for part in ("margin", "after_margin")
         }
     maps = {
-        side: {part: found[part] for part in kept if numeric(found[part])}
-        for side, found in ((name, latent), (f"original_{name}", original))
+        side: {part: of[part] for part in kept if numeric(of[part])}
+        for side, of in ((name, latent), (f"original_{name}", original))
     }
     return maps | {f"{name}_{part}": value for part, value in means.items() if value is not None}
 
@@ -194,6 +193,6 @@ def compared(name: str, original: dict[str, Any], latent: dict[str, Any]) -> dic
 ROPE = Grid(
     "rope",
     "which rotary table narrow keys should have: equation 10, perplexity, order and needle",
-    cells,
-    figures,
+    rotary_cells,
+    measure_rotary,
 )

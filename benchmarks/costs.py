@@ -1,0 +1,196 @@
+"""What calibrating, converting and a step of stage I cost beside what they cannot do without: seconds and memory.
+
+    python benchmarks/costs.py seconds [--model DIR] [--data FILE]   calibration and conversion to half the widths
+    python benchmarks/costs.py memory [--calibrated]                 peak of a conversion over the size of the original
+    python benchmarks/costs.py stage1 [--model DIR] [--data FILE]    a step over a forward and a backward of the layers
+
+Without --model it is the embedded model, without --data the standard library's held-out modules. One JSON document goes to
+stdout. Memory is the largest resident size of this process over that after the imports, of a Llama with constant weights
+(1.05 GiB in fp32), so it needs a process of its own.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.conversion.convert_model import convert
+from kvlatent.evaluation.scored_text import Text
+from kvlatent.jobs.fingerprints import identity
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.record import environment
+from kvlatent.selection.calibrate import calibrate
+from kvlatent.selection.choices import PAPER
+from kvlatent.text.standard_library import model_path
+from kvlatent.training.layer_loss import capture, layer_losses
+from kvlatent.training.trainable import prepare_for_training
+
+LONG = 2048
+
+
+def measure_seconds(args: argparse.Namespace) -> dict[str, Any]:
+    """Of a plain forward over the text, of calibration on it, and of conversion without and with alignment."""
+    model, half = load(args)
+    blocks = read_blocks(args, model, args.blocks)
+    forward(model, {name: column[:1] for name, column in blocks.items()})
+    _, plain = timed(lambda: forward(model, blocks))
+    collected, calibration = timed(lambda: calibrate(model, blocks))
+    _, closed = timed(lambda: convert(model, d_qk=half, d_vo=half, statistics=collected, align=0))
+    _, aligned = timed(lambda: convert(model, d_qk=half, d_vo=half, statistics=collected, align=args.align))
+    figures = {
+        "tokens": collected.tokens,
+        "forward_seconds": plain,
+        "calibration_seconds": calibration,
+        "conversion_seconds": closed,
+        "aligned_conversion_seconds": aligned,
+        "total_seconds": round(calibration + closed, 2),
+        "total_aligned_seconds": round(calibration + aligned, 2),
+        "limits_seconds": [60, 240],
+    }
+    if whole := blocks["input_ids"].numel() // LONG:
+        ids = blocks["input_ids"].flatten()[: whole * LONG].view(whole, LONG)
+        long = {"input_ids": ids, "position_ids": torch.arange(LONG).expand_as(ids)}
+        _, plain = timed(lambda: forward(model, long))
+        _, calibration = timed(lambda: calibrate(model, long))
+        figures["calibration_over_forward_at_2048"] = round(calibration / plain, 3)
+    return figures
+
+
+@torch.no_grad()
+def forward(model: Any, blocks: dict[str, Tensor]) -> None:
+    """The decoder over all blocks, one at a time, as calibration runs it."""
+    for ids, positions in zip(blocks["input_ids"], blocks["position_ids"], strict=True):
+        model.model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """The result and the seconds."""
+    start = time.perf_counter()
+    return work(), round(time.perf_counter() - start, 2)
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak of a conversion to half width, without text or calibrated on eight random blocks of 128."""
+    baseline = resident_bytes("VmRSS")
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=args.layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # touched, or the kernel would not count it
+            parameter.normal_(std=0.05, generator=generator) if args.calibrated else parameter.fill_(0.01)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    limit = 3.0 if args.calibrated else 1.3
+    if args.calibrated:
+        ids = torch.randint(8000, (8, 128), generator=generator)
+        collected = calibrate(model, {"input_ids": ids, "position_ids": torch.arange(128).expand_as(ids)})
+        convert(model, d_qk=32, d_vo=32, statistics=collected, align=2)
+    else:
+        convert(model, d_qk=32, d_vo=32, choices=PAPER)
+    peak = resident_bytes("VmHWM") - baseline
+    return {"model_bytes": size, "peak_bytes": peak, "ratio": round(peak / size, 4), "limit": limit}
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (at most so far) of this process; unlike ru_maxrss it does not start at the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"{field} is not in /proc/self/status: memory is measured on Linux only")
+
+
+def measure_stage1(args: argparse.Namespace) -> dict[str, Any]:
+    """Medians and quartiles of a step and of its reference, in turn, so that a slower minute hits both.
+
+    Reference: a forward of the original, a forward and backward of the latent layers, with the same trained tensors. A step
+    adds the hooks and one squared error a layer; it must stay below 1.6 times that.
+    """
+    teacher, half = load(args)
+    student = convert(teacher, d_qk=half, d_vo=half, choices=PAPER)
+    prepare_for_training(student, Recipe.load(None, ["lora.rank=16"]))
+    decoders, inputs = (teacher.get_decoder(), student.get_decoder().train()), read_blocks(args, teacher, 4)
+
+    def reference() -> None:
+        with torch.no_grad():
+            decoders[0](**inputs, use_cache=False)
+        decoders[1](**inputs, use_cache=False).last_hidden_state.float().square().mean().backward()
+
+    def step() -> None:
+        layer_losses(decoders[1], capture(decoders[0], inputs), inputs).mean().backward()
+
+    times: dict[str, list[float]] = {"reference": [], "stage I step": []}
+    for number in range(args.rounds + 2):
+        for name, work in zip(times, (reference, step), strict=True):
+            start = time.perf_counter()
+            work()
+            decoders[1].zero_grad()
+            if number >= 2:  # two for warm-up
+                times[name].append(time.perf_counter() - start)
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+    ratio = quartiles["stage I step"][1] / quartiles["reference"][1]
+    return {"ratio": round(ratio, 4), "limit": 1.6, "quartiles_seconds": quartiles}
+
+
+def load(args: argparse.Namespace) -> tuple[Any, int]:
+    """The original, and half the width of its heads."""
+    model = load_model(args.model, dtype="float32").requires_grad_(False).eval()
+    return model, max(2, model.model.layers[0].self_attn.head_dim // 2)
+
+
+def read_blocks(args: argparse.Namespace, model: Any, number: int) -> dict[str, Tensor]:
+    """The first blocks of the text."""
+    tokenizer = load_tokenizer(args.model, model.config)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Text(args.data, "<|endoftext|>", "text", Path(folder))
+        picked = text.blocks(tokenizer, model.config.vocab_size, args.block_size, number)[:number]
+    return {name: torch.as_tensor(picked[name]) for name in ("input_ids", "position_ids")}
+
+
+def main() -> None:
+    """Measure one of them and print it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    measures = {"seconds": measure_seconds, "memory": measure_memory, "stage1": measure_stage1}
+    parser.add_argument("what", choices=measures)
+    parser.add_argument("--model", default=str(model_path()))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--blocks", type=int, default=128, help="of calibration")
+    parser.add_argument("--block-size", type=int, default=512)
+    parser.add_argument("--align", type=int, default=200, help="steps of alignment")
+    parser.add_argument("--rounds", type=int, default=15, help="of stage1, after two for warm-up")
+    parser.add_argument("--calibrated", action="store_true", help="memory with statistics and alignment")
+    parser.add_argument("--layers", type=int, default=22, help="of memory's model")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    document = {"benchmark": f"costs {args.what}", **measures[args.what](args)}
+    if args.what != "memory":
+        document["sha256"] = {"model": identity(args.model), "data": args.data and identity(args.data)}
+    json.dump({**document, **environment("cpu")}, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    main()

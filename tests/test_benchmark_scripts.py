@@ -1,0 +1,81 @@
+"""The scripts that measure costs and quantised caches, end to end on a tiny checkpoint."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.save import save
+from kvlatent.conversion.convert_model import convert
+from on_disk import write_checkpoint, write_text
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A tiny checkpoint, its latent model and a text."""
+    folder = tmp_path_factory.mktemp("scripts")
+    model = load_model(write_checkpoint(folder / "model", tiny_tokenizer), dtype="float32")
+    save(convert(model, d_qk=8, d_vo=8, preset="own-frequency"), folder / "latent", tokenizer=tiny_tokenizer)
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """Run a script in this process; its standard output."""
+
+    def run(script, *words):
+        monkeypatch.syspath_prepend(str(FOLDER))
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_seconds_of_calibration_and_conversion(place, call):
+    words = ("--model", place / "model", "--data", place / "text.txt", "--block-size", 32, "--blocks", 64)
+    found = json.loads(call("costs", "seconds", *words, "--align", 1))
+    assert found["tokens"] == 64 * 32
+    assert found["total_seconds"] == pytest.approx(
+        found["calibration_seconds"] + found["conversion_seconds"], abs=0.01
+    )
+    assert found["calibration_over_forward_at_2048"] > 0
+    assert found["sha256"]["data"]
+    assert str(place) not in json.dumps(found)
+
+
+def test_a_step_of_stage_one_beside_its_reference(place, call):
+    words = ("--model", place / "model", "--data", place / "text.txt", "--block-size", 32, "--rounds", 3)
+    found = json.loads(call("costs", "stage1", *words))
+    low, middle, high = found["quartiles_seconds"]["stage I step"]
+    assert 0 < low <= middle <= high
+    assert found["ratio"] == pytest.approx(middle / found["quartiles_seconds"]["reference"][1], rel=1e-3)
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    """Its figures must not begin at the size of this process, which is larger than the model."""
+    command = [sys.executable, FOLDER / "costs.py", "memory", "--layers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["peak_bytes"] > found["model_bytes"] > 1e8
+    assert found["ratio"] == round(found["peak_bytes"] / found["model_bytes"], 4) < 2
+
+
+def test_quantised_caches_stand_beside_narrow_ones(place, call, tmp_path):
+    words = ("--model", place / "latent", "--against", place / "model", "--data", place / "text.txt")
+    words += ("--out", tmp_path / "rival.json", "--work", tmp_path / "work", "--caches", "dynamic")
+    shown = call("rival", *words, "--block-size", 32, "--blocks", 6)
+    assert "original  dynamic          1.0000 ± 0.0000  100.0 % of the bytes" in shown
+    found = json.loads((tmp_path / "rival.json").read_text())
+    assert found["blocks"] == [6, 32]
+    original, latent = found["rows"]
+    assert (original["ratio"], latent["share"]) == (1, 0.5)
+    assert latent["ratio"] != 1
+    assert found["record"]["command"].startswith("python benchmarks/rival.py --model latent --against model")
