@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
 from kvlatent.jobs import work_directory as workspace
+from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.workflows.train_checkpoint import train
 from kvlatent_cli.main import app
@@ -67,9 +68,9 @@ def test_train_from_directory_to_directory(directories, stage):
     assert record["training"] == {f"stage{stage}": summary}
     assert (record["figures"], record["earlier"]) == ({}, [])
     assert record["sha256"] == {
-        "model": workspace.identity(directories / "latent"),
-        "teacher": workspace.identity(directories / "original"),
-        "data": workspace.identity(directories / "text.txt"),
+        "model": identity(directories / "latent"),
+        "teacher": identity(directories / "original"),
+        "data": identity(directories / "text.txt"),
     }
     start = f"kvlatent train latent --stage {stage} --data text.txt --teacher original --out out --set"
     assert record["command"].startswith(start)
@@ -236,5 +237,5 @@ def test_command_says_its_plan_and_keeps_the_unfinished_run_in_place(directories
     assert "stage II: 512 tokens on cpu in float32, about " in done.stderr
     assert "(an estimate from the model's size and this machine's speed)" in done.stderr
     command = record_of(directories / "latent")["command"]
-    assert command.startswith("kvlatent train latent --stage 2 --data text.txt --teacher original --set ")
+    assert command.startswith("kvlatent train latent --data text.txt --teacher original --stage 2 --set ")
     assert command.endswith("--set stage2.tokens=512 --device cpu")

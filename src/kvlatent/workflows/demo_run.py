@@ -20,7 +20,7 @@ from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.checks.copying import copy_accuracy
 from kvlatent.text.standard_library import model_path, stdlib_documents
 from kvlatent.workflows.compress_checkpoint import compress
-from kvlatent.workflows.generate import continuation
+from kvlatent.workflows.generate import generate_continuation
 from kvlatent.workflows.steps import Progress
 
 __all__ = ["demo"]
@@ -116,7 +116,7 @@ def _behaviour(path: Path, trials: int) -> dict[str, Any]:
     shares = copy_accuracy(model, tokenizer, trials=trials)
     return {
         "copy_accuracy": {str(distance): share for distance, share in shares.items()},
-        "continuation": continuation(model, tokenizer, _PROMPT, 48),
+        "continuation": generate_continuation(model, tokenizer, _PROMPT, 48),
     }
 
 

@@ -18,7 +18,7 @@ from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.selection.statistics import Statistics
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
-from kvlatent.workflows.steps import Progress, gathered, restored, write_attention
+from kvlatent.workflows.steps import Progress, collect_statistics, restore_attention, write_attention
 from kvlatent_lab.study.grid_cells import Cell, answers, recipe_of
 from kvlatent_lab.study.measuring import ratio_of
 from kvlatent_lab.study.subject import Subject
@@ -32,8 +32,8 @@ def statistics_of(subject: Subject, cell: Cell, progress: Progress) -> Statistic
     with subject.folder.lock(path.stem):
         if not path.is_file():
             recipe = recipe_of(cell, subject.recipe)
-            found, _ = gathered(subject.model, subject.train_blocks, recipe, progress)
-            found.save(path, overwrite=True)
+            statistics, _ = collect_statistics(subject.model, subject.train_blocks, recipe, progress)
+            statistics.save(path, overwrite=True)
     return Statistics.load(path)
 
 
@@ -58,7 +58,7 @@ def converted(subject: Subject, cell: Cell, progress: Progress) -> PreTrainedMod
 
             latent = convert(subject.model, **sizes, statistics=statistics, seed=cell.seed, progress=report)
             write_attention(latent, path)
-    return restored(subject.model, path)
+    return restore_attention(subject.model, path)
 
 
 def _conversion(subject: Subject, cell: Cell) -> str:

@@ -13,7 +13,7 @@ from kvlatent.jobs.devices import choose_device
 from kvlatent.jobs.recipe import Conversion, Recipe
 from kvlatent.jobs.record import command_line, spoken_name
 from kvlatent.model.families import head_dim_of
-from kvlatent.workflows.run_plan import source_config
+from kvlatent.workflows.run_plan import load_original_config
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, refusal
 from kvlatent_lab.study.grids import STUDIES, grid_of
 from kvlatent_lab.study.subject import Source, source_of
@@ -90,7 +90,7 @@ def request(
         )
     base, device = _recipe(recipe, overrides), choose_device(device)
     source = source_of(model, data, eval_data)
-    config = source_config(source.model)
+    config = load_original_config(source.model)
     scale = _scale(grid, config, base, seeds, tokens)
     possible, impossible = [], {}
     for cell in grid.cells(scale):
