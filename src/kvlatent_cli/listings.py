@@ -59,17 +59,17 @@ def plus_minus(value: float, error: float | None, digits: int = 3) -> str:
 def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row a step of the run: perplexity, its ratio to the original's, cache bytes."""
     dtypes = {row["cache_dtype"] for row in figures.values()}
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    listing = Table(box=box.SIMPLE_HEAD)
+    listing.add_column("")
     for name in ("perplexity", "ratio", f"cache bytes/token ({', '.join(sorted(dtypes))})"):
-        table.add_column(name, justify="right")
+        listing.add_column(name, justify="right")
     for name, label in LABELS.items():
         if name in figures:
             row = figures[name]
             ratio = plus_minus(row["ratio"], row["ratio_standard_error"]) if "ratio" in row else ""
             value = plus_minus(row["perplexity"], row["standard_error"])
-            table.add_row(label, value, ratio, f"{row['cache_bytes_per_token']:,.0f}")
-    return table
+            listing.add_row(label, value, ratio, f"{row['cache_bytes_per_token']:,.0f}")
+    return listing
 
 
 def conversion_listing(record: Mapping[str, Any]) -> list[Any]:
@@ -100,13 +100,13 @@ def conversion_listing(record: Mapping[str, Any]) -> list[Any]:
 def strategies_listing(layers: Sequence[Mapping[str, Any]]) -> Table:
     """One row a layer: widths, and the error of the attention output under every strategy."""
     names = list(layers[0]["errors"])
-    table = Table(box=box.SIMPLE_HEAD)
+    listing = Table(box=box.SIMPLE_HEAD)
     for name in ("layer", "d_qk", "d_vo", *names):
-        table.add_column(name, justify="right")
+        listing.add_column(name, justify="right")
     for row in layers:
         errors = ("-" if row["errors"][name] is None else f"{row['errors'][name]:.4f}" for name in names)
-        table.add_row(*(str(row[name]) for name in ("layer", "d_qk", "d_vo")), *errors)
-    return table
+        listing.add_row(*(str(row[name]) for name in ("layer", "d_qk", "d_vo")), *errors)
+    return listing
 
 
 def budget_listing(document: Mapping[str, Any]) -> list[Any]:
@@ -151,30 +151,30 @@ def _context(tokens: int | None) -> str:
 
 def list_pairs(pairs: Mapping[str, Any]) -> Table:
     """Names and values, one a row."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column()
+    listing = Table(box=None, show_header=False, pad_edge=False)
+    listing.add_column()
+    listing.add_column()
     for name, value in pairs.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    return table
+        listing.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    return listing
 
 
 def demo_listing(report: Mapping[str, Any]) -> list[Any]:
     """What a demo measured of both models, and how they continue a text."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    listing = Table(box=box.SIMPLE_HEAD)
+    listing.add_column("")
     for name in ("original", "latent"):
-        table.add_column(name, justify="right")
+        listing.add_column(name, justify="right")
     sides = (report["original"], report["latent"])
-    table.add_row(
+    listing.add_row(
         "cache bytes per token (measured)", *(f"{side['cache_bytes_per_token']:,.0f}" for side in sides)
     )
-    table.add_row("perplexity on held-out modules", *(f"{side['perplexity']:.3f}" for side in sides))
+    listing.add_row("perplexity on held-out modules", *(f"{side['perplexity']:.3f}" for side in sides))
     for distance in report["original"]["copy_accuracy"]:
         shares = (f"{side['copy_accuracy'][distance]:.1%}" for side in sides)
-        table.add_row(f"copies a random string, {distance} tokens back", *shares)
+        listing.add_row(f"copies a random string, {distance} tokens back", *shares)
     lines = [
         f"\n{name} continues {report['prompt']!r}:\n{side['continuation']}"
         for name, side in zip(("original", "latent"), sides, strict=True)
     ]
-    return [table, *lines, f"\nsaved in {report['out']} ({report['minutes']:.1f} min)"]
+    return [listing, *lines, f"\nsaved in {report['out']} ({report['minutes']:.1f} min)"]

@@ -180,16 +180,16 @@ BUDGET = (
     Option("engine", "Engine that must be able to run the result, e.g. vllm or llama.cpp.", "NAME"),
     switch("per_layer", "Let layers differ in width (with --kv), in three groups at most."),
 )
-CALIBRATION = (Option("blocks", "Blocks of text to calibrate on; 128 by default.", "N", int),)
-TABLES = (Option("table", "Who shares a rotary table: each head its own, by default.", "head|layer|model"),)
+TABLE = Option("table", "Who shares a rotary table; each head has its own by default.", "head|layer|model")
+BLOCKS = Option("blocks", "Blocks of text to calibrate on; 128 by default.", "N", int)
 CONVERSION = (
     *BUDGET,
     Option("d_qk", "Key width of a head: N, or N,N,... one per layer.", "N", read=read_widths),
     Option("d_vo", "Value width of a head: N, or N,N,... one per layer.", "N", read=read_widths),
     Option("preset", "How channels are chosen; 'calibrated' by default.", "NAME"),
-    *TABLES,
+    TABLE,
     Option("align", "Steps of attention alignment a layer; 0 for none.", "STEPS", int),
-    *CALIBRATION,
+    BLOCKS,
     STATISTICS,
     EVAL_DATA,
     switch("explain", "Show the error of every layer under every strategy (converts once for each)."),

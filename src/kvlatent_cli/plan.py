@@ -7,8 +7,8 @@ from typing import Any
 
 from .listings import budget_listing, list_pairs
 from .options import (
+    BLOCKS,
     BUDGET,
-    CALIBRATION,
     DATA,
     DEVICE,
     DTYPE,
@@ -19,7 +19,7 @@ from .options import (
     REQUIRED,
     SEED,
     STATISTICS,
-    TABLES,
+    TABLE,
     Option,
     command,
 )
@@ -30,7 +30,7 @@ STATISTICS_OUT = Option("out", "File to write, safetensors.", "FILE", Path, REQU
 FIGURE = Option("figure", "Draw error against budget: .svg, .png or .pdf (needs matplotlib).", "FILE", Path)
 
 
-@command(MODEL, DATA, STATISTICS_OUT, *CALIBRATION, *RECIPE, DEVICE, DTYPE, SEED, OVERWRITE_FILE)
+@command(MODEL, DATA, STATISTICS_OUT, BLOCKS, *RECIPE, DEVICE, DTYPE, SEED, OVERWRITE_FILE)
 def calibrate(run: Session, given: dict[str, Any]) -> None:
     """Collect what a text says about a checkpoint, for `plan`, `convert` and `compress` at any widths."""
     from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint
@@ -41,7 +41,7 @@ def calibrate(run: Session, given: dict[str, Any]) -> None:
 
 
 @command(
-    MODEL, *BUDGET, TEXT, STATISTICS, *TABLES, MEMORY, FIGURE, *CALIBRATION, *RECIPE, DEVICE, DTYPE, SEED,
+    MODEL, *BUDGET, TEXT, STATISTICS, TABLE, MEMORY, FIGURE, BLOCKS, *RECIPE, DEVICE, DTYPE, SEED,
     OVERWRITE_FILE,
 )  # fmt: skip
 def plan(run: Session, given: dict[str, Any]) -> None:

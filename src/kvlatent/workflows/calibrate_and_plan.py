@@ -21,7 +21,7 @@ from kvlatent.selection.statistics import Statistics
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import TextReader, check_statistics, text_to_calibrate
 from kvlatent.workflows.run_plan import choices_from_recipe, load_original_config
-from kvlatent.workflows.settings import recipe_overrides
+from kvlatent.workflows.settings import check_options, recipe_overrides
 from kvlatent.workflows.steps import (
     Progress,
     collect_statistics,
@@ -127,6 +127,7 @@ def plan_checkpoint(
 
 
 def _recipe(options: Mapping[str, Any]) -> Recipe:
+    check_options(options)
     return Recipe.load(options.get("recipe"), recipe_overrides(options))
 
 

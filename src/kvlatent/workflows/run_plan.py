@@ -33,7 +33,7 @@ from kvlatent.selection.choices import (
     resolve_choices,
     without_statistics,
 )
-from kvlatent.workflows.settings import Width, resolve_recipe
+from kvlatent.workflows.settings import Width, check_options, resolve_recipe
 
 __all__ = ["STAGES", "Plan", "choices_from_recipe", "load_original_config", "plan_run"]
 
@@ -119,7 +119,9 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
 
     Raises:
         ValueError: an argument, a recipe key or a width that cannot be.
+        TypeError: an unknown option.
     """
+    check_options(options)
     stages = STAGES.get(options.get("stages") or "both")
     if stages is None:
         raise ValueError(f"--stages is one of {', '.join(STAGES)}: got {options['stages']!r}")

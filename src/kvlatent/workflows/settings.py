@@ -87,7 +87,6 @@ def resolve_recipe(options: Mapping[str, Any], *, size: int, device: str, stages
 
 def recipe_overrides(options: Mapping[str, Any]) -> list[str]:
     """The overrides among the options, and after them the options that stand for a recipe key."""
-    check_options(options)
     given = [(key, options.get(name)) for name, key in option_keys().items()]
     return [
         *(options.get("overrides") or ()),
