@@ -34,6 +34,7 @@ from kvlatent.workflows.steps import (
     Announce,
     Progress,
     calibrate_or_load,
+    check_texts,
     convert_and_report,
     describe_run,
     explain_layers,
@@ -92,6 +93,7 @@ def compress(
     if dry_run:
         prepare_place(out, overwrite, inputs)
         return {"plan": plan.summary()}
+    check_texts(data, eval_data)
     # The place first, as it may hold the finished run; then what it holds.
     place = prepare_place(out, True, inputs)
     if statistics is not None:

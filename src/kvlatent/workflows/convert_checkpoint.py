@@ -20,6 +20,7 @@ from kvlatent.workflows.steps import (
     Announce,
     Progress,
     calibrate_or_load,
+    check_texts,
     convert_and_report,
     describe_run,
     hash_sources,
@@ -75,6 +76,7 @@ def convert_checkpoint(
     check_sources(data, statistics, eval_data, calibrates=plan.calibrates)
     if dry_run:
         return {"plan": plan.summary()}
+    check_texts(data, eval_data)
     sha256 = hash_sources({"model": model, **files}, "text to calibrate on")
     typed = options_as_typed({**files, "out": place}, {**options, "stages": None})
     record = describe_run("convert", model, typed, sha256, plan.device)

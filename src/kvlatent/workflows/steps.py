@@ -42,6 +42,7 @@ __all__ = [
     "Announce",
     "Progress",
     "calibrate_or_load",
+    "check_texts",
     "collect_statistics",
     "convert_and_report",
     "describe_run",
@@ -70,6 +71,13 @@ def ignore_progress(step: str, done: int, total: int, note: str) -> None:
     """The progress of a caller who did not ask for any."""
 
 
+def check_texts(*texts: str | Path | None) -> None:
+    """Raise `FileNotFoundError` where there is no such text, `ValueError` where it cannot be read."""
+    for text in texts:
+        if text is not None:
+            resolve(text)
+
+
 def hash_sources(files: Mapping[str, str | Path | None], use: str) -> dict[str, str | None]:
     """What identifies the sources of a run, by their names: "data", "eval_data", "model" and others.
 
@@ -77,12 +85,8 @@ def hash_sources(files: Mapping[str, str | Path | None], use: str) -> dict[str, 
         use: what "data" is, in words.
 
     Raises:
-        FileNotFoundError: a text is not there.
-        ValueError: it cannot be read, or the figures would be of the text that is fitted to.
+        ValueError: the figures would be of the text that is fitted to.
     """
-    for text in (files.get("data"), files.get("eval_data")):
-        if text is not None:
-            resolve(text)
     hashes = {name: None if file is None else identity(file) for name, file in files.items()}
     if hashes["data"] is not None and hashes["data"] == hashes.get("eval_data"):
         raise ValueError(

@@ -32,7 +32,14 @@ from kvlatent.training.stages import JOURNAL, needs_teacher, settings_of, train_
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.settings import recipe_overrides
-from kvlatent.workflows.steps import Announce, describe_run, hash_sources, options_as_typed, save_run
+from kvlatent.workflows.steps import (
+    Announce,
+    check_texts,
+    describe_run,
+    hash_sources,
+    options_as_typed,
+    save_run,
+)
 
 __all__ = ["plan_training", "train"]
 
@@ -135,6 +142,7 @@ def train(
     plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=settings, device=device)
     if needs_teacher(settings_of(plan.recipe, stage)):
         check_teacher(load_config(str(model)), None if teacher is None else load_config(str(teacher)))
+    check_texts(data)
     inputs = {"teacher": teacher, "data": data, "recipe": recipe}
     place = prepare_place(out, True, inputs if _is_in_place(model, out) else {"model": model, **inputs})
     replaced = _is_in_place(model, place)
