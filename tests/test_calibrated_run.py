@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvlatent.checkpoints.load import load_model
+from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.classes import latent_config_of
 from kvlatent.selection import calibrate as calibration
 from kvlatent.selection.choices import NO_DATA, UNMEASURED
@@ -138,6 +139,22 @@ def test_saved_attention_comes_back_bit_for_bit(place, tmp_path):
     assert hashes(again) == hashes(latent)
     assert again.config.to_dict() == latent.config.to_dict()
     assert again.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_a_recipe_is_as_good_as_its_file(place, tmp_path):
+    recipe = Recipe.load(None, QUICK)
+    (tmp_path / "r.yaml").write_text(recipe.dump_yaml())
+    options = {"tokens": 640, "seed": 3, "device": "cpu", "dry_run": True}
+    plans = [
+        compress(place / "model", place / "text.txt", tmp_path / "out", recipe=given, **options)["plan"]
+        for given in (recipe, tmp_path / "r.yaml")
+    ]
+    for plan in plans:
+        plan.pop("estimated_seconds")  # by the clock
+    assert plans[0] == plans[1] and plans[0]["calibration_blocks"] == 6
+    record = convert_checkpoint(place / "model", tmp_path / "out", kv=1, recipe=recipe, seed=3, device="cpu")
+    assert "--recipe" not in record["command"] and "--seed 3" in record["command"]
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml") == Recipe.load(recipe, ["seed=3"])
 
 
 def test_only_what_looks_at_statistics_is_explained(place, tmp_path):

@@ -73,8 +73,7 @@ def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def conversion_listing(record: Mapping[str, Any]) -> list[Any]:
-    """What the calibration says of a conversion: seconds, the layers under every strategy, if
-    they were explained, the scopes of the rotary table."""
+    """What the calibration says of a conversion: seconds, layers where they are explained, scopes of the rotary table."""
     calibration, conversion = record["calibration"], record["conversion"]
     if calibration is None:
         return []

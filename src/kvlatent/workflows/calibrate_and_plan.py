@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvlatent.checkpoints.load import load_model
 from kvlatent.engines.facts import check_engine
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.jobs.atomic import prepare_file
@@ -150,8 +151,9 @@ def _calibrate_or_load(
         resolve(data)
         return _calibrate(model, data, recipe, device, progress)
     check_statistics(statistics)
-    original, _ = load_original(model, working_dtype(recipe.dtype, device), device, progress)
-    return load_statistics(statistics, original)
+    return load_statistics(
+        statistics, load_model(model, dtype=working_dtype(recipe.dtype, device), device=device)
+    )
 
 
 def _calibrate(
