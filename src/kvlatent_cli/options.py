@@ -71,9 +71,9 @@ def positional(name: str, metavar: str, help: str, kind: Any = str) -> Option:
     return Option(name, help, metavar, kind, REQUIRED, is_positional=True)
 
 
-def switch(name: str, help: str, flag: str | None = None) -> Option:
+def switch(name: str, help: str) -> Option:
     """An option that is named or not."""
-    return Option(name, help, kind=bool, default=False, flag=flag)
+    return Option(name, help, kind=bool, default=False)
 
 
 JSON = switch("json", "Print one JSON document on stdout, and nothing else there.")
@@ -94,7 +94,7 @@ def command(*options: Option) -> Callable[[Callable[[Session, dict[str, Any]], N
 
         parameters = [option.parameter() for option in (*options, JSON)]
         setattr(run_command, "__signature__", inspect.Signature(parameters))  # noqa: B010 - not an attribute to ty
-        run_command.__annotations__ = {}
+        run_command.__annotations__ = {}  # those of `work`, which typer would ask for as well
         return run_command
 
     return decorate

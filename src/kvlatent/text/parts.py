@@ -65,7 +65,7 @@ def check_sources(data: Any, statistics: Any, eval_data: Any, *, calibrates: boo
         check_statistics(statistics, calibrates)
     if statistics is not None and data is not None:
         raise ValueError(
-            "statistics take the place of the text they were gathered from: got --statistics and --data; leave one out, "
+            "statistics take the place of the text they were collected from: got --statistics and --data; leave one out, "
             "and give a text to measure on as --eval-data"
         )
     if data is not None and eval_data is not None and not calibrates:
@@ -162,7 +162,7 @@ def read_texts(
             of it) to measure on unless `eval_data` is given; where nothing is fitted to it, to measure on.
         eval_data: to measure on.
         eval_tokens: to measure on at the most.
-        calibrates: statistics will be gathered from `data`; trains: it will be trained on.
+        calibrates: statistics will be collected from `data`; trains: it will be trained on.
 
     Raises:
         ValueError: a text is too short, or nothing is held out.
