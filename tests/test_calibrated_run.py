@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvlatent.checkpoints.load import load_model
+from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.classes import latent_config_of
 from kvlatent.selection import calibrate as calibration
 from kvlatent.selection.choices import NO_DATA, UNMEASURED
@@ -40,7 +41,7 @@ def place(tmp_path_factory, tiny_tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(place):
-    return compress(place / "model", place / "text.txt", place / "whole", **OPTIONS)
+    return compress(place / "model", place / "text.txt", place / "whole", explain=True, **OPTIONS)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -70,7 +71,8 @@ def test_compress_notes_what_it_looked_at_and_what_it_chose(place, whole):
     assert "with preset `calibrated`" in card and "from the held-out part of the data" in card
 
 
-def test_the_report_has_a_row_a_layer_and_every_strategy(whole):
+def test_what_is_explained_has_a_row_a_layer_and_every_strategy(whole):
+    assert " --explain" in whole["command"]
     rows = whole["conversion"]["layers"]
     assert [row["layer"] for row in rows] == [0, 1]
     for row in rows:
@@ -93,9 +95,13 @@ def test_interrupted_anywhere_it_continues_to_the_same_weights(place, whole, tmp
         compress(place / "model", place / "text.txt", out, progress=interrupt, **OPTIONS)
     assert not out.exists()
     resumed = []
-    compress(
-        place / "model", place / "text.txt", out, progress=lambda *event: resumed.append(event[0]), **OPTIONS
-    )
+    explain = step == "stage I"  # asked for when the conversion is there already
+    record = compress(
+        place / "model", place / "text.txt", out, explain=explain,
+        progress=lambda *event: resumed.append(event[0]), **OPTIONS,
+    )  # fmt: skip
+    assert ("layers" in record["conversion"]) == ("explain" in resumed) == explain
+    assert record["conversion"].get("layers", whole["conversion"]["layers"]) == whole["conversion"]["layers"]
     assert same(weights(out), weights(place / "whole"))
     assert not (tmp_path / "out.partial").exists()
     finished = ORDER[: ORDER.index("convert" if step == "refine layers" else step)]
@@ -129,10 +135,37 @@ def test_saved_attention_comes_back_bit_for_bit(place, tmp_path):
     statistics = Statistics.load(place / "other.safetensors")
     latent = steps.convert(model, d_qk=6, d_vo=16, align=0, statistics=statistics)
     steps.write_attention(latent, tmp_path / "a.safetensors")
-    again = steps.restored(model, tmp_path / "a.safetensors")
+    again = steps.restore_attention(model, tmp_path / "a.safetensors")
     assert hashes(again) == hashes(latent)
     assert again.config.to_dict() == latent.config.to_dict()
     assert again.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_a_recipe_is_as_good_as_its_file(place, tmp_path):
+    recipe = Recipe.load(None, QUICK)
+    (tmp_path / "r.yaml").write_text(recipe.dump_yaml())
+    options = {"tokens": 640, "seed": 3, "device": "cpu", "dry_run": True}
+    plans = [
+        compress(place / "model", place / "text.txt", tmp_path / "out", recipe=given, **options)["plan"]
+        for given in (recipe, tmp_path / "r.yaml")
+    ]
+    for plan in plans:
+        plan.pop("estimated_seconds")  # by the clock
+    assert plans[0] == plans[1] and plans[0]["calibration_blocks"] == 6
+    record = convert_checkpoint(place / "model", tmp_path / "out", kv=1, recipe=recipe, seed=3, device="cpu")
+    assert "--recipe" not in record["command"] and "--seed 3" in record["command"]
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml") == Recipe.load(recipe, ["seed=3"])
+
+
+def test_only_what_looks_at_statistics_is_explained(place, tmp_path):
+    for options, sentence in (
+        ({"data": place / "text.txt", "preset": "paper"}, r"none \(got preset paper\); leave it out"),
+        ({"data": place / "text.txt", "kv": 1}, r"none \(got the full width\)"),
+        ({}, r"none \(got no text\); leave it out, or give a text and the preset calibrated"),
+    ):
+        with pytest.raises(ValueError, match=f"--explain judges strategies by the statistics.*{sentence}"):
+            convert_checkpoint(place / "model", tmp_path / "out", explain=True, device="cpu", **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_seed_draws_other_text(place, tmp_path, whole):

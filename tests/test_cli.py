@@ -170,7 +170,9 @@ def test_a_mistaken_task_is_told_its_near_matches(place, tmp_path, monkeypatch):
 
 def test_help_names_what_can_be_chosen():
     options = {option.name: option for option in typer.main.get_command(app).commands["bench"].params}
-    assert options["caches"].help.startswith(f"Of {', '.join(CACHES)}; by default dynamic and")
+    assert options["caches"].help.startswith(
+        f"Caches to compare, of {', '.join(CACHES)}; by default dynamic and"
+    )
     assert options["attention"].metavar == "|".join(ATTENTIONS)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvlatent.selection.statistics import Statistics
-from kvlatent_cli.options import bytes_of
+from kvlatent_cli.options import read_bytes
 from on_disk import SETTINGS, write_checkpoint, write_text
 from test_cli import answer, call, mistake
 
@@ -70,7 +70,7 @@ def test_plan_is_a_table_and_what_the_widths_are_worth(place):
 
 
 def test_convert_prints_the_layers_and_the_scopes(place, tmp_path):
-    done = call(*convert_words(place, tmp_path / "out", "--data", place / "text.txt"))
+    done = call(*convert_words(place, tmp_path / "out", "--data", place / "text.txt", "--explain"))
     assert done.exit_code == 0, done.stderr
     assert "chosen after calibration (preset calibrated)" in done.stderr
     assert "cache: at most 256 of 512 bytes per token" in done.stderr
@@ -78,6 +78,8 @@ def test_convert_prints_the_layers_and_the_scopes(place, tmp_path):
     report = ("calibrated on 192 tokens", "relative squared error", "matched", "one rotary table per: head")
     for text in (*report, "latent", "saved in"):
         assert text in done.stdout
+    plain = call(*convert_words(place, tmp_path / "three", "--data", place / "text.txt"))
+    assert "relative squared error" not in plain.stdout and report[-1] in plain.stdout
     document = answer(*convert_words(place, tmp_path / "two", "--data", place / "text.txt"))
     assert document == json.loads((tmp_path / "two" / "run.json").read_text()) | {
         "out": str(tmp_path / "two")
@@ -185,14 +187,18 @@ def test_too_little_text_names_both_numbers(place, tmp_path):
 
 
 def test_memory_has_a_unit():
-    assert bytes_of(None) is None
-    assert [bytes_of(text) for text in ("24GB", "1.5 gib", "80mb", "1TB")] == [24e9, 1.5 * 2**30, 80e6, 1e12]
+    assert [read_bytes("memory", text) for text in ("24GB", "1.5 gib", "80mb", "1TB")] == [
+        24e9,
+        1.5 * 2**30,
+        80e6,
+        1e12,
+    ]
     for text in ("24", "GB", "24XB", "-1GB", "0GB", "1.2.3GB", "nanGB", ""):
         with pytest.raises(ValueError, match="--memory is a number of MB, GB or TB.*try 24GB"):
-            bytes_of(text)
+            read_bytes("memory", text)
 
 
 def test_a_strategy_that_is_impossible_says_why(place, tmp_path):
-    words = ("--statistics", place / "s.safetensors", "--d-qk", 6, "--d-vo", 10)
+    words = ("--statistics", place / "s.safetensors", "--d-qk", 6, "--d-vo", 10, "--explain")
     done = call(*convert_words(place, tmp_path / "out", *words))
     assert "paper is impossible: " in done.stdout and "got d_qk=6, head_dim=16" in done.stdout

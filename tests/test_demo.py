@@ -8,7 +8,7 @@ import pytest
 from kvlatent.checkpoints.load import load_model
 from kvlatent.text import standard_library as embedded
 from kvlatent.workflows import demo_run as demo_module
-from kvlatent_cli.train import _demo_answer
+from kvlatent_cli.listings import demo_listing
 from on_disk import SETTINGS, TOKENS, WORDS, write_checkpoint
 
 QUICK = (*SETTINGS, "conversion.align=2", "calibration.blocks=4")
@@ -48,7 +48,7 @@ def test_demo_reports_both_sides_and_can_be_repeated(small):
     assert widths["d_qk"] + widths["d_vo"] == 16
     assert "50%" in said[0]
     json.dumps(report)
-    table, *lines = _demo_answer(report)
+    table, *lines = demo_listing(report)
     assert table.row_count == 2 + len(DISTANCES)
     assert "saved in kvlatent-demo" in lines[-1]
     again = demo_module.demo(tokens=TOKENS, copy_trials=1, overrides=QUICK)

@@ -14,8 +14,7 @@ from kvlatent.checkpoints.card import model_card
 from kvlatent.checkpoints.lineage import lineage
 from kvlatent.checkpoints.source import name_and_fingerprint
 from kvlatent.jobs.record import command_line, spoken_name
-from kvlatent.workflows.compress_checkpoint import spoken
-from kvlatent.workflows.training_history import options_of
+from kvlatent.workflows.steps import options_as_typed
 from kvlatent_cli.main import app
 from kvlatent_lab.study.subject import resolve_source
 from on_disk import SETTINGS, write_checkpoint, write_text
@@ -75,8 +74,12 @@ def test_a_name_is_cut_where_it_is_a_path(place):
 def test_every_recorded_command_keeps_the_owner(place):
     assert command_line("eval", HUB, {}) == f"kvlatent eval {HUB}"
     files = {"data": "owner/data:config:split", "eval_data": place / "text.txt", "out": "owner/out"}
-    assert spoken(files, {}) == {"data": "owner/data:config:split", "eval_data": "text.txt", "out": "out"}
-    said = options_of("latent", 1, "owner/data", "runs/out", HUB, None, [], "cpu")
+    assert options_as_typed(files, {}) == {
+        "data": "owner/data:config:split",
+        "eval_data": "text.txt",
+        "out": "out",
+    }
+    said = options_as_typed({"data": "owner/data", "teacher": HUB, "out": "runs/out"}, {"stage": 1})
     assert (said["data"], said["teacher"], said["out"]) == ("owner/data", HUB, "out")
     assert resolve_source(HUB, place / "text.txt", None).name == HUB
     model = kvlatent.load_model("models/local")

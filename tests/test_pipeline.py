@@ -80,7 +80,7 @@ def test_the_original_in_memory_is_untouched_by_a_whole_run(place, tmp_path, mon
         loaded.append((model, hashes(model)))
         return model
 
-    monkeypatch.setattr("kvlatent.workflows.compress_steps.load_model", spy)
+    monkeypatch.setattr("kvlatent.workflows.steps.load_model", spy)
     compress(place / "model", place / "text.txt", tmp_path / "out", **OPTIONS)
     ((model, before),) = loaded
     assert hashes(model) == before

@@ -1,9 +1,9 @@
 """What users and scripts hold on to: public names, commands and flags, start-up time; and the caps on size."""
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ CONVERSION = [
     "--blocks",
     "--statistics",
     "--eval-data",
+    "--explain",
     *RECIPE,
 ]
 FLAGS = {
@@ -75,21 +76,22 @@ def test_every_command_and_option_is_explained():
         assert all(parameter.help for parameter in command.params)
 
 
-def test_help_answers_in_a_second_and_without_torch():
-    best = min(_seconds_of_help() for _ in range(3))
-    assert best < 1.0
+def test_help_answers_in_half_a_second_and_without_torch():
+    assert min(_seconds_of_help() for _ in range(3)) < 0.5
     code = "import sys, kvlatent_cli.main; print([m for m in ('torch', 'transformers', 'kvlatent') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def _seconds_of_help() -> float:
-    start = time.perf_counter()
+    """Of the processor: other processes on the machine make the clock's longer."""
+    before = os.times()
     done = subprocess.run(
         [sys.executable, "-m", "kvlatent_cli", "--help"], capture_output=True, text=True, check=True
     )
+    after = os.times()
     assert "compress" in done.stdout
-    return time.perf_counter() - start
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

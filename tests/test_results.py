@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from kvlatent.evaluation.diagnosis import diagnose
-from kvlatent_cli.results import evaluation_tables, study_tables
+from kvlatent_cli.measured_listings import evaluation_listing, study_listing
 
 
 def printed(parts) -> str:
@@ -20,10 +20,10 @@ def evaluation(figures) -> dict:
 
 
 def test_causality_is_a_row():
-    text = printed(evaluation_tables(evaluation({"latent": {"causality": 0.25}})))
+    text = printed(evaluation_listing(evaluation({"latent": {"causality": 0.25}})))
     (row,) = [line.split() for line in text.splitlines() if "past logits" in line]
     assert row == [*["past", "logits", "moved", "by", "the", "future"], "0.25"]
-    assert "past logits" not in printed(evaluation_tables(evaluation({"latent": {"order": ORDER}})))
+    assert "past logits" not in printed(evaluation_listing(evaluation({"latent": {"order": ORDER}})))
 
 
 ORDER = {"margin": [[1.0]], "preferred": [[1.0]]}
@@ -32,7 +32,7 @@ ORDER = {"margin": [[1.0]], "preferred": [[1.0]]}
 def test_what_could_not_be_decided_is_said_with_its_numbers():
     figures = {"latent": {}, "ratio": 1.3, "ratio_standard_error": 0.001, "cache_ratio": 0.5}
     figures["fidelity"] = {"kl": 0.15, "kl_standard_error": 0.001, "top1_agreement": 0.9, "layers": []}
-    text = printed(evaluation_tables(evaluation(figures)))
+    text = printed(evaluation_listing(evaluation(figures)))
     assert "not judged: forgetting: perplexity_ratio 1.3 (threshold 1.22), kl 0.15 (threshold 0.2)" in text
     assert "not judged: causality" not in text  # nobody asked for it
 
@@ -46,9 +46,9 @@ def test_a_study_names_cells_of_others_and_damaged_ones():
         "elsewhere": ["b"],
     }
     document |= {"redone": {"d": "it is cut"}, "failed": {}, "impossible": {}}
-    assert "being measured by another process: b" in printed(study_tables(document))
+    assert "being measured by another process: b" in printed(study_listing(document))
     row = {"settings": {"d_qk": 8}, "seeds": [0], "figures": {"ratio": {"mean": 1.0, "standard_error": None}}}
     damaged = {"c": "not JSON; delete it", "d": "it is cut"}
-    text = printed(study_tables(document | {"summary": {"rows": [row], "damaged": damaged}}))
+    text = printed(study_listing(document | {"summary": {"rows": [row], "damaged": damaged}}))
     assert "damaged: c: not JSON; delete it" in text
     assert "redone: d: it is cut" in text and "damaged: d" not in text

@@ -9,6 +9,7 @@ from kvlatent.jobs.recipe import Recipe
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.corpus import prepare
 from kvlatent.text.parts import (
+    TextReader,
     calibration_blocks,
     check_sources,
     check_statistics,
@@ -29,10 +30,8 @@ def read(tiny_tokenizer, tmp_path):
     """`read_texts` with a cache in the test's own folder."""
 
     def call(data, eval_data=None, settings=None, eval_tokens=320, calibrates=True, config=CONFIG):
-        return read_texts(
-            settings or recipe(), tiny_tokenizer, config, data, eval_data,
-            eval_tokens=eval_tokens, cache_dir=tmp_path / "cache", calibrates=calibrates,
-        )  # fmt: skip
+        reader = TextReader(settings or recipe(), tiny_tokenizer, config, tmp_path / "cache")
+        return read_texts(reader, data, eval_data, eval_tokens=eval_tokens, calibrates=calibrates)
 
     return call
 
@@ -94,7 +93,7 @@ def test_nothing_held_out_and_too_little_text_are_refused(read, corpus_file, tmp
 
 
 def test_blocks_are_drawn_by_the_seed(tiny_tokenizer, corpus_file, tmp_path):
-    text = text_to_calibrate(recipe(), tiny_tokenizer, CONFIG, corpus_file, tmp_path / "cache")
+    text = text_to_calibrate(TextReader(recipe(), tiny_tokenizer, CONFIG, tmp_path / "cache"), corpus_file)
     assert len(text) > 8
     first, again = calibration_blocks(text, recipe()), calibration_blocks(text, recipe())
     assert len(first) == 8 and flat(first) == flat(again)
@@ -106,7 +105,7 @@ def test_blocks_are_drawn_by_the_seed(tiny_tokenizer, corpus_file, tmp_path):
 
 
 def test_the_share_that_was_seen_is_counted(tiny_tokenizer, corpus_file, tmp_path):
-    text = text_to_calibrate(recipe(), tiny_tokenizer, CONFIG, corpus_file, tmp_path / "cache")
+    text = text_to_calibrate(TextReader(recipe(), tiny_tokenizer, CONFIG, tmp_path / "cache"), corpus_file)
     first = text.select(range(4))
     assert seen_share(first, statistics_of(first).input_ids) == 1
     assert seen_share(text.select(range(8)), statistics_of(first).input_ids) == pytest.approx(0.5, abs=0.2)

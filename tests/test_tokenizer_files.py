@@ -24,7 +24,7 @@ from kvlatent.checkpoints.tokenizer_files import load_tokenizer, write_tokenizer
 from kvlatent.evaluation.standard import standard_evaluation
 from kvlatent.text.corpus import prepare
 from kvlatent.workflows.convert_checkpoint import convert_checkpoint
-from kvlatent.workflows.generate import continuation
+from kvlatent.workflows.generate import generate_continuation
 from kvlatent_cli.main import app
 from tiny import tiny_model
 
@@ -264,7 +264,7 @@ def test_a_token_above_the_embedding_is_a_warning(padded, corpus_file, tmp_path)
         convert_checkpoint(padded, tmp_path / "out", data=corpus_file, kv=0.5, preset="own-frequency")
     model, tokenizer = loaded(tmp_path / "out")
     assert tokenizer("<added>")["input_ids"] == [300]
-    assert continuation(model, tokenizer, "the cat", 4)
+    assert generate_continuation(model, tokenizer, "the cat", 4)
 
 
 def test_the_command_line_says_it(padded, tmp_path):
@@ -287,7 +287,7 @@ def test_every_reader_of_text_refuses_the_id(padded, tmp_path, corpus_file):
     with pytest.raises(ValueError, match=REFUSED):
         evaluate(model, text, tokenizer=tokenizer, block_size=32)
     with pytest.raises(ValueError, match=REFUSED):
-        continuation(model, tokenizer, "the <added> cat")
+        generate_continuation(model, tokenizer, "the <added> cat")
     for check in ("perplexity", "order", "needle"):
         with pytest.raises(ValueError, match="id 300"):
             standard_evaluation(

@@ -72,7 +72,7 @@ def test_train_from_directory_to_directory(directories, stage):
         "teacher": identity(directories / "original"),
         "data": identity(directories / "text.txt"),
     }
-    start = f"kvlatent train latent --stage {stage} --data text.txt --teacher original --out out --set"
+    start = f"kvlatent train latent --data text.txt --teacher original --out out --stage {stage} --set"
     assert record["command"].startswith(start)
     card = (out / "README.md").read_text()
     assert "Its quality has not been measured;" in card and record["command"] in card
@@ -238,5 +238,5 @@ def test_command_says_its_plan_and_keeps_the_unfinished_run_in_place(directories
     assert "stage II: 512 tokens on cpu in float32, about " in done.stderr
     assert "(an estimate from the model's size and this machine's speed)" in done.stderr
     command = record_of(directories / "latent")["command"]
-    assert command.startswith("kvlatent train latent --stage 2 --data text.txt --teacher original --set ")
-    assert command.endswith("--set stage2.tokens=512 --device cpu")
+    assert command.startswith("kvlatent train latent --data text.txt --teacher original --stage 2 --set ")
+    assert command.endswith("--tokens 512 --device cpu")

@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 import kvlatent_cli
-from kvlatent_cli import results, tables, whole
+from kvlatent_cli import listings, measured_listings, printing
 from kvlatent_cli.session import session
 
 LONG = 123456.789012345
@@ -20,7 +20,7 @@ BYTES = 98765432109
 def figures() -> dict:
     row = {"perplexity": LONG, "standard_error": LONG, "cache_dtype": "bfloat16"}
     row |= {"cache_bytes_per_token": BYTES, "ratio": LONG, "ratio_standard_error": LONG}
-    return dict.fromkeys(tables.LABELS, row)
+    return dict.fromkeys(listings.LABELS, row)
 
 
 def strategies() -> list[dict]:
@@ -79,13 +79,13 @@ FACTS = {
     "sha256": "0123456789" * 7,
 }
 MAKERS = {
-    "figures_table": lambda: [tables.figures_table(figures())],
-    "strategies_table": lambda: [tables.strategies_table(strategies())],
-    "budget_tables": lambda: tables.budget_tables(budget()),
-    "pairs_table": lambda: [tables.pairs_table(FACTS)],
-    "evaluation_tables": lambda: results.evaluation_tables(evaluation()),
-    "study_tables": lambda: results.study_tables(study()),
-    "_demo_answer": lambda: teach._demo_answer(demo()),
+    "figures_listing": lambda: [listings.figures_listing(figures())],
+    "strategies_listing": lambda: [listings.strategies_listing(strategies())],
+    "budget_listing": lambda: listings.budget_listing(budget()),
+    "list_pairs": lambda: [listings.list_pairs(FACTS)],
+    "evaluation_listing": lambda: measured_listings.evaluation_listing(evaluation()),
+    "study_listing": lambda: measured_listings.study_listing(study()),
+    "demo_listing": lambda: listings.demo_listing(demo()),
 }
 
 
@@ -136,7 +136,7 @@ def test_no_character_is_lost_in_a_terminal(name, width, monkeypatch):
             for word in str(cell).split()
         ]
         assert [word for word in words if word not in text] == []  # no figure is broken in two
-        assert width < 80 or name == "strategies_table" or max(map(len, text.splitlines())) <= width
+        assert width < 80 or name == "strategies_listing" or max(map(len, text.splitlines())) <= width
 
 
 @pytest.mark.parametrize("columns", ["1", "20", "80"])
@@ -153,7 +153,7 @@ def test_a_bar_of_progress_keeps_its_figures(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     note = "123,456 tokens/s, loss 12.3456"
     for width in (20, 40, 60, 80, 120):
-        bar = whole.progress_bar()
+        bar = printing.progress_bar()
         bar.add_task(
             "measure the original", total=7654321, completed=1234567, note=note, left="about 12 min left"
         )
@@ -176,4 +176,4 @@ def test_nothing_else_makes_or_prints_tables():
                 makers |= {function.name} if {"Table", "Table.grid"} & called else set()
                 consoles |= {path.stem} if "Console" in called or "rich.print" in called else set()
     assert makers == set(MAKERS)
-    assert consoles == {"whole"}
+    assert consoles == {"printing"}

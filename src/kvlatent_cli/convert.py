@@ -2,127 +2,54 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import options as o
-from .session import Session, session
-from .tables import conversion_tables, figures_table, plan_lines
+from .listings import conversion_listing, figures_listing, plan_lines
+from .options import (
+    CONVERSION,
+    DATA,
+    DEVICE,
+    DRY_RUN,
+    DTYPE,
+    MODEL,
+    OUT,
+    OVERWRITE,
+    SEED,
+    TOKENS,
+    Option,
+    command,
+)
+from .session import Session
+
+STAGES = Option("stages", "Stages to train.", "none|1|2|both", default="both")
+TEXT_TO_CALIBRATE = Option(
+    "data",
+    "Text to calibrate on; a held-out part of it is measured. All of it, where the preset looks at no text.",
+    "FILE",
+)
 
 
-def compress(
-    model: o.Model,
-    data: o.Data,
-    out: o.Out,
-    kv: o.Kv = None,
-    d_qk: o.Qk = None,
-    d_vo: o.Vo = None,
-    engine: o.Engine = None,
-    per_layer: o.PerLayer = False,
-    preset: o.Preset = None,
-    table: o.Table = None,
-    align: o.Align = None,
-    blocks: o.Blocks = None,
-    statistics: o.Statistics = None,
-    recipe: o.RecipeFile = None,
-    overrides: o.Set = None,
-    tokens: o.Tokens = None,
-    stages: o.Stages = "both",
-    eval_data: o.EvalData = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = None,
-    seed: o.Seed = None,
-    overwrite: o.Overwrite = False,
-    dry_run: o.DryRun = False,
-    as_json: o.Json = False,
-) -> None:
+@command(MODEL, DATA, OUT, *CONVERSION, TOKENS, STAGES, DEVICE, DTYPE, SEED, OVERWRITE, DRY_RUN)
+def compress(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint, train it in two stages, measure it, save it. Repeat the command to continue a killed run."""
-    with session(as_json) as run:
-        from kvlatent.workflows.compress_checkpoint import compress as work
+    from kvlatent.workflows.compress_checkpoint import compress
 
-        record = work(
-            model,
-            data,
-            out,
-            eval_data=eval_data,
-            statistics=statistics,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=run.report,
-            announce=lambda plan: say_plan(run, plan),
-            kv=kv,
-            d_qk=o.widths("d-qk", d_qk),
-            d_vo=o.widths("d-vo", d_vo),
-            engine=engine,
-            per_layer=per_layer,
-            preset=preset,
-            table=table,
-            align=align,
-            blocks=blocks,
-            recipe=recipe,
-            overrides=overrides or [],
-            tokens=tokens,
-            stages=stages,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-        )
-        show_record(run, record, out)
+    record = compress(**given, progress=run.report, announce=partial(_say_plan, run))
+    _show_record(run, record, given["out"])
 
 
-def convert(
-    model: o.Model,
-    out: o.Out,
-    kv: o.Kv = None,
-    d_qk: o.Qk = None,
-    d_vo: o.Vo = None,
-    engine: o.Engine = None,
-    per_layer: o.PerLayer = False,
-    preset: o.Preset = None,
-    table: o.Table = None,
-    align: o.Align = None,
-    data: o.TextToCalibrate = None,
-    blocks: o.Blocks = None,
-    statistics: o.Statistics = None,
-    eval_data: o.EvalData = None,
-    recipe: o.RecipeFile = None,
-    overrides: o.Set = None,
-    device: o.Device = "auto",
-    overwrite: o.Overwrite = False,
-    dry_run: o.DryRun = False,
-    as_json: o.Json = False,
-) -> None:
+@command(MODEL, OUT, *CONVERSION, TEXT_TO_CALIBRATE, DEVICE, OVERWRITE, DRY_RUN)
+def convert(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint without training it: calibrate on --data, choose what to keep, and measure what it costs."""
-    with session(as_json) as run:
-        from kvlatent.workflows.convert_checkpoint import convert_checkpoint as work
+    from kvlatent.workflows.convert_checkpoint import convert_checkpoint
 
-        record = work(
-            model,
-            out,
-            data=data,
-            eval_data=eval_data,
-            statistics=statistics,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=run.report,
-            announce=lambda plan: say_plan(run, plan),
-            kv=kv,
-            d_qk=o.widths("d-qk", d_qk),
-            d_vo=o.widths("d-vo", d_vo),
-            engine=engine,
-            per_layer=per_layer,
-            preset=preset,
-            table=table,
-            align=align,
-            blocks=blocks,
-            recipe=recipe,
-            overrides=overrides or [],
-            device=device,
-        )
-        show_record(run, record, out)
+    record = convert_checkpoint(**given, progress=run.report, announce=partial(_say_plan, run))
+    _show_record(run, record, given["out"])
 
 
-def say_plan(run: Session, plan: dict[str, Any]) -> None:
+def _say_plan(run: Session, plan: dict[str, Any]) -> None:
     """The plan, and what to know before it happens, on stderr."""
     run.close()
     for line in plan_lines(plan):
@@ -135,11 +62,11 @@ def _say_notes(run: Session, plan: dict[str, Any]) -> None:
         run.say(f"warning: {note}")
 
 
-def show_record(run: Session, record: dict[str, Any], out: Path) -> None:
+def _show_record(run: Session, record: dict[str, Any], out: Path) -> None:
     """A finished run's figures, or a plan."""
     if "command" not in record:
         _say_notes(run, record["plan"])
         run.show(record, *plan_lines(record["plan"]))
         return
-    tables = [figures_table(record["figures"])] if record["figures"] else []
-    run.show({**record, "out": str(out)}, *conversion_tables(record), *tables, f"saved in {out}")
+    figures = [figures_listing(record["figures"])] if record["figures"] else []
+    run.show({**record, "out": str(out)}, *conversion_listing(record), *figures, f"saved in {out}")

@@ -3,254 +3,159 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from .measured_listings import evaluation_listing, study_listing
+from .options import (
+    DEVICE,
+    DRY_RUN,
+    EVAL_DATA,
+    LOAD_DTYPE,
+    MEMORY,
+    OVERWRITE_FILE,
+    RECIPE,
+    REQUIRED,
+    SEED,
+    TOKENS,
+    Option,
+    command,
+    positional,
+    read_names,
+    read_numbers,
+    switch,
+)
+from .session import Session
 
-from . import options as o
-from .results import evaluation_tables, study_tables
-from .session import session
+CHECKPOINT = positional("model", "DIR", "A latent or an original checkpoint: a directory or a hub id.")
+AGAINST = Option("against", "The original, to compare with.", "MODEL")
 
-Checkpoint = Annotated[
-    str, typer.Argument(help="Latent or original: a directory or a hub id.", metavar="DIR")
-]
-Against = Annotated[str | None, typer.Option(help="The original, to compare with.", metavar="MODEL")]
+EVALUATION = (
+    Option("data", "Text to read; standard library modules by default.", "FILE"),
+    AGAINST,
+    Option(
+        "checks",
+        "Checks to run, all by default; fidelity needs --against.",
+        "perplexity,fidelity,needle,order,causality",
+        read=read_names,
+    ),
+    Option("tasks", "Tasks of lm-eval to run, e.g. arc_easy,hellaswag.", "NAME,...", read=read_names),
+    Option("include_path", "Folder of your own task files (YAML).", "DIR", Path),
+    Option("limit", "Questions a task.", "N", int),
+    Option("block_size", "Tokens a window; 512 by default, less where the context is.", "N", int),
+    Option("stride", "Tokens by which the window moves; a window by default.", "N", int),
+    Option("batch_size", "Sequences at a time; 4 to 16 by default, by check.", "N", int),
+    Option(
+        "max_tokens",
+        "Tokens scored for perplexity; by default all of --data, of the standard library 50,000 or, of a large model, "
+        "fewer.",
+        "N",
+        int,
+    ),
+    Option(
+        "contexts",
+        "Contexts of the needle; by default 128 and as much of the model's own as two minutes hold.",
+        "N,...",
+        read=read_numbers,
+    ),
+    Option("template", "A needle in words, with {key} and {value}.", "TEXT"),
+    Option("separator", "What stands between the documents of a .txt file.", default="<|endoftext|>"),
+    Option("text_field", "Field of a record that holds the text, or a conversation.", default="text"),
+)
+
+SPEED = (
+    AGAINST,
+    Option("contexts", "Lengths of the prompt, in tokens.", "N,...", read=read_numbers),
+    Option("batches", "Sequences at once.", "N,...", default="1", read=read_numbers),
+    Option(
+        "caches",
+        "Caches to compare, of dynamic, static, quantized-int4, quantized-int2, quantized-fp8, quantized-int8-hqq, "
+        "quantized-int4-hqq, quantized-int2-hqq; by default dynamic and, where it works, quantized-int4.",
+        "NAME,...",
+        read=read_names,
+    ),
+    Option("new_tokens", "Tokens added to a prompt; 16 by default.", "N", int),
+    Option("repeats", "Timed rounds, 3 or more; 5 by default.", "N", int),
+    MEMORY,
+    Option("attention", "Attention kernel.", "eager|sdpa|flex_attention|flash_attention_2"),
+    switch("compile", "Compile the step that adds a token."),
+)
+
+STUDY = (
+    positional("name", "NAME", "Study to run: widths, lora-rank, stages, objective, rope or token-eviction."),
+    Option("out", "Folder of results, one file a cell.", "DIR", Path, REQUIRED),
+    Option("model", "The original; the embedded model by default.", "MODEL"),
+    Option("data", "Text to calibrate and train on.", "FILE"),
+    EVAL_DATA,
+    Option("seeds", "Random seeds, one cell each.", "N,...", read=read_numbers),
+    TOKENS,
+    Option("eval_tokens", "Tokens to measure on, at the most.", "N", int),
+    Option("cells", "Only cells of these names.", "PATTERN,..."),
+    Option("limit", "Cells to measure in this call, at the most.", "N", int),
+    Option("threads", "Torch threads.", "N", int),
+    Option("python", "Python interpreter that has kvpress (for token-eviction).", "FILE"),
+    *RECIPE,
+    DEVICE,
+    DRY_RUN,
+)
 
 
-def evaluate(
-    directory: Checkpoint,
-    data: Annotated[
-        str | None, typer.Option(help="Text to read; standard library modules by default.", metavar="FILE")
-    ] = None,
-    against: Against = None,
-    checks: Annotated[
-        str | None,
-        typer.Option(
-            help="All by default; fidelity needs --against.",
-            metavar="perplexity,fidelity,needle,order,causality",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, e.g. arc_easy,hellaswag.", metavar="NAME,...")
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder of your own task files (YAML).", metavar="DIR")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions a task.", metavar="N")] = None,
-    block_size: Annotated[
-        int | None,
-        typer.Option(help="Tokens a window; 512 by default, less where the context is.", metavar="N"),
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens by which the window moves; a window by default.", metavar="N")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Sequences at a time; 4 to 16 by default, by check.", metavar="N")
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens scored for perplexity; by default all of --data, of the standard library 50,000 or, of a "
-            "large model, fewer.",
-            metavar="N",
-        ),
-    ] = None,
-    contexts: Annotated[
-        str | None,
-        typer.Option(
-            help="Contexts of the needle; by default 128 and as much of the model's own as two minutes hold.",
-            metavar="N,...",
-        ),
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="A needle in words, with {key} and {value}.", metavar="TEXT")
-    ] = None,
-    separator: Annotated[str, typer.Option(help="Splits a .txt into documents.")] = "<|endoftext|>",
-    text_field: Annotated[
-        str, typer.Option(help="Field of a record that holds the text, or a conversation.")
-    ] = "text",
-    seed: o.Seed = None,
-    device: o.Device = "auto",
-    dtype: o.LoadDtype = None,
-    as_json: o.Json = False,
-) -> None:
+@command(CHECKPOINT, *EVALUATION, DEVICE, LOAD_DTYPE, SEED)
+def evaluate(run: Session, given: dict[str, Any]) -> None:
     """Measure perplexity, needles, word order and tasks, beside the original's with --against, and name what is wrong."""
-    with session(as_json) as run:
-        from kvlatent.evaluation.standard import standard_evaluation
-        from kvlatent.jobs.devices import choose_device
-        from kvlatent.jobs.record import command_line, spoken_name
+    from kvlatent.evaluation.standard import standard_evaluation
+    from kvlatent.jobs.devices import choose_device
 
-        document = standard_evaluation(
-            directory,
-            data,
-            against=against,
-            checks=None if checks is None else o.names(checks),
-            tasks=None if tasks is None else o.names(tasks),
-            include_path=include_path,
-            limit=limit,
-            block_size=block_size,
-            stride=stride,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            contexts=None if contexts is None else o.numbers("contexts", contexts),
-            template=template,
-            separator=separator,
-            text_field=text_field,
-            seed=seed or 0,
-            device=choose_device(device),
-            dtype=dtype,
-            progress=run.report,
-            say=run.say,
-        )
-        given: dict[str, Any] = {
-            "data": data and spoken_name(data),
-            "against": against and spoken_name(against),
-            "checks": checks,
-        }
-        given |= {"tasks": tasks, "include_path": include_path, "limit": limit, "block_size": block_size}
-        given |= {"stride": stride, "batch_size": batch_size, "max_tokens": max_tokens, "contexts": contexts}
-        given |= {"template": template, "separator": separator, "text_field": text_field, "device": device}
-        given |= {"dtype": dtype, "seed": seed or 0}
-        document["record"]["command"] = command_line("eval", directory, given)
-        run.show(document, *evaluation_tables(document))
+    given["device"] = choose_device(given["device"])
+    document = standard_evaluation(**given, progress=run.report, say=run.say)
+    document["record"]["command"] = _command_line(run, "eval", given["model"])
+    run.show(document, *evaluation_listing(document))
 
 
-def bench(
-    directory: Checkpoint,
-    against: Against = None,
-    contexts: Annotated[str | None, typer.Option(help="Prompt lengths.", metavar="N,...")] = None,
-    batches: Annotated[str, typer.Option(help="Sequences at once.", metavar="N,...")] = "1",
-    caches: Annotated[
-        str | None,
-        typer.Option(
-            help="Of dynamic, static, quantized-int4, quantized-int2, quantized-fp8, quantized-int8-hqq, "
-            "quantized-int4-hqq, quantized-int2-hqq; by default dynamic and, where it works, quantized-int4.",
-            metavar="NAME,...",
-        ),
-    ] = None,
-    new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens added to a prompt; 16 by default.", metavar="N")
-    ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(help="Timed rounds, 3 or more; 5 by default.", metavar="N")
-    ] = None,
-    memory: o.Memory = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(help="Attention kernel.", metavar="eager|sdpa|flex_attention|flash_attention_2"),
-    ] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the step that adds a token.")] = False,
-    seed: o.Seed = None,
-    device: o.Device = "auto",
-    dtype: o.LoadDtype = None,
-    as_json: o.Json = False,
-) -> None:
+@command(CHECKPOINT, *SPEED, DEVICE, LOAD_DTYPE, SEED)
+def bench(run: Session, given: dict[str, Any]) -> None:
     """Time reading and writing, weigh the live cache, and compare with the original and with quantised caches."""
-    with session(as_json) as run:
-        from kvlatent.evaluation.speed.bench_run import bench as work
-        from kvlatent.evaluation.speed.lines import bench_lines, json_line
-        from kvlatent.jobs.devices import choose_device
-        from kvlatent.jobs.record import command_line, spoken_name
+    from kvlatent.evaluation.speed.bench_run import bench
+    from kvlatent.evaluation.speed.lines import bench_lines, json_line
+    from kvlatent.jobs.devices import choose_device
 
-        document = work(
-            directory,
-            against,
-            batches=o.numbers("batches", batches),
-            contexts=None if contexts is None else o.numbers("contexts", contexts),
-            caches=None if caches is None else o.names(caches),
-            new_tokens=new_tokens,
-            repeats=repeats,
-            memory=o.bytes_of(memory),
-            attention=attention,
-            compile=compile_,
-            seed=seed or 0,
-            device=choose_device(device),
-            dtype=dtype,
-            progress=run.report,
-            say=run.say,
-        )
-        given: dict[str, Any] = {
-            "against": against and spoken_name(against),
-            "contexts": contexts,
-            "batches": batches,
-        }
-        given |= {"caches": caches, "new_tokens": new_tokens, "repeats": repeats, "memory": memory}
-        given |= {"attention": attention, "compile": compile_, "device": device, "dtype": dtype}
-        document["record"]["command"] = command_line("bench", directory, given | {"seed": seed or 0})
-        run.show(document, *bench_lines(document), json_line(document))
+    given["device"] = choose_device(given["device"])
+    model, original = given.pop("model"), given.pop("against", None)
+    document = bench(model, original, **given, progress=run.report, say=run.say)
+    document["record"]["command"] = _command_line(run, "bench", model)
+    run.show(document, *bench_lines(document), json_line(document))
 
 
-def study(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="conversion, choices, widths, lora-rank, stages, objective, rope or token-eviction.",
-            metavar="NAME",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of results, one file a cell.", metavar="DIR")],
-    model: Annotated[
-        str | None, typer.Option(help="The original; the embedded model by default.", metavar="MODEL")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Text to calibrate and train on.", metavar="FILE")] = None,
-    eval_data: o.EvalData = None,
-    seeds: Annotated[str | None, typer.Option(help="One cell each.", metavar="N,...")] = None,
-    tokens: o.Tokens = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Measure on that many tokens.", metavar="N")] = None,
-    cells: Annotated[
-        str | None, typer.Option(help="Only cells of these names.", metavar="PATTERN,...")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="So many cells in this call.", metavar="N")] = None,
-    threads: Annotated[int | None, typer.Option(help="Of torch.", metavar="N")] = None,
-    python: Annotated[
-        str | None, typer.Option(help="Interpreter with kvpress (token-eviction).", metavar="FILE")
-    ] = None,
-    recipe: o.RecipeFile = None,
-    overrides: o.Set = None,
-    device: o.Device = "auto",
-    dry_run: o.DryRun = False,
-    as_json: o.Json = False,
-) -> None:
+@command(*STUDY)
+def study(run: Session, given: dict[str, Any]) -> None:
     """Run a grid of conversions and trainings. Repeat the command to continue; several of them share the cells."""
-    with session(as_json) as run:
-        from kvlatent_lab.study import study as work
-        from kvlatent_lab.study import summary
+    from kvlatent_lab.study import study, summary
 
-        given: dict[str, Any] = {} if eval_tokens is None else {"eval_tokens": eval_tokens}
-        document = work(
-            name,
-            model,
-            out=out,
-            data=data,
-            eval_data=eval_data,
-            seeds=None if seeds is None else o.numbers("seeds", seeds),
-            tokens=tokens,
-            cells=cells,
-            limit=limit,
-            recipe=recipe,
-            overrides=overrides or [],
-            threads=threads,
-            device=device,
-            python=python,
-            dry_run=dry_run,
-            progress=run.report,
-            **given,
-        )
-        if not dry_run and document["finished"]:
-            document["summary"] = summary(out)
-        run.show(document, *study_tables(document))
+    document = study(**given, progress=run.report)
+    if not given["dry_run"] and document["finished"]:
+        document["summary"] = summary(given["out"])
+    run.show(document, *study_listing(document))
 
 
-def report(
-    paths: Annotated[list[Path], typer.Argument(help="Result files, or folders of them.", metavar="PATH...")],
-    out: Annotated[Path, typer.Option(help="Page to write, .html.", metavar="FILE")],
-    overwrite: o.OverwriteFile = False,
-    as_json: o.Json = False,
-) -> None:
+@command(
+    positional("paths", "PATH...", "Result files, or folders of them.", list[Path]),
+    Option("out", "Page to write, .html.", "FILE", Path, REQUIRED),
+    OVERWRITE_FILE,
+)
+def report(run: Session, given: dict[str, Any]) -> None:
     """Make one self-contained page of what eval, bench, studies and runs wrote."""
-    with session(as_json) as run:
-        from kvlatent_lab.report import report as work
+    from kvlatent_lab.report import report
 
-        document = work(paths, out, overwrite=overwrite, progress=run.report)
-        lines = [f"skipped {each['file']}: {each['reason']}" for each in document["skipped"]]
-        run.show(document, *lines, f"{len(document['used'])} results in {out}")
+    document = report(**given, progress=run.report)
+    lines = [f"skipped {each['file']}: {each['reason']}" for each in document["skipped"]]
+    run.show(document, *lines, f"{len(document['used'])} results in {given['out']}")
+
+
+def _command_line(run: Session, name: str, model: str) -> str:
+    """The command that repeats a measurement, for its record."""
+    from kvlatent.jobs.record import command_line
+    from kvlatent.workflows.steps import options_as_typed
+
+    sources = ("data", "against")
+    files = {option: run.typed[option] for option in sources if option in run.typed}
+    others = {option: value for option, value in run.typed.items() if option not in sources}
+    return command_line(name, model, options_as_typed(files, others))

@@ -2,87 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from . import options as o
-from .session import session
-from .tables import budget_tables, pairs_table
+from .listings import budget_listing, list_pairs
+from .options import (
+    BLOCKS,
+    BUDGET,
+    DATA,
+    DEVICE,
+    DTYPE,
+    MEMORY,
+    MODEL,
+    OVERWRITE_FILE,
+    RECIPE,
+    REQUIRED,
+    SEED,
+    STATISTICS,
+    TABLE,
+    Option,
+    command,
+)
+from .session import Session
+
+TEXT = Option("data", "Text to calibrate on.", "FILE")
+STATISTICS_OUT = Option("out", "File to write, safetensors.", "FILE", Path, REQUIRED)
+FIGURE = Option("figure", "Draw error against budget: .svg, .png or .pdf (needs matplotlib).", "FILE", Path)
 
 
-def calibrate(
-    model: o.Model,
-    data: o.Data,
-    out: o.StatisticsOut,
-    blocks: o.Blocks = None,
-    recipe: o.RecipeFile = None,
-    overrides: o.Set = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = None,
-    seed: o.Seed = None,
-    overwrite: o.OverwriteFile = False,
-    as_json: o.Json = False,
-) -> None:
-    """Gather what a text says about a checkpoint, for `plan`, `convert` and `compress` at any widths."""
-    with session(as_json) as run:
-        from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint as work
+@command(MODEL, DATA, STATISTICS_OUT, BLOCKS, *RECIPE, DEVICE, DTYPE, SEED, OVERWRITE_FILE)
+def calibrate(run: Session, given: dict[str, Any]) -> None:
+    """Collect what a text says about a checkpoint, for `plan`, `convert` and `compress` at any widths."""
+    from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint
 
-        document = work(
-            model,
-            data,
-            out,
-            overwrite=overwrite,
-            progress=run.report,
-            blocks=blocks,
-            recipe=recipe,
-            overrides=overrides or [],
-            device=device,
-            dtype=dtype,
-            seed=seed,
-        )
-        facts = {name: value for name, value in document.items() if name != "out"}
-        run.show(document, pairs_table(facts), f"saved in {out}")
+    document = calibrate_checkpoint(**given, progress=run.report)
+    facts = {name: value for name, value in document.items() if name != "out"}
+    run.show(document, list_pairs(facts), f"saved in {given['out']}")
 
 
-def plan(
-    model: o.Model,
-    kv: o.Kv = None,
-    data: o.PlanData = None,
-    statistics: o.Statistics = None,
-    engine: o.Engine = None,
-    per_layer: o.PerLayer = False,
-    table: o.Table = None,
-    memory: o.Memory = None,
-    figure: o.Figure = None,
-    blocks: o.Blocks = None,
-    recipe: o.RecipeFile = None,
-    overrides: o.Set = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = None,
-    seed: o.Seed = None,
-    overwrite: o.OverwriteFile = False,
-    as_json: o.Json = False,
-) -> None:
+@command(
+    MODEL, *BUDGET, TEXT, STATISTICS, TABLE, MEMORY, FIGURE, BLOCKS, *RECIPE, DEVICE, DTYPE, SEED,
+    OVERWRITE_FILE,
+)  # fmt: skip
+def plan(run: Session, given: dict[str, Any]) -> None:
     """Choose widths for a share of the cache, and say what they cost, what they are worth and what runs them."""
-    with session(as_json) as run:
-        from kvlatent.workflows.calibrate_and_plan import plan_checkpoint as work
+    from kvlatent.workflows.calibrate_and_plan import plan_checkpoint
 
-        document: dict[str, Any] = work(
-            model,
-            data=data,
-            statistics=statistics,
-            memory_bytes=o.bytes_of(memory),
-            figure=figure,
-            overwrite=overwrite,
-            progress=run.report,
-            kv=kv,
-            engine=engine,
-            per_layer=per_layer,
-            table=table,
-            blocks=blocks,
-            recipe=recipe,
-            overrides=overrides or [],
-            device=device,
-            dtype=dtype,
-            seed=seed,
-        )
-        run.show(document, *budget_tables(document))
+    memory = given.pop("memory", None)
+    document = plan_checkpoint(**given, memory_bytes=memory, progress=run.report)
+    run.show(document, *budget_listing(document))

@@ -22,8 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .tables import duration
-from .whole import answer_console, print_table, progress_bar
+from .listings import duration
+from .printing import answer_console, print_table, progress_bar
 
 _DISK = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file is larger than this system allows"}
 _DISK_SIGNS = (
@@ -69,16 +69,20 @@ def session(as_json: bool = False) -> Generator[Session]:
 
 
 class Session:
-    """One command at work: its progress, and its answer.
+    """One command at work: what was typed, its progress, and its answer.
 
     Args:
-        as_json: the answer is one JSON document instead of tables.
+        as_json: the answer is one JSON document instead of lines and tables.
         console: of stdout.
+
+    Attributes:
+        typed: options by the spelling of their flags, for a record.
     """
 
     def __init__(self, as_json: bool, console: Console) -> None:
         self.as_json, self.console = as_json, console
         self.answer: list[Any] = []
+        self.typed: dict[str, Any] = {}
         self.progress = progress_bar()
         self._lock = threading.RLock()  # the step's state is read by a thread beside the work
         self._step, self._note, self._task = "", "", None

@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-__all__ = ["Calibration", "Conversion", "Data", "Lora", "Recipe", "Stage", "Stage1", "Stage2"]
+__all__ = [
+    "Calibration",
+    "Conversion",
+    "Data",
+    "Lora",
+    "Recipe",
+    "Stage",
+    "Stage1",
+    "Stage2",
+    "option_keys",
+]
 
 
 def _whole(value: Any) -> Any:
@@ -25,6 +35,9 @@ def _whole(value: Any) -> Any:
     except (ValueError, OverflowError):
         return value
 
+
+OPTION = object()
+"""Marks a key that runs take as an option of its own: `--table layer` and `table="layer"`, as well as an override."""
 
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -39,13 +52,13 @@ class Section(BaseModel):
 class Conversion(Section):
     """What is kept of the original and how it is corrected; None means what the preset says (checked by `convert`)."""
 
-    preset: str = "calibrated"
+    preset: Annotated[str, OPTION] = "calibrated"
     keys: str | None = None
     frequencies: str | None = None
     values: str | None = None
-    table: str | None = None
+    table: Annotated[str | None, OPTION] = None
     gains: bool | None = None
-    align: int | None = Field(None, ge=0)
+    align: Annotated[int | None, OPTION] = Field(None, ge=0)
     refit: bool | None = None
     qk_norm: str = "full"
 
@@ -53,7 +66,7 @@ class Conversion(Section):
 class Calibration(Section):
     """How much text the statistics are gathered from: blocks of data.block_size tokens, query rows in each."""
 
-    blocks: Count = 128
+    blocks: Annotated[Count, OPTION] = 128
     rows: Count = 32
 
 
@@ -112,8 +125,8 @@ class Stage2(Stage):
 class Recipe(Section):
     """A whole run. `Recipe()` equals `recipes/cpu-small.yaml`."""
 
-    seed: int = Field(0, ge=0, lt=2**32)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: Annotated[int, OPTION] = Field(0, ge=0, lt=2**32)
+    dtype: Annotated[Literal["float32", "bfloat16"], OPTION] = "float32"
     conversion: Conversion = Conversion()
     calibration: Calibration = Calibration()
     lora: Lora = Lora()
@@ -122,15 +135,17 @@ class Recipe(Section):
     stage2: Stage2 = Stage2()
 
     @classmethod
-    def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
-        """Read a recipe file (None: the defaults) and apply `section.key=value` overrides, values in YAML.
+    def load(cls, source: str | Path | Recipe | None = None, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a recipe file (None: the defaults), or take a recipe, and apply `section.key=value` overrides, values in YAML.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: not a YAML mapping, an unknown key, or a value out of range; one sentence naming the
                 key.
         """
-        values = {} if path is None else _read(Path(path))
+        values = source.model_dump() if isinstance(source, Recipe) else {}
+        if isinstance(source, (str, Path)):
+            values = _read(Path(source))
         for override in overrides:
             _apply(values, override)
         try:
@@ -141,6 +156,17 @@ class Recipe(Section):
     def dump_yaml(self) -> str:
         """The resolved recipe as YAML; `Recipe.load` of it gives an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def option_keys(section: type[Section] = Recipe, prefix: str = "") -> dict[str, str]:
+    """The dotted key of every option that stands for one, by the option's name, which is the key's last word."""
+    keys: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        if OPTION in field.metadata:
+            keys[name] = prefix + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= option_keys(field.annotation, f"{prefix}{name}.")
+    return keys
 
 
 def _read(path: Path) -> dict[str, Any]:

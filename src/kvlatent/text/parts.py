@@ -6,6 +6,8 @@ two texts are given.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +15,11 @@ import torch
 from datasets import Dataset
 
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.text.corpus import evaluation_blocks, prepare
+from kvlatent.text.corpus import Corpus, evaluation_blocks, prepare
 
 __all__ = [
+    "ROOM",
+    "TextReader",
     "Texts",
     "calibration_blocks",
     "check_sources",
@@ -27,7 +31,9 @@ __all__ = [
 ]
 
 _WINDOW = 24  # tokens; a shorter stretch is shared by texts that have nothing to do with each other
-_ROOM = 8  # how much more text is read than is needed, so that the blocks come from many documents
+
+ROOM = 8
+"""How many times the text that is needed is read, so that the blocks come from many documents."""
 
 
 class Texts(NamedTuple):
@@ -59,7 +65,7 @@ def check_sources(data: Any, statistics: Any, eval_data: Any, *, calibrates: boo
         check_statistics(statistics, calibrates)
     if statistics is not None and data is not None:
         raise ValueError(
-            "statistics take the place of the text they were gathered from: got --statistics and --data; leave one out, "
+            "statistics take the place of the text they were collected from: got --statistics and --data; leave one out, "
             "and give a text to measure on as --eval-data"
         )
     if data is not None and eval_data is not None and not calibrates:
@@ -69,82 +75,125 @@ def check_sources(data: Any, statistics: Any, eval_data: Any, *, calibrates: boo
         )
 
 
-def read_texts(
-    recipe: Recipe,
-    tokenizer: Any,
-    config: Any,
-    data: str | Path | None,
-    eval_data: str | Path | None,
-    *,
-    eval_tokens: int,
-    cache_dir: str | Path,
-    calibrates: bool,
-) -> Texts:
-    """The texts of one conversion as blocks that fit the model's context.
-
-    Reads no more of a text than it needs: a few times what the calibration takes, and `eval_tokens`.
+@dataclass(frozen=True)
+class TextReader:
+    """How the texts of one run become blocks, of the recipe's size, or of the model's context where that is shorter.
 
     Args:
         recipe: `data`, `calibration` and `seed` are read.
-        data: to calibrate on, less a held-out part (at least `eval_tokens`, within a quarter of it) to measure on
-            unless `eval_data` is given; where nothing calibrates, to measure on.
-        eval_data: to measure on.
-        calibrates: statistics will be gathered from `data`.
-
-    Raises:
-        ValueError: a text is too short, or nothing is held out.
+        tokenizer, config: of the model.
+        cache_dir: where blocks are kept between calls.
+        progress: called with the number of tokens that have been read of a text to fit to.
     """
-    shared = _reading(recipe, config, cache_dir)
-    size = shared["block_size"]
-    measured = eval_data if calibrates or data is None else data
-    held_out = train = None
-    if measured is not None:
-        held_out = evaluation_blocks(measured, tokenizer, max_tokens=max(eval_tokens, size), **shared)
-    if calibrates and data is not None:
-        corpus = prepare(
-            data,
-            tokenizer,
-            held_out=recipe.data.held_out if held_out is None else 0.0,
-            least_held_out=eval_tokens,
-            max_tokens=_ROOM * (recipe.calibration.blocks * size + eval_tokens),
-            seed=recipe.seed,
-            **shared,
-        )
-        train, held_out = corpus.train, corpus.held_out if held_out is None else held_out
+
+    recipe: Recipe
+    tokenizer: Any
+    config: Any
+    cache_dir: str | Path
+    progress: Callable[[int], None] | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        wanted = self.recipe.data.block_size
+        return min(wanted, getattr(self.config, "max_position_embeddings", None) or wanted)
+
+    def prepare(self, data: str | Path, **limits: Any) -> Corpus:
+        """Blocks to fit to and a held-out part; `limits` are arguments of :func:`corpus.prepare`."""
+        given: dict[str, Any] = {"held_out": self.recipe.data.held_out, **self._shared(), **limits}
+        return prepare(data, self.tokenizer, seed=self.recipe.seed, progress=self.progress, **given)
+
+    def measured(self, source: str | Path, max_tokens: int | None = None) -> Dataset:
+        """All blocks of a text, or of its first `max_tokens`, to measure on."""
+        return evaluation_blocks(source, self.tokenizer, max_tokens=max_tokens, **self._shared())
+
+    def split(
+        self,
+        data: str | Path,
+        eval_data: str | Path | None,
+        *,
+        max_eval_tokens: int | None = None,
+        **limits: Any,
+    ) -> tuple[Dataset, Dataset]:
+        """Blocks of `data` to fit to, and blocks to measure on: a held-out part of it, or `eval_data` where it is given.
+
+        Raises:
+            ValueError: a text is too short, or nothing is held out.
+        """
+        if eval_data is not None:
+            limits["held_out"] = 0.0
+        corpus = self.prepare(data, **limits)
+        held_out = corpus.held_out if eval_data is None else self.measured(eval_data, max_eval_tokens)
         if held_out is None:
             raise ValueError(
                 "nothing is held out to measure on: data.held_out is 0; raise it, or pass --eval-data FILE"
             )
+        assert corpus.train is not None
+        return corpus.train, held_out
+
+    def _shared(self) -> dict[str, Any]:
+        section = self.recipe.data
+        return {
+            "block_size": self.block_size,
+            "cache_dir": self.cache_dir,
+            "vocab_size": self.config.vocab_size,
+            "separator": section.separator,
+            "isolate": section.isolate,
+            "text_field": section.text_field,
+        }
+
+
+def read_texts(
+    reader: TextReader,
+    data: str | Path | None,
+    eval_data: str | Path | None,
+    *,
+    eval_tokens: int,
+    calibrates: bool,
+    trains: bool = False,
+) -> Texts:
+    """The texts of one run as blocks.
+
+    Reads no more of a text than it needs: all of it for a training, else a few times what the calibration takes, and
+    `eval_tokens`.
+
+    Args:
+        data: to train or calibrate on, less a held-out part (without training at least `eval_tokens`, within a quarter
+            of it) to measure on unless `eval_data` is given; where nothing is fitted to it, to measure on.
+        eval_data: to measure on.
+        eval_tokens: to measure on at the most.
+        calibrates: statistics will be collected from `data`; trains: it will be trained on.
+
+    Raises:
+        ValueError: a text is too short, or nothing is held out.
+    """
+    size = reader.block_size
+    train = held_out = None
+    if data is not None and trains:
+        train, held_out = reader.split(data, eval_data)
+    elif data is not None and calibrates:
+        train, held_out = reader.split(
+            data,
+            eval_data,
+            least_held_out=eval_tokens,
+            max_tokens=ROOM * (reader.recipe.calibration.blocks * size + eval_tokens),
+            max_eval_tokens=max(eval_tokens, size),
+        )
+    elif (source := eval_data if data is None else data) is not None:
+        held_out = reader.measured(source, max(eval_tokens, size))
     return Texts(train, None if held_out is None else first_blocks(held_out, eval_tokens, size))
 
 
-def text_to_calibrate(
-    recipe: Recipe, tokenizer: Any, config: Any, data: str | Path, cache_dir: str | Path
-) -> Dataset:
+def text_to_calibrate(reader: TextReader, data: str | Path) -> Dataset:
     """All blocks of the start of a text, a few times as many as are calibrated on; nothing is held out.
 
     Raises:
         ValueError: the text is shorter than a block.
     """
-    shared = _reading(recipe, config, cache_dir)
-    tokens = _ROOM * recipe.calibration.blocks * shared["block_size"]
-    corpus = prepare(data, tokenizer, held_out=0.0, max_tokens=tokens, seed=recipe.seed, **shared)
-    assert corpus.train is not None
-    return corpus.train
-
-
-def _reading(recipe: Recipe, config: Any, cache_dir: str | Path) -> dict[str, Any]:
-    """How text becomes blocks; they are cut to the model's context where the recipe's are longer."""
-    section = recipe.data
-    limit = getattr(config, "max_position_embeddings", None) or section.block_size
-    return {
-        "block_size": min(section.block_size, limit),
-        "cache_dir": cache_dir,
-        "vocab_size": config.vocab_size,
-        "separator": section.separator,
-        "isolate": section.isolate,
-        "text_field": section.text_field,
-    }
+    tokens = ROOM * reader.recipe.calibration.blocks * reader.block_size
+    train = reader.prepare(data, held_out=0.0, max_tokens=tokens).train
+    assert train is not None
+    return train
 
 
 def first_blocks(blocks: Dataset, tokens: int, block_size: int) -> Dataset:
@@ -166,12 +215,12 @@ def seen_share(held_out: Dataset, looked_at: torch.Tensor) -> float:
     seen: set[bytes] = set()
     for block in looked_at:
         seen.update(_windows(block, 1))
-    found = [
+    known = [
         window in seen
         for block in held_out["input_ids"]
         for window in _windows(torch.as_tensor(block), _WINDOW)
     ]
-    return sum(found) / max(1, len(found))
+    return sum(known) / max(1, len(known))
 
 
 def _windows(ids: torch.Tensor, step: int) -> list[bytes]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from kvlatent.checkpoints.load import load_model
-from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.engines.facts import check_engine
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.jobs.atomic import prepare_file
 from kvlatent.jobs.devices import choose_device, working_dtype
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.families import head_dim_of
 from kvlatent.planning.candidates import candidates_for
@@ -21,11 +21,14 @@ from kvlatent.planning.width_plan import CurvePoint, error_curve
 from kvlatent.planning.width_plan import plan as plan_widths
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.documents import resolve
-from kvlatent.text.parts import check_statistics, text_to_calibrate
-from kvlatent.workflows.compress_checkpoint import silent
-from kvlatent.workflows.run_plan import chosen, source_config
-from kvlatent.workflows.settings import PlanOptions, all_overrides
-from kvlatent.workflows.steps import Progress, gathered, reused
+from kvlatent.text.parts import TextReader, check_statistics, text_to_calibrate
+from kvlatent.workflows.run_plan import choices_from_recipe, load_original_config
+from kvlatent.workflows.settings import check_options, recipe_overrides
+from kvlatent.workflows.steps import (
+    collect_statistics,
+    load_original,
+    load_statistics,
+)
 
 __all__ = ["calibrate_checkpoint", "plan_checkpoint"]
 
@@ -36,10 +39,10 @@ def calibrate_checkpoint(
     out: str | Path,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    **options: Unpack[PlanOptions],
+    progress: Progress | Report | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Gather the statistics of `model` over a sample of `data` and save them in one file, for any widths.
+    """Collect the statistics of `model` over a sample of `data` and save them in one file, for any widths.
 
     Args:
         model: directory or hub id of the original.
@@ -47,7 +50,7 @@ def calibrate_checkpoint(
         out: file to write, safetensors.
         overwrite: replace it.
         progress: see `Progress`.
-        options: `blocks`, `seed`, `device`, `dtype`, `recipe` and `overrides` are read.
+        options: of `RUN_OPTIONS`, `blocks`, `seed`, `device`, `dtype`, `recipe` and `overrides` are read.
 
     Returns:
         {"out", "blocks", "tokens", "seconds", "fingerprint" (of the model), "bytes" (of the file)}.
@@ -55,11 +58,11 @@ def calibrate_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
-    recipe, device = _recipe(options), choose_device(options.get("device", "auto"))
-    source_config(model)
+    recipe, device = _recipe(options), choose_device(options.get("device") or "auto")
+    load_original_config(model)
     target = prepare_file(out, overwrite, {"model": model, "data": data, "recipe": options.get("recipe")})
     resolve(data)
-    statistics, figures = _calibrated(model, data, recipe, device, progress or silent)
+    statistics, figures = _calibrate(model, data, recipe, device, Progress.of(progress))
     statistics.save(target, overwrite=overwrite)
     return {"out": str(out), **figures, "bytes": target.stat().st_size}
 
@@ -72,8 +75,8 @@ def plan_checkpoint(
     memory_bytes: float | None = None,
     figure: str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    **options: Unpack[PlanOptions],
+    progress: Progress | Report | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """The widths that a budget is best spent on, what they are worth, and the error at other budgets.
 
@@ -83,7 +86,7 @@ def plan_checkpoint(
         memory_bytes: of the device that serves, for the longest context.
         figure: picture of error against budget to write (.svg, .png or .pdf); overwrite: replace it.
         progress: see `Progress`.
-        options: `kv` (0.5 by default), `engine`, `per_layer` and `table`; and `blocks`, `seed`, `device`, `dtype`,
+        options: of `RUN_OPTIONS`, `kv` (0.5 by default), `engine`, `per_layer` and `table`; and `blocks`, `seed`, `device`, `dtype`,
             `recipe` and `overrides` of the calibration.
 
     Returns:
@@ -93,11 +96,11 @@ def plan_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
-    recipe, device = _recipe(options), choose_device(options.get("device", "auto"))
-    config = source_config(model)
+    recipe, device = _recipe(options), choose_device(options.get("device") or "auto")
+    config = load_original_config(model)
     kv, engine = options.get("kv"), options.get("engine")
     kv, per_layer = 0.5 if kv is None else kv, bool(options.get("per_layer"))
-    choices, qk_norm = chosen(recipe.conversion, engine), recipe.conversion.qk_norm
+    choices, qk_norm = choices_from_recipe(recipe.conversion, engine), recipe.conversion.qk_norm
     table, aligned = choices.table, choices.align > 0
     (least, *_), *_ = candidates_for(head_dim_of(config), engine, table, per_layer=per_layer).splits(kv)
     if engine is not None:
@@ -106,9 +109,9 @@ def plan_checkpoint(
     if figure is not None:
         inputs = {"model": model, "data": data, "statistics": statistics, "recipe": options.get("recipe")}
         check_picture(prepare_file(figure, overwrite, inputs), overwrite=overwrite)
-    found, calibration = _found(model, data, statistics, recipe, device, progress or silent)
-    widths = plan_widths(found, kv, engine=engine, table=table, per_layer=per_layer, aligned=aligned)
-    curve = error_curve(found, engine=engine, table=table, aligned=aligned)
+    seen, calibration = _calibrate_or_load(model, data, statistics, recipe, device, Progress.of(progress))
+    widths = plan_widths(seen, kv, engine=engine, table=table, per_layer=per_layer, aligned=aligned)
+    curve = error_curve(seen, engine=engine, table=table, aligned=aligned)
     if figure is not None:
         draw_error_curve(curve, figure, overwrite=overwrite)
     worth = serving_figures(config, widths.d_qk, widths.d_vo, qk_norm=qk_norm)
@@ -121,11 +124,12 @@ def plan_checkpoint(
     }
 
 
-def _recipe(options: PlanOptions) -> Recipe:
-    return Recipe.load(options.get("recipe"), all_overrides(options))
+def _recipe(options: Mapping[str, Any]) -> Recipe:
+    check_options(options)
+    return Recipe.load(options.get("recipe"), recipe_overrides(options))
 
 
-def _found(
+def _calibrate_or_load(
     model: str | Path,
     data: str | Path | None,
     statistics: str | Path | None,
@@ -133,7 +137,7 @@ def _found(
     device: str,
     progress: Progress,
 ) -> tuple[Statistics, dict[str, Any]]:
-    """Statistics from a file, or gathered from a text, and the figures of the calibration."""
+    """Statistics from a file, or collected from a text, and the figures of the calibration."""
     if (data is None) == (statistics is None):
         raise ValueError(
             f"a plan looks at one text, or at the statistics of one: got {'both' if data else 'neither'}; give --data "
@@ -142,20 +146,20 @@ def _found(
     if statistics is None:
         assert data is not None
         resolve(data)
-        return _calibrated(model, data, recipe, device, progress)
+        return _calibrate(model, data, recipe, device, progress)
     check_statistics(statistics)
-    return reused(statistics, load_model(model, dtype=working_dtype(recipe.dtype, device), device=device))
+    return load_statistics(
+        statistics, load_model(model, dtype=working_dtype(recipe.dtype, device), device=device)
+    )
 
 
-def _calibrated(
+def _calibrate(
     model: str | Path, data: str | Path, recipe: Recipe, device: str, progress: Progress
 ) -> tuple[Statistics, dict[str, Any]]:
-    progress("load", 0, 0, "")
-    original = load_model(model, dtype=working_dtype(recipe.dtype, device), device=device)
-    tokenizer = load_tokenizer(model, original.config)
+    original, tokenizer = load_original(model, working_dtype(recipe.dtype, device), device, progress)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
-        blocks = text_to_calibrate(recipe, tokenizer, original.config, data, cache)
-        return gathered(original, blocks, recipe, progress)
+        blocks = text_to_calibrate(TextReader(recipe, tokenizer, original.config, cache), data)
+        return collect_statistics(original, blocks, recipe, progress)
 
 
 def _rows(curve: Sequence[CurvePoint]) -> list[dict[str, Any]]:

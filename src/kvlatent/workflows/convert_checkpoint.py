@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from kvlatent.checkpoints.card import model_card
-from kvlatent.checkpoints.lineage import lineage
-from kvlatent.checkpoints.load import load_model
-from kvlatent.checkpoints.save import save
-from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.standard import evaluate
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import working_dtype
-from kvlatent.jobs.fingerprints import identity
-from kvlatent.jobs.record import command_line, environment
-from kvlatent.selection.statistics import Statistics
-from kvlatent.text.documents import resolve
-from kvlatent.text.parts import Texts, check_sources, read_texts, seen_share
+from kvlatent.jobs.progress import Progress, Report
+from kvlatent.text.parts import TextReader, Texts, check_sources, read_texts
 from kvlatent.training.trainable import merged_copy
-from kvlatent.workflows.compress_checkpoint import EVALUATION_TOKENS, Announce, inputs_of, silent, spoken
 from kvlatent.workflows.run_plan import Plan, plan_run
-from kvlatent.workflows.settings import PlanOptions
-from kvlatent.workflows.steps import Progress, gathered, made, reused, settled
+from kvlatent.workflows.steps import (
+    EVALUATION_TOKENS,
+    Announce,
+    calibrate_or_load,
+    check_texts,
+    convert_and_report,
+    describe_run,
+    hash_sources,
+    load_original,
+    options_as_typed,
+    resolve_widths,
+    save_run,
+)
 
 __all__ = ["convert_checkpoint"]
 
@@ -42,9 +43,9 @@ def convert_checkpoint(
     eval_tokens: int = EVALUATION_TOKENS,
     overwrite: bool = False,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Report | None = None,
     announce: Announce | None = None,
-    **options: Unpack[PlanOptions],
+    **options: Any,
 ) -> dict[str, Any]:
     """Convert `model` and save it untrained, in the original's dtype.
 
@@ -55,7 +56,7 @@ def convert_checkpoint(
         eval_data: another text to measure on.
         statistics: file of an earlier calibration of this model, instead of `data`.
         eval_tokens: measure on at most that many tokens.
-        options: see `PlanOptions`; the stages are "none" here.
+        options: see `RUN_OPTIONS`; the stages are "none" here.
 
     Returns:
         The JSON-able record that is written as `out/run.json`; or the plan.
@@ -63,95 +64,43 @@ def convert_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
-    options["stages"] = "none"
     plan = plan_run(
         model,
         has_text=data is not None or statistics is not None,
         is_measured=data is not None or eval_data is not None,
-        **options,
+        **{**options, "stages": "none"},
     )
     files = {"data": data, "eval_data": eval_data, "statistics": statistics}
-    inputs = inputs_of({"model": model, **files}, options)
-    place = prepare_output(out, overwrite, inputs)
+    place = prepare_output(out, overwrite, {"model": model, **files, "recipe": options.get("recipe")})
     check_sources(data, statistics, eval_data, calibrates=plan.calibrates)
     if dry_run:
         return {"plan": plan.summary()}
-    sha256 = _hashes(files)
-    record: dict[str, Any] = {
-        "command": command_line(
-            "convert", model, spoken({**files, "out": place}, {**options, "stages": None})
-        ),
-        "plan": plan.summary(),
-        "source": lineage(model),
-        "sha256": {"model": identity(model), **sha256},
-        **environment(plan.device),
-    }
-    report = progress or silent
-    report("load", 0, 0, "")
+    check_texts(data, eval_data)
+    sha256 = hash_sources({"model": model, **files}, "text to calibrate on")
+    typed = options_as_typed({**files, "out": place}, {**options, "stages": None})
+    record = describe_run("convert", model, typed, sha256, plan.device)
+    report = Progress.of(progress)
     dtype = working_dtype(plan.recipe.dtype, plan.device) if plan.calibrates else None
-    original = load_model(model, dtype=dtype, device=plan.device).requires_grad_(False)
-    tokenizer = load_tokenizer(model, original.config)
+    original, tokenizer = load_original(model, dtype, plan.device, report)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
-        texts = read_texts(
-            plan.recipe,
-            tokenizer,
-            original.config,
-            data,
-            eval_data,
-            eval_tokens=eval_tokens,
-            cache_dir=cache,
-            calibrates=plan.calibrates,
-        )
+        reader = TextReader(plan.recipe, tokenizer, original.config, cache)
+        texts = read_texts(reader, data, eval_data, eval_tokens=eval_tokens, calibrates=plan.calibrates)
         if announce is not None:
-            announce(record["plan"])
-        found, record["calibration"] = _statistics(plan, original, texts, statistics, report)
-        plan, predicted = settled(plan, found)
-        latent, conversion = made(original, plan, found, report)
+            announce(plan.summary())
+        seen, record["calibration"] = calibrate_or_load(plan, original, texts, statistics, report)
+        plan, predicted = resolve_widths(plan, seen)
+        latent, conversion = convert_and_report(original, plan, seen, report)
         record |= {"plan": plan.summary(), "conversion": conversion | {"predicted": predicted}}
         exported = merged_copy(latent, plan.stored_dtype)
-        record["figures"] = _figures(plan, original, exported, texts, report)
-    written = {"recipe.yaml": plan.recipe.dump_yaml(), "run.json": json.dumps(record, indent=2) + "\n"}
-    save(exported, place, tokenizer=tokenizer, card=model_card(record), overwrite=overwrite, files=written)
+        record["figures"] = _measure_both(plan, original, exported, texts, report)
+    save_run(exported, place, record, plan.recipe, tokenizer, overwrite=overwrite)
     return record
 
 
-def _hashes(files: dict[str, Any]) -> dict[str, str | None]:
-    """What the files hold.
-
-    Raises:
-        FileNotFoundError: a text is not there.
-        ValueError: it cannot be read, or the figures would be of the text that was calibrated on.
-    """
-    for source in (files["data"], files["eval_data"]):
-        if source is not None:
-            resolve(source)
-    sha256 = {name: None if file is None else identity(file) for name, file in files.items()}
-    if sha256["data"] is not None and sha256["data"] == sha256["eval_data"]:
-        raise ValueError(
-            "--eval-data is the text to calibrate on; leave it out to measure on a held-out part, or give another file"
-        )
-    return sha256
-
-
-def _statistics(
-    plan: Plan, original: PreTrainedModel, texts: Texts, path: str | Path | None, progress: Progress
-) -> tuple[Statistics | None, dict[str, Any] | None]:
-    """What the conversion looks at, and the figures of the calibration; None where it looks at nothing."""
-    if not plan.calibrates:
-        return None, None
-    if path is None:
-        assert texts.train is not None
-        return gathered(original, texts.train, plan.recipe, progress)
-    statistics, figures = reused(path, original)
-    if texts.held_out is not None:
-        figures["seen_share"] = seen_share(texts.held_out, statistics.input_ids)
-    return statistics, figures
-
-
-def _figures(
+def _measure_both(
     plan: Plan, original: PreTrainedModel, exported: PreTrainedModel, texts: Texts, progress: Progress
 ) -> dict[str, Any]:
-    """What was measured of both models, in the dtype that they run in."""
+    """Figures of both models, in the dtype that they run in; none without a text to measure on."""
     if texts.held_out is None:
         return {}
     dtype = getattr(torch, working_dtype(plan.recipe.dtype, plan.device))

@@ -18,10 +18,10 @@ from typing import Any
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.copying import copy_accuracy
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent.text.standard_library import model_path, stdlib_documents
 from kvlatent.workflows.compress_checkpoint import compress
-from kvlatent.workflows.generate import continuation
-from kvlatent.workflows.steps import Progress
+from kvlatent.workflows.generate import generate_continuation
 
 __all__ = ["demo"]
 
@@ -45,7 +45,7 @@ def demo(
     overwrite: bool = False,
     copy_trials: int = _COPY_TRIALS,
     overrides: tuple[str, ...] = (),
-    progress: Progress | None = None,
+    progress: Progress | Report | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compress the embedded model on standard library text, and measure both models.
@@ -116,7 +116,7 @@ def _behaviour(path: Path, trials: int) -> dict[str, Any]:
     shares = copy_accuracy(model, tokenizer, trials=trials)
     return {
         "copy_accuracy": {str(distance): share for distance, share in shares.items()},
-        "continuation": continuation(model, tokenizer, _PROMPT, 48),
+        "continuation": generate_continuation(model, tokenizer, _PROMPT, 48),
     }
 
 

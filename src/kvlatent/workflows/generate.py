@@ -1,18 +1,38 @@
-"""A continuation of a text, for the command line and the demo: upstream's `generate` with a seed."""
+"""Continue a text with a checkpoint: upstream's `generate` with a seed."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.jobs.devices import choose_device
 from kvlatent.text.tokenise import check_token_ids
 
-__all__ = ["continuation"]
+__all__ = ["continue_text", "generate_continuation"]
+
+_SEEDS = 2**32
 
 
-def continuation(
+def continue_text(
+    model: str | Path, prompt: str, *, device: str = "auto", dtype: str | None = None, **options: Any
+) -> dict[str, str]:
+    """{"prompt", "continuation"} by the checkpoint in a directory or on the hub.
+
+    Args:
+        dtype: to load in; None: the checkpoint's own.
+        options: see `generate_continuation`, which raises what it raises.
+    """
+    loaded = load_model(model, dtype=dtype, device=choose_device(device))
+    tokenizer = load_tokenizer(model, loaded.config)
+    return {"prompt": prompt, "continuation": generate_continuation(loaded, tokenizer, prompt, **options)}
+
+
+def generate_continuation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
@@ -33,6 +53,8 @@ def continuation(
         raise ValueError(f"at least one token has to be added: got max_new_tokens={max_new_tokens}; try 64")
     if not temperature >= 0:
         raise ValueError(f"a temperature is 0 or more: got {temperature}; try 0 or 0.8")
+    if not 0 <= seed < _SEEDS:
+        raise ValueError(f"a seed is between 0 and {_SEEDS - 1}: got {seed}; try 0")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:

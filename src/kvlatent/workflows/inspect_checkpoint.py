@@ -63,8 +63,10 @@ def describe(model: str | Path) -> dict[str, Any]:
         },
         "cache_bytes_per_token": {"original": original, "latent": reduced, "share": reduced / original},
     }
-    if (made := read_record(Path(model) / "run.json")) is not None:
+    if (record := read_record(Path(model) / "run.json")) is not None:
         document |= {
-            name: made[name] for name in ("command", "calibration", "figures", "training") if made.get(name)
+            name: record[name]
+            for name in ("command", "calibration", "figures", "training")
+            if record.get(name)
         }
     return document

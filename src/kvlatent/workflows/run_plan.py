@@ -7,9 +7,10 @@ looked at, the split between keys and values stays open until the statistics are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -32,9 +33,9 @@ from kvlatent.selection.choices import (
     resolve_choices,
     without_statistics,
 )
-from kvlatent.workflows.settings import PlanOptions, Width, resolve_recipe
+from kvlatent.workflows.settings import Width, check_options, resolve_recipe
 
-__all__ = ["STAGES", "Plan", "chosen", "plan_run", "resolve_widths", "source_config"]
+__all__ = ["STAGES", "Plan", "choices_from_recipe", "load_original_config", "plan_run"]
 
 STAGES: dict[str, tuple[int, ...]] = {"none": (), "1": (1,), "2": (2,), "both": (1, 2)}
 
@@ -56,6 +57,7 @@ class Plan:
         stored_dtype: of the original's weights, and so of the result's.
         seconds: rough estimate of the training time.
         notes: what the user should know before it starts.
+        explain: compare strategies layer by layer, too.
     """
 
     choices: Choices
@@ -72,6 +74,7 @@ class Plan:
     engine: str | None = None
     per_layer: bool = False
     notes: tuple[str, ...] = ()
+    explain: bool = False
 
     @property
     def calibrates(self) -> bool:
@@ -105,29 +108,30 @@ class Plan:
         }
 
 
-def plan_run(
-    model: str | Path, *, has_text: bool = True, is_measured: bool = True, **options: Unpack[PlanOptions]
-) -> Plan:
+def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = True, **options: Any) -> Plan:
     """What `compress` would do with these arguments; reads the model's config, not its weights.
 
     Args:
         model: directory or hub id of the original.
         has_text: there is text, or statistics of a text, to calibrate on; otherwise choices that need them give way.
         is_measured: there is text to measure the result on.
+        options: see `RUN_OPTIONS`.
 
     Raises:
         ValueError: an argument, a recipe key or a width that cannot be.
+        TypeError: an unknown option.
     """
-    stages = STAGES.get(options.get("stages", "both"))
+    check_options(options)
+    stages = STAGES.get(options.get("stages") or "both")
     if stages is None:
         raise ValueError(f"--stages is one of {', '.join(STAGES)}: got {options['stages']!r}")
-    device = choose_device(options.get("device", "auto"))
-    config = source_config(model)
+    device = choose_device(options.get("device") or "auto")
+    config = load_original_config(model)
     size, head = layer_size(config)
     recipe = resolve_recipe(options, size=size, device=device, stages=stages)
     engine = options.get("engine")
-    choices = chosen(recipe.conversion, engine)
-    widths = resolve_widths(config, choices, has_text=has_text, **options)
+    choices = choices_from_recipe(recipe.conversion, engine)
+    widths = _widths_from_options(config, choices, has_text, options)
     full = widths == (head_dim_of(config), head_dim_of(config))
     notes: tuple[str, ...] = ()
     if not has_text and not full:
@@ -136,6 +140,12 @@ def plan_run(
         notes = (*notes, UNMEASURED)
     if not has_text or full:
         choices = without_statistics(choices)
+    if options.get("explain") and not choices.needs_statistics:
+        raise ValueError(
+            "--explain judges strategies by the statistics of a text, and this conversion looks at none (got "
+            f"{'no text' if not has_text else 'the full width' if full else f'preset {recipe.conversion.preset}'}); "
+            "leave it out, or give a text and the preset calibrated"
+        )
     kv = options.get("kv")
     given = options.get("d_qk") is not None or options.get("d_vo") is not None
     check_latent(config, widths, choices, recipe.conversion, engine, kv=kv, given=given)
@@ -154,10 +164,11 @@ def plan_run(
         engine=engine,
         per_layer=bool(options.get("per_layer")),
         notes=notes,
+        explain=bool(options.get("explain")),
     )
 
 
-def source_config(model: str | Path) -> Any:
+def load_original_config(model: str | Path) -> Any:
     """The transformers config of an original.
 
     Raises:
@@ -173,7 +184,7 @@ def source_config(model: str | Path) -> Any:
     return config
 
 
-def chosen(wanted: Conversion, engine: str | None) -> Choices:
+def choices_from_recipe(wanted: Conversion, engine: str | None) -> Choices:
     """The recipe's choices; a table that nobody named is as fine as the engine takes."""
     settings = wanted.model_dump(exclude={"qk_norm"})
     choices = resolve_choices(**settings)
@@ -182,8 +193,8 @@ def chosen(wanted: Conversion, engine: str | None) -> Choices:
     return replace(choices, table=engine_named(engine).scopes[0])
 
 
-def resolve_widths(
-    config: PretrainedConfig, choices: Choices, *, has_text: bool = True, **options: Unpack[PlanOptions]
+def _widths_from_options(
+    config: PretrainedConfig, choices: Choices, has_text: bool, options: Mapping[str, Any]
 ) -> tuple[Width, Width] | None:
     """(d_qk, d_vo) from a share of the cache or from explicit numbers; half of the cache when nothing is said.
 

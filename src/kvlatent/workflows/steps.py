@@ -1,10 +1,10 @@
-"""The steps that `compress` and `convert` share: calibrate, settle the widths, convert and report on it."""
+"""The steps that the workflows share: hash what is read, load, calibrate, settle widths, convert, note, save."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,20 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.checkpoints.card import model_card
+from kvlatent.checkpoints.lineage import lineage
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.save import save
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.conversion.layer_report import layer_report
 from kvlatent.jobs.atomic import write_atomically
+from kvlatent.jobs.fingerprints import identity
+from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.record import command_line, environment, spoken_name
 from kvlatent.model.assembly import assemble
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
@@ -27,16 +35,108 @@ from kvlatent.planning.width_plan import plan as plan_widths
 from kvlatent.selection.calibrate import calibrate
 from kvlatent.selection.pairs import scope_errors
 from kvlatent.selection.statistics import Statistics
-from kvlatent.text.parts import calibration_blocks
+from kvlatent.text.documents import resolve
+from kvlatent.text.parts import Texts, calibration_blocks, seen_share
 from kvlatent.workflows.run_plan import Plan
 
-__all__ = ["Progress", "gathered", "made", "restored", "reused", "settled", "write_attention"]
+__all__ = [
+    "EVALUATION_TOKENS",
+    "Announce",
+    "calibrate_or_load",
+    "check_texts",
+    "collect_statistics",
+    "convert_and_report",
+    "describe_run",
+    "explain_layers",
+    "hash_sources",
+    "load_original",
+    "load_statistics",
+    "options_as_typed",
+    "resolve_widths",
+    "restore_attention",
+    "save_run",
+    "write_attention",
+]
 
-Progress = Callable[[str, int, int, str], None]
-"""Called with a step's name, how much of it is done, of how much (0: unknown), and a note."""
+EVALUATION_TOKENS = 65_536
+
+Announce = Callable[[dict[str, Any]], None]
+"""Called with the plan once every argument, the model and the text have passed their checks, before the work."""
 
 
-def gathered(
+def check_texts(*texts: str | Path | None) -> None:
+    """Raise `FileNotFoundError` where there is no such text, `ValueError` where it cannot be read."""
+    for text in texts:
+        if text is not None:
+            resolve(text)
+
+
+def hash_sources(files: Mapping[str, str | Path | None], use: str) -> dict[str, str | None]:
+    """What identifies the sources of a run, by their names: "data", "eval_data", "model" and others.
+
+    Args:
+        use: what "data" is, in words.
+
+    Raises:
+        ValueError: the figures would be of the text that is fitted to.
+    """
+    hashes = {name: None if file is None else identity(file) for name, file in files.items()}
+    if hashes["data"] is not None and hashes["data"] == hashes.get("eval_data"):
+        raise ValueError(
+            f"--eval-data is the {use}; leave it out to measure on a held-out part, or give another file"
+        )
+    return hashes
+
+
+def describe_run(
+    command: str, model: str | Path, typed: dict[str, Any], sha256: Mapping[str, Any], device: str
+) -> dict[str, Any]:
+    """What a record starts with: the command that repeats the run, its sources, versions and the machine. JSON-able."""
+    return {
+        "command": command_line(command, model, typed),
+        "source": lineage(model),
+        "sha256": dict(sha256),
+        **environment(device),
+    }
+
+
+def options_as_typed(files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call as the command line spells them; files by their last name, but for those of the hub."""
+    named = {
+        name: Path(file).name if name == "out" else spoken_name(file) for name, file in files.items() if file
+    }
+    spelled = {("set" if name == "overrides" else name): value for name, value in options.items()}
+    recipe = spelled.pop("recipe", None)
+    if isinstance(recipe, (str, Path)):
+        named["recipe"] = Path(recipe).name
+    return named | spelled
+
+
+def load_original(
+    model: str | Path, dtype: str | None, device: str, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The original, frozen, in that dtype (None: its own), and its tokenizer."""
+    progress.report("load")
+    original = load_model(model, dtype=dtype, device=device).requires_grad_(False).eval()
+    return original, load_tokenizer(model, original.config)
+
+
+def calibrate_or_load(
+    plan: Plan, original: PreTrainedModel, texts: Texts, file: str | Path | None, progress: Progress
+) -> tuple[Statistics | None, dict[str, Any] | None]:
+    """What the conversion looks at, of the text or from a file, and figures of it; None where it looks at nothing."""
+    if not plan.calibrates:
+        return None, None
+    if file is None:
+        assert texts.train is not None
+        return collect_statistics(original, texts.train, plan.recipe, progress)
+    statistics, figures = load_statistics(file, original)
+    if texts.held_out is not None:
+        figures["seen_share"] = seen_share(texts.held_out, statistics.input_ids)
+    return statistics, figures
+
+
+def collect_statistics(
     model: PreTrainedModel, text: Dataset, recipe: Recipe, progress: Progress
 ) -> tuple[Statistics, dict[str, Any]]:
     """Statistics of the model over blocks drawn from those of a text, and the figures of the calibration (JSON-able).
@@ -45,17 +145,12 @@ def gathered(
         ValueError: too little text, or activations that are not finite.
     """
     blocks, start = calibration_blocks(text, recipe), time.monotonic()
-    tokens = len(blocks[0]["input_ids"])
-
-    def report(done: int, total: int) -> None:
-        speed = done * tokens / max(time.monotonic() - start, 1e-9)
-        progress("calibrate", done, total, f"{speed:,.0f} tokens/s")
-
-    statistics = calibrate(model, blocks, rows=recipe.calibration.rows, seed=recipe.seed, progress=report)
+    step = progress.step("calibrate", len(blocks), tokens=len(blocks[0]["input_ids"]))
+    statistics = calibrate(model, blocks, rows=recipe.calibration.rows, seed=recipe.seed, progress=step.to)
     return statistics, _figures(statistics, time.monotonic() - start)
 
 
-def reused(path: str | Path, model: PreTrainedModel) -> tuple[Statistics, dict[str, Any]]:
+def load_statistics(path: str | Path, model: PreTrainedModel) -> tuple[Statistics, dict[str, Any]]:
     """Statistics that an earlier calibration of this model saved, and their figures.
 
     Raises:
@@ -75,7 +170,7 @@ def _figures(statistics: Statistics, seconds: float) -> dict[str, Any]:
     }
 
 
-def settled(plan: Plan, statistics: Statistics | None) -> tuple[Plan, dict[str, Any] | None]:
+def resolve_widths(plan: Plan, statistics: Statistics | None) -> tuple[Plan, dict[str, Any] | None]:
     """The plan with its widths, and what the statistics predict of them where they chose the split.
 
     Raises:
@@ -83,7 +178,7 @@ def settled(plan: Plan, statistics: Statistics | None) -> tuple[Plan, dict[str, 
     """
     if plan.widths is not None or statistics is None:
         return plan, None
-    found = plan_widths(
+    best = plan_widths(
         statistics,
         plan.kv,
         engine=plan.engine,
@@ -91,13 +186,13 @@ def settled(plan: Plan, statistics: Statistics | None) -> tuple[Plan, dict[str, 
         per_layer=plan.per_layer,
         aligned=plan.choices.align > 0,
     )
-    return replace(plan, widths=(found.d_qk, found.d_vo)), found.summary()
+    return replace(plan, widths=(best.d_qk, best.d_vo)), best.summary()
 
 
-def made(
+def convert_and_report(
     model: PreTrainedModel, plan: Plan, statistics: Statistics | None, progress: Progress
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The converted model, and the figures of the conversion: seconds, and what the statistics say of the choices.
+    """The converted model, and the figures of the conversion.
 
     Args:
         model: the original.
@@ -105,15 +200,13 @@ def made(
         statistics: None where the choices look at none.
 
     Returns:
-        The latent model, and {"seconds", "layers", "scope_errors"}: for each layer the widths and the relative squared
-        error of the attention output under every strategy, before anything is tuned (a tuned layer makes up for what
-        those below it left, and so is no longer close to the original on the original's own inputs); and what each
-        scope of the rotary table costs.
+        The latent model, and {"seconds"}; with statistics "scope_errors", what each scope of the rotary table costs;
+        and "layers" where the plan explains (see `explain_layers`).
     """
     assert plan.widths is not None
     d_qk, d_vo = plan.widths
     start = time.monotonic()
-    progress("convert", 0, 0, "")
+    progress.report("convert")
     latent = convert(
         model,
         d_qk=d_qk,
@@ -122,17 +215,26 @@ def made(
         qk_norm=plan.recipe.conversion.qk_norm,
         statistics=statistics,
         seed=plan.recipe.seed,
-        progress=lambda step, done, total: progress(step, done, total, ""),
+        progress=progress,
     )
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - start, 2)}
     if statistics is not None:
-        config = latent_config_of(latent.config)
-        progress("report", 0, 0, "")
-        figures |= {
-            "layers": layer_report(model, statistics, config),
-            "scope_errors": scope_errors(statistics, config.d_qk),
-        }
+        figures["scope_errors"] = scope_errors(statistics, latent_config_of(latent.config).d_qk)
+        if plan.explain:
+            figures |= explain_layers(model, latent, statistics, progress)
     return latent, figures
+
+
+def explain_layers(
+    model: PreTrainedModel, latent: PreTrainedModel, statistics: Statistics, progress: Progress
+) -> dict[str, Any]:
+    """{"layers"}: widths, and the relative squared error of the attention output under every strategy, a row a layer.
+
+    Before anything is tuned: a tuned layer makes up for what those below it left, and so is no longer close to the
+    original on the original's own inputs. It converts the model once for every strategy.
+    """
+    progress.report("explain")
+    return {"layers": layer_report(model, statistics, latent_config_of(latent.config))}
 
 
 def write_attention(latent: PreTrainedModel, path: Path) -> None:
@@ -146,7 +248,7 @@ def write_attention(latent: PreTrainedModel, path: Path) -> None:
     write_atomically(path, lambda file: save_file(tensors, file, metadata=about))
 
 
-def restored(model: PreTrainedModel, path: Path) -> PreTrainedModel:
+def restore_attention(model: PreTrainedModel, path: Path) -> PreTrainedModel:
     """The latent model that `write_attention` saved, put together again from the original, bit for bit."""
     with safe_open(path, framework="pt", device=str(model.device)) as file:
         config = LatentConfig.from_dict(json.loads(file.metadata()["kv_latent"]))
@@ -159,3 +261,19 @@ def restored(model: PreTrainedModel, path: Path) -> PreTrainedModel:
         }
 
     return assemble(model, config, of_layer)
+
+
+def save_run(
+    model: PreTrainedModel,
+    out: str | Path,
+    record: dict[str, Any],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    overwrite: bool,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write the checkpoint with its card, the recipe and the record of the run, and `files`: all at once or none."""
+    written = {"recipe.yaml": recipe.dump_yaml(), "run.json": json.dumps(record, indent=2) + "\n"}
+    written |= dict(files or {})
+    save(model, out, tokenizer=tokenizer, card=model_card(record), overwrite=overwrite, files=written)

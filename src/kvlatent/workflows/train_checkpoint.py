@@ -7,38 +7,45 @@ stage added: `run.json`, `metrics.jsonl` and the model card.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvlatent.checkpoints import load as hub
-from kvlatent.checkpoints.card import model_card
-from kvlatent.checkpoints.lineage import lineage
-from kvlatent.checkpoints.save import save
+from kvlatent.checkpoints.load import check_block_size, load_config, load_model
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import choose_device
-from kvlatent.jobs.fingerprints import fingerprint, identity
+from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.jobs.record import command_line, environment, read_record
+from kvlatent.jobs.record import joined_metrics, read_record
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig, table_scope
 from kvlatent.model.time_estimate import estimate_seconds, layer_size
-from kvlatent.selection.choices import BY_PAIRS, Choices
-from kvlatent.text.corpus import prepare
-from kvlatent.text.documents import resolve
+from kvlatent.selection.choices import BLIND, BY_PAIRS, PRESETS, UNMEASURED, Choices
+from kvlatent.text.parts import TextReader
 from kvlatent.training.logit_loss import needs_teacher
 from kvlatent.training.placement import check_teacher
 from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
-from kvlatent.workflows.training_history import history, in_place, joined_journal, options_of
+from kvlatent.workflows.settings import recipe_overrides
+from kvlatent.workflows.steps import (
+    Announce,
+    check_texts,
+    describe_run,
+    hash_sources,
+    options_as_typed,
+    save_run,
+)
 
 __all__ = ["plan_training", "train"]
+
+_UNTRAINED = (BLIND, UNMEASURED)  # notes that training makes void
 
 
 def plan_training(
@@ -57,17 +64,17 @@ def plan_training(
             blocks longer than its context.
         FileNotFoundError: no such model.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
+    recipe = Recipe.load(recipe, overrides)
     device = choose_device(device)
     settings_of(recipe, stage)
-    if in_place(model, out) and not Path(model).is_dir():
+    if _is_in_place(model, out) and not Path(model).is_dir():
         raise ValueError(
             f"{model} is no local directory, so it cannot be trained in place; check its name, or give --out DIR"
         )
-    config = hub.load_config(str(model))
+    config = load_config(str(model))
     if not getattr(config, "kv_latent", None):
         raise ValueError(f"{model} is not a latent checkpoint; make one with kvlatent convert first")
-    hub.check_block_size(config, recipe.data.block_size)
+    check_block_size(config, recipe.data.block_size)
     latent = latent_config_of(config)
     return Plan(
         choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, _table_of(latent)),
@@ -98,10 +105,13 @@ def train(
     teacher: str | Path | None = None,
     recipe: str | Path | Recipe | None = None,
     overrides: Iterable[str] = (),
+    tokens: int | None = None,
+    dtype: str | None = None,
+    seed: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
     progress: Progress | Callable[[int, int, int, float, float], None] | None = None,
-    announce: Callable[[dict[str, Any]], None] | None = None,
+    announce: Announce | None = None,
 ) -> dict[str, Any]:
     """Train one stage of a latent checkpoint and write a new one; a second call goes on where the first was killed.
 
@@ -111,11 +121,11 @@ def train(
     Args:
         model: directory or hub id of a latent checkpoint.
         stage: 1 or 2.
-        data: text, as for `data.prepare`.
+        data: text, as for `corpus.prepare`.
         out: directory to write; not empty only with `overwrite`, or when it is `model` itself (in place).
         teacher: directory or hub id of the original; stage II on next tokens does without.
         recipe: a `Recipe`, a YAML file, or None for the defaults.
-        overrides: `section.key=value`, for a recipe that is not a `Recipe`.
+        overrides: `section.key=value` on top of it; tokens, dtype, seed: of the stage, on top of both.
         device: "auto", "cpu" or "cuda".
         overwrite: replace `out` and an unfinished run of other arguments.
         progress: told after every step; a function is called with stage, step, steps, tokens per second and loss.
@@ -127,48 +137,42 @@ def train(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
-    overrides = list(overrides)
-    plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=overrides, device=device)
+    given: dict[str, Any] = {"overrides": list(overrides), "dtype": dtype, "seed": seed}
+    settings = recipe_overrides(given)
+    if tokens is not None and stage in (1, 2):
+        settings.append(f"stage{stage}.tokens={tokens}")
+    plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=settings, device=device)
     if needs_teacher(settings_of(plan.recipe, stage)):
-        check_teacher(hub.load_config(str(model)), None if teacher is None else hub.load_config(str(teacher)))
-    resolve(data)
+        check_teacher(load_config(str(model)), None if teacher is None else load_config(str(teacher)))
+    check_texts(data)
     inputs = {"teacher": teacher, "data": data, "recipe": recipe}
-    place = prepare_place(out, True, inputs if in_place(model, out) else {"model": model, **inputs})
-    sources = {
-        "model": identity(model),
-        "teacher": None if teacher is None else identity(teacher),
-        "data": identity(data),
-    }
-    decides = {**sources, "stage": stage, "recipe": plan.recipe.model_dump(mode="json")}
-    space = WorkDirectory(partial_of(place), decides)
-    if (summary := _finished(space, place, in_place(model, place))) is not None:
+    place = prepare_place(out, True, inputs if _is_in_place(model, out) else {"model": model, **inputs})
+    replaced = _is_in_place(model, place)
+    sha256 = hash_sources({"model": model, "teacher": teacher, "data": data}, "training text")
+    space = WorkDirectory(
+        partial_of(place), {**sha256, "stage": stage, "recipe": plan.recipe.model_dump(mode="json")}
+    )
+    if (summary := _finished(space, place, replaced)) is not None:
         return summary
-    replace = overwrite or in_place(model, place)
-    prepare_output(place, replace)
-    spoken = options_of(model, stage, data, place, teacher, recipe, overrides, device)
-    record = {
-        "command": command_line("train", model, spoken),
-        "fingerprint": fingerprint(space.plan),
-        "source": lineage(model),
-        "sha256": sources,
-        "seed": plan.recipe.seed,
-        **environment(plan.device),
-    }
+    prepare_output(place, overwrite or replaced)
+    files = {"data": data, "teacher": teacher, "out": None if replaced else place}
+    options = {"stage": stage, "recipe": recipe, **given, "tokens": tokens, "device": device}
+    typed = options_as_typed(files, options)
+    record = describe_run("train", model, typed, sha256, plan.device)
+    record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
     previous = read_record(Path(model) / "run.json") or {}
     space.open(overwrite=overwrite)
     try:
         if announce is not None:
             announce(plan.summary())
         told = Progress.of(progress, ("stage", "done", "total", "tokens_per_second", "loss"))
-        student, tokenizer, summary = _run(space, plan, model, data, teacher, told)
-        record |= history(previous, plan, summary)
-        files = {
-            "recipe.yaml": plan.recipe.dump_yaml(),
-            "run.json": json.dumps(record, indent=2) + "\n",
-            JOURNAL: joined_journal(model, stage, space.path / f"stage{stage}" / JOURNAL),
-        }
-        card = model_card(record)
-        save(merged_copy(student), place, tokenizer=tokenizer, card=card, files=files, overwrite=replace)
+        student, tokenizer, summary = _run_stage(space, plan, model, data, teacher, told)
+        record |= _continue_history(previous, plan, summary)
+        journal = _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)
+        save_run(
+            merged_copy(student), place, record, plan.recipe, tokenizer,
+            overwrite=overwrite or replaced, files={JOURNAL: journal},
+        )  # fmt: skip
     except BaseException:
         if not space.has_work():
             space.remove()
@@ -177,7 +181,7 @@ def train(
     return summary
 
 
-def _run(
+def _run_stage(
     space: WorkDirectory,
     plan: Plan,
     model: str | Path,
@@ -187,21 +191,15 @@ def _run(
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Load everything and train; returns the trained model, its tokenizer and the stage's summary."""
     recipe, (stage,) = plan.recipe, plan.stages
-    student = hub.load_model(model)
-    tokenizer = hub.load_tokenizer(model, student.config)
-    original = None if teacher is None else hub.load_model(teacher)
-    corpus = prepare(
-        data,
-        tokenizer,
-        cache_dir=space.path / "data",
-        vocab_size=student.config.vocab_size,
-        seed=recipe.seed,
-        **recipe.data.model_dump(),
-    )
+    student = load_model(model)
+    tokenizer = load_tokenizer(model, student.config)
+    original = None if teacher is None else load_model(teacher)
+    reader = TextReader(recipe, tokenizer, student.config, space.path / "data")
+    blocks = reader.prepare(data).train
     prepare_for_training(student, recipe)
     work_dir = space.path / f"stage{stage}"
     summary = train_stage(
-        student, original, stage, corpus.train, recipe, work_dir, device=plan.device, progress=progress
+        student, original, stage, blocks, recipe, work_dir, device=plan.device, progress=progress
     )
     return student, tokenizer, summary
 
@@ -225,3 +223,44 @@ def _finished(space: WorkDirectory, out: Path, replaced: bool) -> dict[str, Any]
     ignored = {"model": None} if replaced else {}
     same = {**stored, **ignored} == {**space.plan, **ignored}
     return record["training"][f"stage{stored['stage']}"] if same else None
+
+
+def _is_in_place(model: str | Path, out: str | Path) -> bool:
+    """Whether the output replaces its own source."""
+    return Path(out).resolve() == Path(model).resolve()
+
+
+def _continue_history(previous: Mapping[str, Any], plan: Plan, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Plan, training and figures (none: they were the source's) of the record, and what was done before."""
+    training = {**previous.get("training", {}), f"stage{summary['stage']}": dict(summary)}
+    before = previous.get("plan", {})
+    conversion = ("preset", "choices", "engine", "calibration_blocks")
+    described = plan.summary() | {"preset": _preset(plan.choices), "calibration_blocks": 0}
+    described |= {name: before[name] for name in conversion if name in before}
+    notes: Iterable[str] = before.get("notes", ())
+    described["notes"] = [note for note in notes if note not in _UNTRAINED]
+    described["tokens"] = {name: training[name]["tokens"] for name in sorted(training)}
+    kept = ("command", "sha256", "calibration", "conversion", "training", "figures")
+    earlier = [{name: previous[name] for name in kept if name in previous}] if previous else []
+    return {
+        "plan": described,
+        "training": training,
+        "figures": {},
+        "earlier": [*previous.get("earlier", []), *earlier],
+    }
+
+
+def _preset(choices: Choices) -> str:
+    """The preset that a latent config looks like: of the choices it knows keys, frequencies, values and scale."""
+
+    def known(one: Choices) -> tuple[str, ...]:
+        return one.keys, one.frequencies, one.values, one.scale
+
+    return next((name for name, preset in PRESETS.items() if known(preset) == known(choices)), "custom")
+
+
+def _join_journals(model: str | Path, stage: int, journal: Path) -> str:
+    """The source's metrics, and after them this stage's."""
+    old = Path(model) / journal.name
+    before = old.read_text(encoding="utf-8") if old.is_file() else ""
+    return before + joined_metrics([(f"stage{stage}", journal)])

@@ -23,7 +23,7 @@ from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import calibration_blocks
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
-from kvlatent.workflows.steps import gathered, restored, write_attention
+from kvlatent.workflows.steps import collect_statistics, restore_attention, write_attention
 from kvlatent_lab.study.grid_cells import Cell, choices_of, recipe_of
 from kvlatent_lab.study.other_selections import SELECTIONS
 from kvlatent_lab.study.subject import Subject
@@ -59,7 +59,7 @@ def convert_cell(subject: Subject, cell: Cell, progress: Progress) -> PreTrained
         write_attention(convert(subject.model, **target, **shared), path)
 
     name = f"{_conversion(subject, cell)}.safetensors"
-    return restored(subject.model, subject.folder.shared_file(name, write))
+    return restore_attention(subject.model, subject.folder.shared_file(name, write))
 
 
 def _statistics(subject: Subject, cell: Cell, progress: Progress) -> Statistics:
@@ -69,7 +69,9 @@ def _statistics(subject: Subject, cell: Cell, progress: Progress) -> Statistics:
     some = "" if blocks == subject.recipe.calibration.blocks else f"-blocks{blocks}"
 
     def write(path: Path) -> None:
-        gathered(subject.model, subject.train_blocks, recipe, progress)[0].save(path, overwrite=True)
+        collect_statistics(subject.model, subject.train_blocks, recipe, progress)[0].save(
+            path, overwrite=True
+        )
 
     return Statistics.load(subject.folder.shared_file(f"statistics-seed{cell.seed}{some}.safetensors", write))
 

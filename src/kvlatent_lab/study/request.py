@@ -14,7 +14,7 @@ from kvlatent.jobs.devices import choose_device
 from kvlatent.jobs.recipe import Conversion, Recipe
 from kvlatent.jobs.record import command_line, spoken_name
 from kvlatent.model.families import head_dim_of
-from kvlatent.workflows.run_plan import source_config
+from kvlatent.workflows.run_plan import load_original_config
 from kvlatent_lab.study.conversion_grids import CHOICES, CONVERSION, WIDTHS
 from kvlatent_lab.study.eviction import EVICTION
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, find_refusal
@@ -98,7 +98,7 @@ def resolve_request(
         )
     base, device = _read_recipe(recipe, overrides), choose_device(device)
     source = resolve_source(model, data, eval_data)
-    config = source_config(source.model)
+    config = load_original_config(source.model)
     scale = _lay_out(grid, config, base, seeds, tokens)
     possible, impossible = [], {}
     for cell in grid.cells(scale):

@@ -26,15 +26,12 @@ from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.fingerprints import fingerprint, identity
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import spoken_name
-from kvlatent.text.corpus import evaluation_blocks, prepare
 from kvlatent.text.documents import resolve
-from kvlatent.text.parts import first_blocks
+from kvlatent.text.parts import ROOM, TextReader, first_blocks
 from kvlatent.text.standard_library import model_path, stdlib_documents
 from kvlatent_lab.study.folder import StudyFolder
 
 __all__ = ["Source", "Subject", "resolve_source"]
-
-_ROOM = 8  # how much more text is read than is calibrated and measured on, so that blocks come from many documents
 
 
 class Source(NamedTuple):
@@ -134,8 +131,8 @@ class Subject:
         dtype = working_dtype(recipe.dtype, device)
         self.model = load_model(source.model, dtype=dtype, device=device).requires_grad_(False).eval()
         self.tokenizer = load_tokenizer(source.model, self.model.config)
-        limit = getattr(self.model.config, "max_position_embeddings", None) or recipe.data.block_size
-        self.block_size = min(recipe.data.block_size, limit)
+        self.reader = TextReader(recipe, self.tokenizer, self.model.config, folder.work / "blocks")
+        self.block_size = self.reader.block_size
 
     def remembered(self, name: str, compute: Callable[[], Any]) -> Any:
         """What `compute` returned when it was first called under that name in this folder (JSON-able)."""
@@ -177,35 +174,15 @@ class Subject:
 
     def _parts(self, isolate: bool) -> tuple[Dataset, Dataset]:
         """Blocks to train on, and blocks to measure on: at least twice `eval_tokens`, where there is so much."""
-        section, size = self.recipe.data, self.block_size
-        data, eval_data = self._files()
-        wanted = 2 * self.eval_tokens + 2 * size
-        shared: dict[str, Any] = {
-            "cache_dir": self.folder.work / "blocks",
-            "vocab_size": self.model.config.vocab_size,
-            "block_size": size,
-            "separator": section.separator,
-            "isolate": isolate,
-            "text_field": section.text_field,
-        }
-        room = _ROOM * (self.recipe.calibration.blocks * size + wanted) + self.tokens
-        corpus = prepare(
-            data,
-            self.tokenizer,
-            held_out=section.held_out if eval_data is None else 0.0,
-            least_held_out=wanted,
-            max_tokens=room,
-            **shared,
+        wanted = 2 * self.eval_tokens + 2 * self.block_size
+        fitted = ROOM * (self.recipe.calibration.blocks * self.block_size + wanted) + self.tokens
+        section = self.recipe.data.model_copy(update={"isolate": isolate})
+        recipe = self.recipe.model_copy(
+            update={"seed": 0, "data": section}
+        )  # all seeds hold out the same text
+        return dataclasses.replace(self.reader, recipe=recipe).split(
+            *self._files(), least_held_out=wanted, max_tokens=fitted, max_eval_tokens=wanted
         )
-        held_out = corpus.held_out
-        if eval_data is not None:
-            held_out = evaluation_blocks(eval_data, self.tokenizer, max_tokens=wanted, **shared)
-        if held_out is None:
-            raise ValueError(
-                "nothing is held out to measure on: data.held_out is 0; raise it, or pass --eval-data FILE"
-            )
-        assert corpus.train is not None
-        return corpus.train, held_out
 
     def _files(self) -> tuple[Path | str, Path | str | None]:
         if self.source.data is not None:

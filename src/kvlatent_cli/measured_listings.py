@@ -8,12 +8,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .tables import plus_minus
+from .listings import plus_minus
 
 Figures = Mapping[str, Any]
 
 
-def evaluation_tables(document: Figures) -> list[Any]:
+def evaluation_listing(document: Figures) -> list[Any]:
     """The figures of both models side by side, tasks, and what is wrong."""
     from kvlatent.evaluation.checks import CHECKS  # imports torch, which `--help` does without
 
@@ -50,7 +50,7 @@ def _diagnosis(diagnosis: Figures) -> list[str]:
     return [*lines, *(f"not judged: {sentence}" for sentence in undecided)]
 
 
-def study_tables(document: Figures) -> list[Any]:
+def study_listing(document: Figures) -> list[Any]:
     """How far a study is, and the means of its settings over seeds."""
     lines = [f"{len(document['finished'])} of {len(document['cells'])} cells finished in {document['out']}"]
     for what in ("redone", "failed", "impossible"):

@@ -56,24 +56,24 @@ def plus_minus(value: float, error: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def figures_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
+def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row a step of the run: perplexity, its ratio to the original's, cache bytes."""
     dtypes = {row["cache_dtype"] for row in figures.values()}
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    listing = Table(box=box.SIMPLE_HEAD)
+    listing.add_column("")
     for name in ("perplexity", "ratio", f"cache bytes/token ({', '.join(sorted(dtypes))})"):
-        table.add_column(name, justify="right")
+        listing.add_column(name, justify="right")
     for name, label in LABELS.items():
         if name in figures:
             row = figures[name]
             ratio = plus_minus(row["ratio"], row["ratio_standard_error"]) if "ratio" in row else ""
             value = plus_minus(row["perplexity"], row["standard_error"])
-            table.add_row(label, value, ratio, f"{row['cache_bytes_per_token']:,.0f}")
-    return table
+            listing.add_row(label, value, ratio, f"{row['cache_bytes_per_token']:,.0f}")
+    return listing
 
 
-def conversion_tables(record: Mapping[str, Any]) -> list[Any]:
-    """What the calibration says of a conversion: seconds, the layers under every strategy, the scopes of the table."""
+def conversion_listing(record: Mapping[str, Any]) -> list[Any]:
+    """What the calibration says of a conversion: seconds, layers where they are explained, scopes of the rotary table."""
     calibration, conversion = record["calibration"], record["conversion"]
     if calibration is None:
         return []
@@ -85,29 +85,30 @@ def conversion_tables(record: Mapping[str, Any]) -> list[Any]:
     lines: list[Any] = [seconds]
     if seen := calibration.get("seen_share"):
         lines.append(f"of the text measured on, the calibration has looked at {seen:.1%}")
-    lines += [
-        "relative squared error of the attention output of each layer, before refit and alignment",
-        strategies_table(conversion["layers"]),
-    ]
-    reasons = {name: why for row in conversion["layers"] for name, why in row["reasons"].items()}
-    lines += [f"{name} is impossible: {why}" for name, why in reasons.items()]
+    if layers := conversion.get("layers"):
+        lines += [
+            "relative squared error of the attention output of each layer, before refit and alignment",
+            strategies_listing(layers),
+        ]
+        reasons = {name: why for row in layers for name, why in row["reasons"].items()}
+        lines += [f"{name} is impossible: {why}" for name, why in reasons.items()]
     prices = ", ".join(f"{scope} {error:.4f}" for scope, error in conversion["scope_errors"].items())
     return [*lines, f"predicted error of the keys alone with one rotary table per: {prices}"]
 
 
-def strategies_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+def strategies_listing(layers: Sequence[Mapping[str, Any]]) -> Table:
     """One row a layer: widths, and the error of the attention output under every strategy."""
     names = list(layers[0]["errors"])
-    table = Table(box=box.SIMPLE_HEAD)
+    listing = Table(box=box.SIMPLE_HEAD)
     for name in ("layer", "d_qk", "d_vo", *names):
-        table.add_column(name, justify="right")
+        listing.add_column(name, justify="right")
     for row in layers:
         errors = ("-" if row["errors"][name] is None else f"{row['errors'][name]:.4f}" for name in names)
-        table.add_row(*(str(row[name]) for name in ("layer", "d_qk", "d_vo")), *errors)
-    return table
+        listing.add_row(*(str(row[name]) for name in ("layer", "d_qk", "d_vo")), *errors)
+    return listing
 
 
-def budget_tables(document: Mapping[str, Any]) -> list[Any]:
+def budget_listing(document: Mapping[str, Any]) -> list[Any]:
     """A plan for a budget: the curve with the chosen row marked, then what the widths are worth."""
     plan, serving = document["plan"], document["serving"]
     curve = Table(box=box.SIMPLE_HEAD)
@@ -136,7 +137,7 @@ def budget_tables(document: Mapping[str, Any]) -> list[Any]:
     for scope, names in plan["engines"].items():
         facts[f"engines, one rotary table per {scope}"] = ", ".join(names) or "none"
     drawn = [f"drawn in {document['figure']}"] if document["figure"] else []
-    return [curve, pairs_table(facts), *drawn]
+    return [curve, list_pairs(facts), *drawn]
 
 
 def _widths(widths: int | Sequence[int]) -> str:
@@ -147,11 +148,32 @@ def _context(tokens: int | None) -> str:
     return "any number of" if tokens is None else f"{tokens:,}"
 
 
-def pairs_table(pairs: Mapping[str, Any]) -> Table:
+def list_pairs(pairs: Mapping[str, Any]) -> Table:
     """Names and values, one a row."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column()
+    listing = Table(box=None, show_header=False, pad_edge=False)
+    listing.add_column()
+    listing.add_column()
     for name, value in pairs.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    return table
+        listing.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    return listing
+
+
+def demo_listing(report: Mapping[str, Any]) -> list[Any]:
+    """What a demo measured of both models, and how they continue a text."""
+    listing = Table(box=box.SIMPLE_HEAD)
+    listing.add_column("")
+    for name in ("original", "latent"):
+        listing.add_column(name, justify="right")
+    sides = (report["original"], report["latent"])
+    listing.add_row(
+        "cache bytes per token (measured)", *(f"{side['cache_bytes_per_token']:,.0f}" for side in sides)
+    )
+    listing.add_row("perplexity on held-out modules", *(f"{side['perplexity']:.3f}" for side in sides))
+    for distance in report["original"]["copy_accuracy"]:
+        shares = (f"{side['copy_accuracy'][distance]:.1%}" for side in sides)
+        listing.add_row(f"copies a random string, {distance} tokens back", *shares)
+    lines = [
+        f"\n{name} continues {report['prompt']!r}:\n{side['continuation']}"
+        for name, side in zip(("original", "latent"), sides, strict=True)
+    ]
+    return [listing, *lines, f"\nsaved in {report['out']} ({report['minutes']:.1f} min)"]
