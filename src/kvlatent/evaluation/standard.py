@@ -26,6 +26,7 @@ from kvlatent.evaluation.diagnosis import diagnose
 from kvlatent.evaluation.extent import Extent
 from kvlatent.evaluation.perplexity import Perplexity, perplexity_ratio
 from kvlatent.evaluation.quality import cache_bytes_per_token
+from kvlatent.evaluation.result_models import Evaluation
 from kvlatent.evaluation.scored_text import Text
 from kvlatent.evaluation.sliding import measure_sliding
 from kvlatent.jobs.record import environment
@@ -129,7 +130,7 @@ def standard_evaluation(
     about = {role: _about(each, sources[role]) for role, each in models.items()}
     record = environment(models["latent"].device.type) | {"seed": seed, "text": text.about()}
     record["extent"] = extent.about()
-    return {
+    document = {
         "kind": "evaluation",
         "model": about["latent"],
         "original": about.get("original"),
@@ -137,6 +138,7 @@ def standard_evaluation(
         "diagnosis": diagnose(bench.figures),
         "record": record | {"seconds": round(time.perf_counter() - start, 1)},
     }
+    return Evaluation.checked(document)
 
 
 class _Bench:

@@ -14,12 +14,13 @@ from typing import Any, Unpack
 from kvlatent.checkpoints.lineage import lineage
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.fingerprints import fingerprint, identity
-from kvlatent.jobs.record import command_line, environment, read_record, spoken_name
+from kvlatent.jobs.record import command_line, environment, spoken_name
 from kvlatent.jobs.work_directory import Workspace, prepare_place
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import check_statistics
 from kvlatent.workflows.compress_steps import Run
 from kvlatent.workflows.run_plan import Plan, plan_run
+from kvlatent.workflows.run_record import read_record
 from kvlatent.workflows.settings import PlanOptions
 from kvlatent.workflows.steps import Progress
 

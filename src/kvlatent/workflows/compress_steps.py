@@ -30,6 +30,7 @@ from kvlatent.text.parts import first_blocks, seen_share
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
+from kvlatent.workflows.run_record import RunRecord
 from kvlatent.workflows.steps import Progress, gathered, made, restored, reused, settled, write_attention
 
 __all__ = ["Run"]
@@ -178,7 +179,10 @@ class Run:
             for stage in self.plan.stages
         ]
         self.progress("save", 0, 0, "")
-        files = {"recipe.yaml": self.recipe.dump_yaml(), "run.json": json.dumps(record, indent=2) + "\n"}
+        files = {
+            "recipe.yaml": self.recipe.dump_yaml(),
+            "run.json": json.dumps(RunRecord.checked(record), indent=2) + "\n",
+        }
         if stages:
             files["metrics.jsonl"] = joined_metrics(stages)
         save(

@@ -26,6 +26,7 @@ from kvlatent.text.parts import Texts, check_sources, read_texts, seen_share
 from kvlatent.training.trainable import merged_copy
 from kvlatent.workflows.compress_checkpoint import EVALUATION_TOKENS, Announce, inputs_of, silent, spoken
 from kvlatent.workflows.run_plan import Plan, plan_run
+from kvlatent.workflows.run_record import RunRecord
 from kvlatent.workflows.settings import PlanOptions
 from kvlatent.workflows.steps import Progress, gathered, made, reused, settled
 
@@ -110,7 +111,10 @@ def convert_checkpoint(
         record |= {"plan": plan.summary(), "conversion": conversion | {"predicted": predicted}}
         exported = merged_copy(latent, plan.stored_dtype)
         record["figures"] = _figures(plan, original, exported, texts, report)
-    written = {"recipe.yaml": plan.recipe.dump_yaml(), "run.json": json.dumps(record, indent=2) + "\n"}
+    written = {
+        "recipe.yaml": plan.recipe.dump_yaml(),
+        "run.json": json.dumps(RunRecord.checked(record), indent=2) + "\n",
+    }
     save(exported, place, tokenizer=tokenizer, card=model_card(record), overwrite=overwrite, files=written)
     return record
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kvlatent.checkpoints.load import load_config
-from kvlatent.jobs.record import read_record
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import family_of
+from kvlatent.workflows.run_record import read_record
 
 __all__ = ["describe"]
 

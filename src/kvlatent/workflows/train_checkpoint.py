@@ -21,7 +21,7 @@ from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import choose_device
 from kvlatent.jobs.fingerprints import fingerprint, identity
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.jobs.record import command_line, environment, read_record
+from kvlatent.jobs.record import command_line, environment
 from kvlatent.jobs.work_directory import Workspace, prepare_place
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig, table_scope
@@ -34,6 +34,7 @@ from kvlatent.training.placement import check_teacher
 from kvlatent.training.stages import JOURNAL, needs_teacher, settings_of, train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
+from kvlatent.workflows.run_record import RunRecord, read_record
 from kvlatent.workflows.training_history import history, in_place, joined_journal, options_of
 
 __all__ = ["plan_training", "train"]
@@ -160,7 +161,7 @@ def train(
         record |= history(previous, plan, summary)
         files = {
             "recipe.yaml": plan.recipe.dump_yaml(),
-            "run.json": json.dumps(record, indent=2) + "\n",
+            "run.json": json.dumps(RunRecord.checked(record), indent=2) + "\n",
             JOURNAL: joined_journal(model, stage, space.path / f"stage{stage}" / JOURNAL),
         }
         card = model_card(record)

@@ -8,7 +8,6 @@ is made on the way (tokens, statistics, conversions, unfinished training) and ca
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from kvlatent.jobs.apart import Inputs
 from kvlatent.jobs.atomic import prepare_output, write_text
 from kvlatent.jobs.fingerprints import differences
+from kvlatent.jobs.record import complaint
+from kvlatent_lab.study.study_cell import StudyCell
 
-__all__ = ["ABOUT", "Folder", "cell_files", "numeric", "read_cell"]
+__all__ = ["ABOUT", "Folder", "cell_files", "read_cell"]
 
 ABOUT = "study.json"
 _WORK = "work"
@@ -140,9 +142,12 @@ class Folder:
             raise ValueError(f"{self.file(cell)} is of another {', '.join(changed)}")
         return document
 
-    def finish(self, document: Mapping[str, Any]) -> None:
+    def finish(self, document: dict[str, Any]) -> None:
         """Write the result of a cell, whole or not at all."""
-        write_text(self.file(document["cell"]), json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_text(
+            self.file(document["cell"]),
+            json.dumps(StudyCell.checked(document), indent=1, allow_nan=False) + "\n",
+        )
 
 
 def cell_files(folder: str | Path) -> list[Path]:
@@ -162,21 +167,7 @@ def read_cell(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged, not JSON ({error}); delete it to measure it again") from error
     if not isinstance(document, dict) or document.get("kind") != "study" or document.get("cell") != path.stem:
         raise ValueError(f"{path} is not the result of a cell of that name; delete it or move it away")
-    parts = ("model", "settings", "figures", "record")
-    lacking = [part for part in parts if not isinstance(document.get(part), dict)]
-    if lacking or not isinstance(document.get("study"), str):
-        raise ValueError(
-            f"{path} is damaged: it lacks {(lacking or ['study'])[0]}; delete it to measure it again"
-        )
-    if not numeric(document["figures"]):
-        raise ValueError(f"{path} is damaged: a figure in it is not a number; delete it to measure it again")
-    return document
-
-
-def numeric(figures: Any) -> bool:
-    """Whether there are finite numbers only, in nested mappings and lists."""
-    if isinstance(figures, Mapping):
-        return all(isinstance(key, str) and numeric(value) for key, value in figures.items())
-    if isinstance(figures, list):
-        return all(numeric(value) for value in figures)
-    return isinstance(figures, int | float) and not isinstance(figures, bool) and math.isfinite(figures)
+    try:
+        return StudyCell.checked(document)
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged: {complaint(error)}; delete it to measure it again") from error

@@ -33,9 +33,9 @@ from kvlatent.model.table import RotaryTable
 from kvlatent.selection.latent_config import choose
 from kvlatent.workflows.steps import Progress
 from kvlatent_lab.study.converted_models import trained
-from kvlatent_lab.study.folder import numeric
 from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, answers, widths_of
 from kvlatent_lab.study.measuring import measured
+from kvlatent_lab.study.study_cell import numeric
 from kvlatent_lab.study.subject import Subject
 
 __all__ = ["ROPE", "curve_figures"]

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.source import named
+from kvlatent.evaluation.result_models import Bench
 from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of, working_caches
 from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size
 from kvlatent.evaluation.speed.checked_options import (
@@ -110,7 +111,7 @@ def bench(
     methods = sorted({cell.peak_method for cell in cells})
     sources = {"original": original, "latent": model}
     about = {role: _about(each, sources[role] or model, caches) for role, each in models.items()}
-    return {
+    document = {
         "kind": "bench",
         "model": about.get("latent") or about["original"],
         "original": about["original"] if original is not None else None,
@@ -136,6 +137,7 @@ def bench(
         "record": _record(latent, caches)
         | {"seed": seed, "extent": about_extent, "seconds": round(time.perf_counter() - start, 3)},
     }
+    return Bench.checked(document)
 
 
 def _chosen(
