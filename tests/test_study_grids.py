@@ -17,11 +17,11 @@ from kvlatent.selection.choices import resolve_choices
 from kvlatent.selection.latent_config import choose
 from kvlatent_lab.study import STUDIES, summary
 from kvlatent_lab.study import eviction as eviction_study
-from kvlatent_lab.study.study_cell import numeric
 from kvlatent_lab.study.grid_cells import Cell, Scale, answers, recipe_of
 from kvlatent_lab.study.press_worker import main as press_main
 from kvlatent_lab.study.press_worker import scores
 from kvlatent_lab.study.rope import curve_figures, standard_config
+from kvlatent_lab.study.study_cell import numeric
 from on_disk import write_checkpoint, write_text
 from study_worker import STEP, run
 from tiny import LLAMA3_ROPE

@@ -24,13 +24,15 @@ _CLOSE = 1.5
 _SAME = 1.001
 """Perplexities of one model on one text are equal up to this factor, whatever the machine."""
 
-_COLUMNS = ("method", "widths", "kept", "channels", "ratio", "error", "source", "text", "tokens", "original")
+_NUMBERS = ("kept", "channels", "ratio", "error", "tokens", "original")
+_COLUMNS = ("method", "widths", "source", "text", *_NUMBERS)
 
 
 def quality(documents: Documents) -> Section | None:
     """Perplexity over the original's against the cache kept, a line a method, with the original and the paper's preset."""
     rows = [*_cells(documents.of("study")), *_benchmarks(documents), *_models(documents)]
-    conversions = pd.DataFrame(rows, columns=pd.Index(_COLUMNS)).dropna(subset=["ratio"])
+    conversions = pd.DataFrame(rows, columns=pd.Index(_COLUMNS)).astype(dict.fromkeys(_NUMBERS, float))
+    conversions = conversions.dropna(subset=["ratio"])
     by_share = (
         conversions["kept"].notna().sum() * 2 > len(conversions) or conversions["channels"].isna().all()
     )
