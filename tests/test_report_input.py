@@ -64,7 +64,7 @@ CURVES = {"positions": [0, 1], "latent": [1.0], "original": [1.0, 0.5]}
         ("[1, 2]", "it holds a list, and a result is an object"),
         ('{"kind": "evaluation", "figures": {"latent": {"perplexity": NaN}}}', "it holds NaN"),
         (
-            json.dumps(of_figures(loss=7)).replace("7", "1e999"),
+            json.dumps(of_figures(loss="big")).replace('"big"', "1e999"),
             "figures.latent.loss: Input should be a finite number",
         ),
         ("[" * 100_000, "nested too deeply"),
@@ -255,13 +255,15 @@ def test_where_a_page_may_be_written(tmp_path, out, monkeypatch):
 def test_a_missing_extra_is_named(tmp_path, command):
     code = f"""
 import sys
-sys.modules["pandas"] = None
+sys.modules["matplotlib"] = None
 from kvlatent_cli.main import main
 sys.argv = {["kvlatent", *command.split()]!r}
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    sentence = 'error: kvlatent study and kvlatent report need pandas; pip install "kvlatent[lab]"'
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    sentence = 'error: kvlatent study and kvlatent report need matplotlib; pip install "kvlatent[lab]"'
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
@@ -283,7 +285,9 @@ def test_results_are_typed_once():
         if model is not None:
             assert undeclared(model.model_validate(document)) == []
     cell = json.loads((RESULTS / "study_rope_embedded" / "calibrated-8-seed0.json").read_text())
-    assert [name for name in undeclared(StudyCell.model_validate(cell)) if ".figures." not in name] == []
+    assert [name for name in undeclared(StudyCell.model_validate(cell)) if ".figures." not in name] == [
+        ".settings.rope"
+    ]
     assert undeclared(RunRecord.model_validate(run()[0])) == []
 
 

@@ -114,7 +114,9 @@ def line_chart(
         _scale(axes.xaxis, x, log_x and min(x) >= 0)
         _scale(axes.yaxis, y, log_y and min(y) > 0)
         if len(ticks):
-            axes.xaxis.set_major_locator(ticker.FixedLocator(sorted(set(ticks)), nbins=_MOST_TICKS))
+            axes.xaxis.set_major_locator(
+                ticker.FixedLocator(sorted(set(map(float, ticks))), nbins=_MOST_TICKS)
+            )
             axes.xaxis.set_major_formatter(lambda x, _: _short(x))
         _place(axes, y_label)
         svg = embedded(axes.figure, name, title)

@@ -71,13 +71,12 @@ def _cells(studies: Sequence[Document]) -> Iterator[dict[str, Any]]:
     """Cells of the studies of widths and of conversions; names of the latter say the method, the widths and the seed."""
     for one in (one for one in studies if one.content.study in ("widths", "conversion")):
         figures, settings = one.content.figures, one.content.settings
-        tokens = sum(settings.get(f"stage{stage}_tokens") or 0 for stage in (1, 2))
-        method = settings.get("preset") or "calibrated"
-        method = f"{method}" if one.content.study == "widths" else _method(one.content.cell)
+        tokens, widths = settings.tokens, one.content.study == "widths"
+        method = settings.preset or "calibrated" if widths else _method(one.content.cell)
         yield {
             "method": f"{method}, trained on {tokens:,} tokens" if tokens else method,
             "kept": figures.cache_ratio,
-            **_widths(settings.get("d_qk"), settings.get("d_vo")),
+            **_widths(settings.d_qk, settings.d_vo),
             "ratio": figures.ratio,
             "error": figures.ratio_standard_error,
             "source": one,

@@ -92,7 +92,7 @@ def read_documents(
             if document is not None and document.kind == "study":
                 one = document.content
                 first = cells.setdefault(
-                    json.dumps([one.study, one.cell, one.settings], sort_keys=True), name
+                    json.dumps([one.study, one.cell, one.settings.model_dump()], sort_keys=True), name
                 )
                 if first != name:
                     raise ValueError(f"cell {one.cell} of study {one.study} was read from {first} already")

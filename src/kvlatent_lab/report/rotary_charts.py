@@ -80,14 +80,12 @@ def _by_width(cells: Sequence[Document]) -> dict[str, dict[int, dict[str, Docume
     cells = [one for one in cells if one.content.figures.attenuation is not None]
 
     def place(one: Document) -> tuple[int, int]:
-        settings = one.content.settings
-        tokens = sum(settings.get(f"stage{stage}_tokens") or 0 for stage in (1, 2))
-        return settings.get("d_qk") or 0, tokens
+        return one.content.settings.d_qk or 0, one.content.settings.tokens
 
     for one in sorted(cells, key=place):
         width, tokens = place(one)
         trainings = widths.setdefault(f"d_qk = {width}", {})
-        table = f"{one.content.settings.get('rope', one.content.cell)}"
+        table = f"{one.content.settings.model_extra.get('rope', one.content.cell)}"
         trainings.setdefault(tokens, {}).setdefault(table, one)
     return widths
 

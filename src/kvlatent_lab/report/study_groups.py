@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from kvlatent_lab.report.result_files import Document
-from kvlatent_lab.study.study_cell import flat
+from kvlatent_lab.study.study_cell import StudySettings, flat
 
 __all__ = [
     "FIRST",
@@ -54,10 +54,10 @@ class Groups:
 def cell_frames(cells: Sequence[Document]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Settings and figures (numbers; a grid by its mean) of every cell, a row each."""
     figures = [_numbers(one.content.figures.model_dump(exclude_none=True)) for one in cells]
-    settings = [
-        {**one.content.settings, SEED: one.content.settings.get(SEED, one.record.seed)} for one in cells
+    rows = [
+        {**own.model_dump(exclude_unset=True), **_derived(own, numbers)}
+        for own, numbers in zip((one.content.settings for one in cells), figures, strict=True)
     ]
-    rows = [{**own, **_derived(own, numbers)} for own, numbers in zip(settings, figures, strict=True)]
     frame = pd.DataFrame(rows, dtype=object)
     return frame.where(frame.notna(), None), pd.DataFrame(figures, dtype=float)
 
@@ -111,22 +111,15 @@ def _place(value: Any) -> tuple[bool, float, str]:
     return (not number, float(value) if number else 0.0, "" if number else repr(value))
 
 
-def _derived(settings: dict[str, Any], figures: dict[str, float]) -> dict[str, float]:
+def _derived(settings: StudySettings, figures: dict[str, float]) -> dict[str, float]:
     """What the settings and figures say without saying it."""
-    derived: dict[str, float] = {}
-    own, original = (figures.get(f"{whose}cache_bytes_per_token") for whose in ("", "original_"))
-    if (kept := own / original if own and original else figures.get("cache_ratio")) is not None:
-        derived[SHARE] = round(100 * kept, 6)
-    d_qk, d_vo, first, second = (
-        value if isinstance(value := settings.get(name), int | float) else None
-        for name in ("d_qk", "d_vo", "stage1_tokens", "stage2_tokens")
-    )
-    if d_qk and d_vo and d_qk + d_vo > 0:
-        derived[SPLIT] = round(100 * d_qk / (d_qk + d_vo), 6)
-    if first is not None and second is not None:
-        derived[TOKENS] = first + second
-        if first + second > 0:
-            derived[FIRST] = round(100 * first / (first + second), 6)
+    derived = {TOKENS: float(settings.tokens)}
+    if "cache_ratio" in figures:
+        derived[SHARE] = round(100 * figures["cache_ratio"], 6)
+    if settings.d_qk and settings.d_vo:
+        derived[SPLIT] = round(100 * settings.d_qk / (settings.d_qk + settings.d_vo), 6)
+    if settings.tokens > 0:
+        derived[FIRST] = round(100 * settings.stage1_tokens / settings.tokens, 6)
     return derived
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from kvlatent.evaluation.result_models import ModelIdentity, Needle, Positive, Size, WordOrder
+from kvlatent.evaluation.result_models import Count, ModelIdentity, Needle, Positive, Size, WordOrder
 from kvlatent.jobs.record import Provenance, Result
 
 __all__ = ["Attenuation", "StudyCell", "StudyFigures", "flat", "numeric"]
@@ -59,6 +59,24 @@ class StudyFigures(Result):
         return self
 
 
+class StudySettings(Result):
+    """What a cell was asked for; a study adds what it varies, a word or a number each."""
+
+    __pydantic_extra__: dict[str, Setting]  # ty: ignore[incompatible-mutable-override]
+
+    preset: str | None = None
+    d_qk: Count | None = None
+    d_vo: Count | None = None
+    seed: int | None = None
+    stage1_tokens: Count = 0
+    stage2_tokens: Count = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of training, both stages together."""
+        return self.stage1_tokens + self.stage2_tokens
+
+
 class StudyCell(Result):
     """One cell: a model under some settings. One that could not be measured has no figures and says why in `record`."""
 
@@ -66,7 +84,7 @@ class StudyCell(Result):
     study: str
     cell: str
     model: ModelIdentity
-    settings: dict[str, Setting]
+    settings: StudySettings
     figures: StudyFigures
     record: Provenance
 
