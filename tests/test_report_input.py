@@ -359,6 +359,6 @@ def test_the_head_is_known_from_another_document(tmp_path, out):
 @pytest.mark.parametrize("ticks", [True, False])
 def test_axes_of_any_range(values, ticks):
     line = Line("$a_b$ <c>", points(values, values, [None, abs(values[1])], values, values))
-    given = {"log_x": True, "log_y": True, "level": 1.0, "ticks": values if ticks else ()}
+    given = {"log_x": True, "log_y": True, "level": 1.0, "at_points": ticks}
     svg = line_chart("x", [line], title="<t>", x_label="x", y_label="y", **given).svg
     assert svg.startswith('<svg viewBox="0 0 360') and 'aria-label="&lt;t&gt;"' in svg

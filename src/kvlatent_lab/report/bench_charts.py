@@ -139,11 +139,10 @@ def _block(
     document: Document, name: str, title: str, lines: list[Line], y_label: str, **options: Any
 ) -> Block | None:
     """A chart against context."""
-    ticks = [x for line in lines for x in line.points.index]
     common: dict[str, Any] = {
         "x_label": "context, tokens",
         "log_x": True,
-        "ticks": ticks,
+        "at_points": True,
         "sources": [document],
     }
     return line_block(f"{name}-{document.name}", title, lines, y_label=y_label, **common, **options)

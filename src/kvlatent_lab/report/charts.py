@@ -84,7 +84,7 @@ def line_chart(
     y_label: str,
     log_x: bool = False,
     log_y: bool = False,
-    ticks: Sequence[float] = (),
+    at_points: bool = False,
     level: float | None = None,
 ) -> Chart:
     """Draw lines over one pair of axes.
@@ -95,7 +95,7 @@ def line_chart(
         title: for a screen reader.
         x_label, y_label: with their units; the second stands over the axis, level.
         log_x, log_y: logarithmic axes, kept where no x is negative and every y above 0.
-        ticks: where the x axis is named, as far as there is room; empty leaves it to matplotlib.
+        at_points: name the x axis at the points, as far as there is room; else where matplotlib would.
         level: draw a level line there (what the original has).
     """
     free = [role for role in list(_MARKS)[:-1] if role not in {line.role for line in lines}]
@@ -107,28 +107,18 @@ def line_chart(
             _draw(axes, line, ROLES[role], _MARKS[role])
         axes.grid(axis="y")
         axes.set_xlabel(x_label)
-        x, y = (
-            np.concatenate(each)
-            for each in zip(*((l.points.index, l.points["y"]) for l in lines), strict=True)
-        )
-        _scale(axes.xaxis, x, log_x and min(x) >= 0)
-        _scale(axes.yaxis, y, log_y and min(y) > 0)
-        if len(ticks):
-            axes.xaxis.set_major_locator(
-                ticker.FixedLocator(sorted(set(map(float, ticks))), nbins=_MOST_TICKS)
-            )
+        every = pd.concat([line.points for line in lines])
+        _scale(axes.xaxis, every.index, log_x and bool((every.index >= 0).all()))
+        _scale(axes.yaxis, every["y"], log_y and bool((every["y"] > 0).all()))
+        if at_points:
+            axes.xaxis.set_major_locator(ticker.FixedLocator(sorted(set(every.index)), nbins=_MOST_TICKS))
             axes.xaxis.set_major_formatter(lambda x, _: _short(x))
         _place(axes, y_label)
         svg = embedded(axes.figure, name, title)
-    if len(lines) < 2:
-        return Chart(svg)
-    return Chart(
-        svg,
-        [
-            (l.label, role, l.dashed, _MARKS[role] if l.marks else "")
-            for l, role in zip(lines, roles, strict=True)
-        ],
-    )
+    marks = [_MARKS[role] if line.marks else "" for line, role in zip(lines, roles, strict=True)]
+    dashed = [line.dashed for line in lines]
+    legend = list(zip([line.label for line in lines], roles, dashed, marks, strict=True))
+    return Chart(svg, legend if len(lines) > 1 else ())
 
 
 def _draw(axes: Any, line: Line, colour: str, mark: str) -> None:

@@ -68,7 +68,7 @@ def word_order(documents: Documents) -> Section | None:
             lines,
             x_label="span that is permuted, tokens",
             y_label=y_label,
-            ticks=[x for line in lines for x in line.points.index],
+            at_points=True,
             sources=[one.source for one in chosen],
         )
         if block is not None:

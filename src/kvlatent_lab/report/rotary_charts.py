@@ -125,6 +125,6 @@ def _orders(title: str, cells: dict[str, Document]) -> Block | None:
         lines,
         x_label="span that is permuted, tokens",
         y_label="nats by which the true order is likelier, mean over depths",
-        ticks=[x for line in lines for x in line.points.index],
+        at_points=True,
         sources=list(cells.values()),
     )

@@ -166,5 +166,4 @@ def _measured(documents: Documents, score: str) -> Block | None:
 
 
 def _by_layer(name: str, title: str, lines: Sequence[Line], **options: Any) -> Block | None:
-    ticks = [x for line in lines for x in line.points.index]
-    return line_block(name, title, lines, x_label="layer", ticks=ticks, **options)
+    return line_block(name, title, lines, x_label="layer", at_points=True, **options)

@@ -170,7 +170,7 @@ def _charts(name: str, plot: _Plot, groups: Groups, cells: Sequence[Document]) -
             y_label=_setting_name(plot.figure),
             log_x=plot.log_x,
             log_y=min(values) > 0 and max(values) > 4 * min(values),
-            ticks=[x for line in lines for x in line.points.index],
+            at_points=True,
             level=1.0 if plot.figure == "ratio" else None,
             note=""
             if drawn >= len(members)
@@ -229,7 +229,7 @@ def _gains(cells: Sequence[Document]) -> Iterator[Block | None]:
             lines,
             x_label=_setting_name(FIRST),
             y_label="perplexity with stage I over without",
-            ticks=[x for line in lines for x in line.points.index],
+            at_points=True,
             level=1.0,
             note="At equal tokens in all, seed by seed; below 1 stage I pays.",
             sources=cells,
