@@ -20,6 +20,7 @@ __all__ = [
     "Evaluation",
     "Fidelity",
     "Figures",
+    "LongestContexts",
     "ModelIdentity",
     "Needle",
     "WordOrder",
@@ -234,20 +235,20 @@ class _Place(Result):
 
     batch: Annotated[int, Field(ge=1)]
     context: Annotated[int, Field(ge=1)]
-    cache: str = "dynamic"
+    cache: str
 
 
 class BenchRow(_Place):
-    """One row of a bench: medians over rounds of one model, see `ratios.table_rows`."""
+    """One row of a bench: medians of one model over rounds, bytes of the caches of all sequences."""
 
     model: str
-    prefill_s: Positive | None = None
-    prefill_s_quartiles: Quartiles | None = None
-    decode_ms_per_token: Positive | None = None
-    decode_ms_per_token_quartiles: Quartiles | None = None
-    tokens_per_s: Positive | None = None
-    cache_bytes: Size | None = None
-    last_cache_bytes: Size | None = None
+    prefill_s: Positive
+    prefill_s_quartiles: Quartiles
+    decode_ms_per_token: Positive
+    decode_ms_per_token_quartiles: Quartiles
+    tokens_per_s: Positive
+    cache_bytes: Size
+    last_cache_bytes: Size
     peak_bytes: Size | None = None
 
 
@@ -255,12 +256,12 @@ class BenchRatio(_Place):
     """How many times faster than another row, measured and by the bytes alone; share of its bytes."""
 
     model: str = "latent"
-    prefill: Positive | None = None
-    prefill_quartiles: Quartiles | None = None
-    decode: Positive | None = None
-    decode_quartiles: Quartiles | None = None
-    cache_bytes: Size | None = None
-    predicted_decode: Positive | None = None
+    prefill: Positive
+    prefill_quartiles: Quartiles
+    decode: Positive
+    decode_quartiles: Quartiles
+    cache_bytes: Size
+    predicted_decode: Positive
 
 
 class LongestContext(Result):
@@ -302,15 +303,15 @@ class Bench(Result):
     kind: Literal["bench"]
     model: ModelIdentity
     original: ModelIdentity | None = None
-    device: str = ""
-    dtype: str = ""
-    attention: str = ""
-    compile: bool | None = None
-    peak_memory: str = ""
+    device: str
+    dtype: str
+    attention: str
+    compile: bool
+    peak_memory: str
     rows: list[BenchRow] = Field(min_length=1)
     ratios: list[BenchRatio] = Field(default_factory=list)
     stacked: list[BenchRatio] = Field(default_factory=list)
     largest_context: LongestContexts | None = None
     skipped: list[OutOfMemory] = Field(default_factory=list)
-    settings: BenchSettings | None = None
-    record: Provenance = Provenance()
+    settings: BenchSettings
+    record: Provenance

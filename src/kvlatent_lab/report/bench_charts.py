@@ -33,7 +33,7 @@ def speed(documents: Documents) -> Section | None:
     for document in benches:
         where = "" if len(benches) == 1 else f" ({document.name})"
         blocks += [*_charts(document, where), _everything(document, where), _longest(document, where)]
-    setups = dict.fromkeys(setup for one in benches if (setup := _setup(one.content)))
+    setups = dict.fromkeys(_setup(one.content) for one in benches)
     lead = (
         "Original and latent model take turns in one process; medians, bands are quartiles. The prediction is the "
         "roofline's: a step of decoding reads the weights and the whole cache once, and nothing else counts."
@@ -43,12 +43,11 @@ def speed(documents: Documents) -> Section | None:
 
 
 def _setup(bench: Bench) -> str:
-    """What was run on what, as far as the document says it."""
-    compiled = {True: "step compiled", False: "step not compiled", None: ""}[bench.compile]
-    models = (bench.model, bench.original)
-    random = "random weights" if any(one is not None and one.random_weights for one in models) else ""
-    attention = f"{bench.attention} attention" if bench.attention else ""
-    return ", ".join(part for part in (bench.device, bench.dtype, attention, compiled, random) if part)
+    """What was run on what."""
+    compiled = "step compiled" if bench.compile else "step not compiled"
+    random = any(one is not None and one.random_weights for one in (bench.model, bench.original))
+    setup = f"{bench.device}, {bench.dtype}, {bench.attention} attention, {compiled}"
+    return f"{setup}, random weights" if random else setup
 
 
 def _charts(document: Document, where: str) -> list[Block | None]:
@@ -74,8 +73,7 @@ def _frame(rows: list[Any]) -> pd.DataFrame:
     """Rows of a bench with their kind, model and cache; quartiles as two columns each."""
     frame = pd.DataFrame([row.model_dump() | {"kind": f"{row.model}, {row.cache}"} for row in rows])
     for name in [name for name in frame if name.endswith("_quartiles")]:
-        ends = [pair or (None, None) for pair in frame[name]]
-        frame[f"{name} lower"], frame[f"{name} upper"] = zip(*ends, strict=True)
+        frame[f"{name} lower"], frame[f"{name} upper"] = zip(*frame[name], strict=True)
     return frame
 
 
