@@ -1,4 +1,4 @@
-"""What a reader finds in a report: tables by name, row and column, and everything that would leave the file."""
+"""What a reader finds in a report: listings by name, row and column, and everything that would leave the file."""
 
 import re
 from html.parser import HTMLParser
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """One entry of a table: its text, and the number and error behind it."""
+    """One entry of a listing: its text, and the number and error behind it."""
 
     text: str
     value: float | None
@@ -14,13 +14,13 @@ class Entry(NamedTuple):
 
 
 class Page(HTMLParser):
-    """Tables, ids, links and tags of a page."""
+    """Listings, ids, links and tags of a page."""
 
     VOID = ("meta", "br", "link", "img", "input")
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
-        self.html, self.tables, self.ids, self.links, self.tags = html, {}, [], [], []
+        self.html, self.listings, self.ids, self.links, self.tags = html, {}, [], [], []
         self.figures, self.headings, self.text = [], [], ""
         self.table = self.row = self.cell = self.heading = None
         self.open = []
@@ -40,7 +40,7 @@ class Page(HTMLParser):
         elif self.figures and "figure" in self.open and tag in self.figures[-1]:
             self.figures[-1][tag] += tag != "svg" or given.get("role") == "img"
         if tag == "table":
-            self.table = self.tables.setdefault(given["data-table"], {})
+            self.table = self.listings.setdefault(given["data-listing"], {})
         elif tag == "tr":
             self.row = given.get("data-row")
         elif tag == "td":
@@ -72,15 +72,15 @@ class Page(HTMLParser):
         if self.heading is not None:
             self.heading += data
 
-    def number(self, table, row, column):
-        return self.tables[table][row, column].value
+    def number(self, listing, row, column):
+        return self.listings[listing][row, column].value
 
-    def error(self, table, row, column):
-        return self.tables[table][row, column].error
+    def error(self, listing, row, column):
+        return self.listings[listing][row, column].error
 
-    def column(self, table, column):
+    def column(self, listing, column):
         """Numbers of a column, in order; None where there is none."""
-        return [entry.value for (_, name), entry in self.tables[table].items() if name == column]
+        return [entry.value for (_, name), entry in self.listings[listing].items() if name == column]
 
 
 def read_number(text):

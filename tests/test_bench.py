@@ -11,11 +11,12 @@ from bench_setup import FULL, HEADS, LAYERS, QUICK, make_pair
 from kvlatent.conversion.convert_model import convert
 from kvlatent.engines.roofline import decode_speedup
 from kvlatent.engines.serving_figures import serving_figures
+from kvlatent.evaluation.result_models import Bench
 from kvlatent.evaluation.speed import timing
 from kvlatent.evaluation.speed import variants as cells
 from kvlatent.evaluation.speed.bench_run import bench
 from kvlatent.evaluation.speed.caches import make_cache
-from kvlatent.evaluation.speed.lines import bench_lines, bench_table, json_line
+from kvlatent.evaluation.speed.lines import bench_lines, bench_listing, json_line
 from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
 from kvlatent.evaluation.speed.ratios import largest_contexts, ratio_rows, stacked_rows, table_rows
 from kvlatent.evaluation.speed.timing import Run, interleaved, ratios, run, spread
@@ -298,7 +299,7 @@ def test_a_static_cache_that_is_kept_says_the_same_again(pair):
 
 
 def test_the_table_repeats_the_document(document):
-    table = bench_table(document)
+    table = bench_listing(Bench.model_validate(document))
     assert len(table) == 1 + len(document["rows"])
     for cells_, row in zip(table[1:], document["rows"], strict=True):
         assert cells_[:4] == [str(row["batch"]), str(row["context"]), row["cache"], row["model"]]
@@ -321,7 +322,7 @@ def test_the_table_repeats_the_document(document):
 
 def test_the_table_of_one_model_compares_its_caches(pair):
     found = bench(pair[1], caches=("dynamic", "quantized-fp8"), contexts=(8,), new_tokens=2, repeats=3)
-    table = bench_table(found)
+    table = bench_listing(Bench.model_validate(found))
     assert table[1][-2:] == ["", ""] and all(table[2][-2:])
 
 

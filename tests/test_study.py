@@ -150,7 +150,7 @@ def test_a_corrupted_cell_is_named_and_redone(place, worked):
     report = run(place, "widths", "shared", cells="paper-*")
     assert set(report["redone"]) == set(report["measured"]) == {cut, number, other, moved}
     assert "is damaged, not JSON" in report["redone"][cut]
-    assert "a figure in it is not a number" in report["redone"][number]
+    assert "loss must be a finite number, or a list or map of some: got 'low'" in report["redone"][number]
     assert "is of another seed (1, now 0)" in report["redone"][other]
     assert "is not the result of a cell of that name" in report["redone"][moved]
     for name in names:

@@ -20,11 +20,11 @@ from kvlatent.selection.latent_config import choose
 from kvlatent.selection.statistics import Statistics
 from kvlatent_lab.study import STUDIES, summary
 from kvlatent_lab.study import eviction as eviction_study
-from kvlatent_lab.study.folder import numeric
 from kvlatent_lab.study.grid_cells import Cell, Scale, choices_of, recipe_of
 from kvlatent_lab.study.press_worker import main as press_main
 from kvlatent_lab.study.press_worker import scores
 from kvlatent_lab.study.rotary_grid import measure_curves, standard_config
+from kvlatent_lab.study.study_cell import numeric
 from on_disk import write_checkpoint
 from study_worker import SETTINGS, STEP, lay_out, original_and_blocks, run
 from tiny import LLAMA3_ROPE

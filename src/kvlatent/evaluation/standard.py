@@ -25,6 +25,7 @@ from kvlatent.evaluation.diagnosis import diagnose
 from kvlatent.evaluation.extent import Extent, choose_extent
 from kvlatent.evaluation.perplexity import Perplexity
 from kvlatent.evaluation.quality import measure, measure_models, speedometer
+from kvlatent.evaluation.result_models import Evaluation
 from kvlatent.evaluation.scored_text import ScoredText
 from kvlatent.evaluation.sequences import check_counts, shortest_context
 from kvlatent.jobs.record import environment
@@ -171,7 +172,7 @@ def standard_evaluation(
     about = {role: _describe(each, sources[role]) for role, each in models.items()}
     record = environment(models["latent"].device.type) | {"seed": seed, "text": text.about()}
     record["extent"] = extent.about()
-    return {
+    document = {
         "kind": "evaluation",
         "model": about["latent"],
         "original": about.get("original"),
@@ -179,6 +180,7 @@ def standard_evaluation(
         "diagnosis": diagnose(figures),
         "record": record | {"seconds": round(time.perf_counter() - start, 1)},
     }
+    return Evaluation.checked(document)
 
 
 def _fill_in(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,70 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvlatent.jobs.atomic import read_json
-
-__all__ = ["command_line", "environment", "joined_metrics", "read_record", "spoken_name"]
+__all__ = [
+    "Provenance",
+    "Result",
+    "TextRead",
+    "command_line",
+    "complaint",
+    "environment",
+    "joined_metrics",
+    "spoken_name",
+]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\\]*){0,2}")
 _PACKAGES = ("kvlatent", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+class Result(BaseModel):
+    """Base of what commands write as JSON: numbers are finite, and fields of a later version are kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def checked(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The same document, known to be one that every reader of this class understands.
+
+        Raises:
+            pydantic.ValidationError: it is not, which is a fault of the writer.
+        """
+        cls.model_validate(document)
+        return document
+
+
+def complaint(error: ValidationError) -> str:
+    """The first complaint of pydantic in one line: where, what the rule is, what was given."""
+    first = error.errors()[0]
+    place, own = ".".join(map(str, first["loc"])), first.get("ctx", {}).get("error")
+    given = f": got {first['input']!r:.40}" if isinstance(first["input"], (str, int, float)) else ""
+    said = str(own) if isinstance(own, Exception) else first["msg"] + given
+    return f"{place}: {said}" if place else said
+
+
+class TextRead(Result):
+    """A text that was read: its last name, and its SHA-256 where it is a file."""
+
+    name: str | None = None
+    sha256: str | None = None
+
+
+class Provenance(Result):
+    """How a figure came about: what `environment` says, command, seed and seconds; or why there is no figure."""
+
+    command: str | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    failed: str | None = None
+    text: TextRead | None = None
+    extent: dict[str, Any] | None = None
+    cache_dtype: str | None = None
+    tools: dict[str, str] | None = None
+    python: str | None = None
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    machine: dict[str, str | int | float | None] = Field(default_factory=dict)
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -89,22 +146,6 @@ def command_line(name: str, positional: str | Path, options: dict[str, Any]) -> 
         elif value is not None and value is not False:
             words += [flag, str(value)]
     return shlex.join(words)
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What a run wrote as run.json, or None where there is no such file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    if not path.is_file():
-        return None
-    record = read_json(path, "remove it or restore it")
-    if not isinstance(record, dict):
-        raise ValueError(  # noqa: TRY004 - the command line shows ValueError as one sentence
-            f"{path} is not the record of a run: it holds a {type(record).__name__}; remove it or restore it"
-        )
-    return record
 
 
 def joined_metrics(files: Iterable[tuple[str, Path]]) -> str:

@@ -32,7 +32,7 @@ def check_picture(path: str | Path, *, overwrite: bool = False) -> str:
     try:
         import_module("matplotlib")
     except ImportError as error:
-        raise ValueError("the picture needs matplotlib; pip install 'kvlatent[report]'") from error
+        raise ValueError("the picture needs matplotlib; pip install 'kvlatent[lab]'") from error
     return kind
 
 

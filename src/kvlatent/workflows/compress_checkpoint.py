@@ -23,7 +23,7 @@ from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress, Report
-from kvlatent.jobs.record import joined_metrics, read_record
+from kvlatent.jobs.record import joined_metrics
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import TextReader, Texts, check_statistics, read_texts
@@ -31,6 +31,7 @@ from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan, plan_run
+from kvlatent.workflows.run_record import read_record
 from kvlatent.workflows.steps import (
     EVALUATION_TOKENS,
     Announce,

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from kvlatent.checkpoints.load import load_config
-from kvlatent.jobs.record import read_record
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import table_scope
 from kvlatent.model.families import family_of
+from kvlatent.workflows.run_record import read_record
 
 __all__ = ["describe"]
 

@@ -38,6 +38,7 @@ from kvlatent.selection.statistics import Statistics
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import Texts, calibration_blocks, seen_share
 from kvlatent.workflows.run_plan import Plan
+from kvlatent.workflows.run_record import RunRecord
 
 __all__ = [
     "EVALUATION_TOKENS",
@@ -274,6 +275,9 @@ def save_run(
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write the checkpoint with its card, the recipe and the record of the run, and `files`: all at once or none."""
-    written = {"recipe.yaml": recipe.dump_yaml(), "run.json": json.dumps(record, indent=2) + "\n"}
+    written = {
+        "recipe.yaml": recipe.dump_yaml(),
+        "run.json": json.dumps(RunRecord.checked(record), indent=2) + "\n",
+    }
     written |= dict(files or {})
     save(model, out, tokenizer=tokenizer, card=model_card(record), overwrite=overwrite, files=written)

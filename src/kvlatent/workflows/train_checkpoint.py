@@ -7,7 +7,7 @@ stage added: `run.json`, `metrics.jsonl` and the model card.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from kvlatent.jobs.devices import choose_device
 from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.jobs.record import joined_metrics, read_record
+from kvlatent.jobs.record import joined_metrics
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig, table_scope
@@ -33,6 +33,7 @@ from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
+from kvlatent.workflows.run_record import read_record
 from kvlatent.workflows.settings import recipe_overrides
 from kvlatent.workflows.steps import (
     Announce,

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-from kvlatent_lab.report.blocks import Block, Section
-from kvlatent_lab.report.charts import dot_chart
-from kvlatent_lab.report.html_tables import Table, cell
-from kvlatent_lab.report.result_files import Documents
+import pandas as pd
+
+from kvlatent_lab.report.blocks import Block, Section, dot_block, section
+from kvlatent_lab.report.page_listings import Listing, entry
+from kvlatent_lab.report.result_files import Document, Documents
 
 __all__ = ["comparisons"]
 
 
 def comparisons(documents: Documents) -> Section | None:
     """Named variants of one model, by their perplexity over the original's."""
-    blocks = []
-    for document in documents.of("comparison"):
-        rows = document.content.rows
-        base = rows["original"].perplexity
-        names = [name for name, one in rows.items() if name != "original" and one.perplexity and base]
-        ratios = [rows[name].ratio or rows[name].perplexity / base for name in names]
-        errors = [rows[name].ratio_standard_error for name in names]
-        if not names:
-            continue
-        title = document.name.rpartition("/")[2].removesuffix(".json").replace("_", " ")
-        chart = dot_chart(
-            f"comparison-{document.name}",
-            names,
-            ratios,
-            errors,
-            title=title,
-            x_label="perplexity over the original's",
-            log_x=max(ratios) > 4 * min(ratios),
-            level=1.0,
-        )
-        lines = [("original", [cell(base, rows["original"].standard_error), cell(1.0)])]
-        lines += [
-            (name, [cell(rows[name].perplexity, rows[name].standard_error), cell(ratio, error)])
-            for name, ratio, error in zip(names, ratios, errors, strict=True)
-        ]
-        table = Table.of(
-            f"comparison-{document.name}", "variant", ["perplexity", "over the original's"], lines
-        )
-        blocks.append(Block(title, (table,), chart, sources=(document,)))
     lead = "Variants of one conversion; 1 is the original's perplexity, ± one paired standard error."
-    return Section("comparisons", "Variants", lead, tuple(blocks)) if blocks else None
+    return section("comparisons", "Variants", lead, [_variants(one) for one in documents.of("comparison")])
+
+
+def _variants(document: Document) -> Block | None:
+    rows = document.content.rows
+    original = rows["original"]
+    ratios = {name: one.ratio or one.perplexity / original.perplexity for name, one in rows.items()}
+    errors = {name: one.ratio_standard_error for name, one in rows.items()}
+    dots = pd.DataFrame({"y": ratios, "error": errors}, dtype=float).drop(index="original")
+    if dots.empty:
+        return None
+    title = document.name.rpartition("/")[2].removesuffix(".json").replace("_", " ")
+    lines = [
+        (name, [entry(one.perplexity, one.standard_error), entry(ratios[name], errors[name])])
+        for name, one in sorted(rows.items(), key=lambda item: item[0] != "original")
+    ]
+    columns = ["perplexity", "over the original's"]
+    name = f"comparison-{document.name}"
+    listing = Listing.of(name, "variant", columns, lines)
+    return dot_block(name, title, dots, label="variant", sources=(document,), listing=listing)

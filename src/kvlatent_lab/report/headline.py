@@ -3,158 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Any
 
-from kvlatent_lab.report.blocks import Block, Section, numbers_in
-from kvlatent_lab.report.figures import Fidelity
-from kvlatent_lab.report.html_tables import Cell, Table, cell, share, words
-from kvlatent_lab.report.measured import Measured, measured_models, one_text
+import numpy as np
+
+from kvlatent_lab.report.blocks import Block, Section, section
+from kvlatent_lab.report.measured_models import Measured, measured_models, one_text
+from kvlatent_lab.report.page_listings import Entry, Listing, entry, share, words
 from kvlatent_lab.report.result_files import Documents
 
 __all__ = ["diagnoses", "headline"]
 
 
-def _ratio(one: Measured) -> Cell:
-    figures, original = one.figures, one.original
-    if (
-        figures.ratio is None
-        and not one.is_original
-        and original
-        and original.perplexity
-        and figures.perplexity
-    ):
-        return cell(figures.perplexity / original.perplexity)
-    return cell(figures.ratio, figures.ratio_standard_error)
-
-
-def _kept(one: Measured) -> Cell:
-    own = one.figures.cache_bytes_per_token
-    whole = None if one.original is None or one.is_original else one.original.cache_bytes_per_token
-    return share(own / whole if own and whole else None)
-
-
-def _widths(one: Measured) -> Cell:
+def _widths(one: Measured) -> Entry:
     """Widths of keys and values, a range where layers differ."""
-    config = one.config
-    if config is None:
-        return Cell("–")
-    pairs = [one if isinstance(one, tuple) else (one,) for one in (config.d_qk, config.d_vo)]
+    if one.config is None:
+        return Entry()
+    pairs = [width if isinstance(width, tuple) else (width,) for width in (one.config.d_qk, one.config.d_vo)]
     return words("/".join(str(min(p)) if min(p) == max(p) else f"{min(p)}\u2013{max(p)}" for p in pairs))
 
 
-def _fidelity(one: Measured) -> Fidelity:
-    return one.figures.fidelity or Fidelity()
-
-
-def _grid(one: Measured, measurement: str, name: str) -> float | None:
+def _mean(one: Measured, measurement: str, score: str) -> float | None:
     """Mean of a grid of the needle or of the word order."""
-    found = getattr(one.figures, measurement)
-    numbers = [] if found is None else numbers_in(getattr(found, name))
-    return fmean(numbers) if numbers else None
+    measured = getattr(one.figures, measurement)
+    return None if measured is None else float(np.mean(getattr(measured, score)))
 
 
-_ROWS: tuple[tuple[str, Callable[[Measured], Cell]], ...] = (
-    ("perplexity", lambda one: cell(one.figures.perplexity, one.figures.standard_error)),
-    ("perplexity over the original's", _ratio),
-    ("bits per byte", lambda one: cell(one.figures.bits_per_byte)),
-    ("text", lambda one: words(one.source.record.text and one.source.record.text.name)),
-    ("tokens scored", lambda one: cell(one.figures.tokens)),
-    ("widths of keys/values", _widths),
-    ("cache, bytes per token", lambda one: cell(one.figures.cache_bytes_per_token)),
-    ("cache kept", _kept),
-    (
-        "divergence from the original, nats per token",
-        lambda one: cell(_fidelity(one).kl, _fidelity(one).kl_standard_error),
+_ROWS: dict[str, Callable[[Measured], Entry]] = {
+    "perplexity": lambda one: entry(one.figures.perplexity, one.figures.standard_error),
+    "perplexity over the original's": lambda one: entry(one.over_original, one.ratio_standard_error),
+    "bits per byte": lambda one: entry(one.figures.bits_per_byte),
+    "text": lambda one: words(one.source.record.text and one.source.record.text.name),
+    "tokens scored": lambda one: entry(one.figures.tokens),
+    "widths of keys/values": _widths,
+    "cache, bytes per token": lambda one: entry(one.figures.cache_bytes_per_token),
+    "cache kept": lambda one: share(one.kept),
+    "divergence from the original, nats per token": lambda one: (
+        entry(one.fidelity.kl, one.fidelity.kl_standard_error) if one.fidelity else Entry()
     ),
-    ("same likeliest token as the original", lambda one: share(_fidelity(one).top1_agreement)),
-    ("needle reproduced, mean of the grid", lambda one: share(_grid(one, "needle", "exact"))),
-    ("needle's reciprocal rank, mean", lambda one: cell(_grid(one, "needle", "rank"))),
-    ("true word order likelier by, nats", lambda one: cell(_grid(one, "order", "margin"))),
-    ("change of past logits by the future", lambda one: cell(one.figures.causality)),
-)
+    "same likeliest token as the original": lambda one: share(
+        one.fidelity.top1_agreement if one.fidelity else None
+    ),
+    "needle reproduced, mean of the grid": lambda one: share(_mean(one, "needle", "exact")),
+    "needle's reciprocal rank, mean": lambda one: entry(_mean(one, "needle", "rank")),
+    "true word order likelier by, nats": lambda one: entry(_mean(one, "order", "margin")),
+    "change of past logits by the future": lambda one: entry(one.figures.causality),
+}
+_TILES = {
+    "cache kept": "of the cache",
+    "perplexity over the original's": "times the original's perplexity",
+    "same likeliest token as the original": "of tokens predicted alike",
+    "needle reproduced, mean of the grid": "of needles found",
+}
 
 
 def headline(documents: Documents) -> Section | None:
-    """One table: the original and every latent model, all that was measured of them."""
+    """One listing: the original and every latent model, all that was measured of them."""
     models = measured_models(documents)
     if not models:
         return None
-    rows = [(label, [make(one) for one in models]) for label, make in _ROWS]
-    tasks = [(name, row) for one in models for name, row in one.figures.tasks.items()]
+    rows = [(label, [show(one) for one in models]) for label, show in _ROWS.items()]
+    tasks = [one.figures.tasks.tasks for one in models]
+    ran = [(task, metrics) for each in tasks for task, metrics in each.items()]
     for name, metric in dict.fromkeys(
-        (name, key) for name, row in tasks for key in row if f"{key}_stderr" in row
+        (name, key) for name, row in ran for key in row if f"{key}_stderr" in row
     ):
-        rows.append((f"{name}, {metric}", [_task(one.figures.tasks.get(name, {}), metric) for one in models]))
-    rows.append(("diagnosis", [_diagnosis(one) for one in models]))
-    rows = [(label, cells) for label, cells in rows if any(one.text != "–" for one in cells)]
-    table = Table.of("headline", "", [one.label for one in models], rows)
-    sources = tuple(dict.fromkeys(one.source.name for one in models))
-    chosen = tuple(document for document in documents.found if document.name in sources)
+        rows.append((f"{name}, {metric}", [_task(each.get(name, {}), metric) for each in tasks]))
+    names = [
+        one.diagnosis and ", ".join(finding.name for finding in one.diagnosis.findings) for one in models
+    ]
+    rows.append(("diagnosis", [words(each or None) for each in names]))
+    rows = [(label, entries) for label, entries in rows if any(one.text != Entry().text for one in entries)]
+    listing = Listing.of("headline", "", [one.label for one in models], rows)
+    sources = list({one.source.name: one.source for one in models}.values())
     who = "The original" if all(one.is_original for one in models) else "The original and what was made of it"
-    where = (
-        f"{who}, on the same text."
-        if one_text(models)
-        else f"{who}. The texts differ, or how they were read: columns compare only within one file."
-    )
-    lead = f"{where} ± is one standard error."
-    return Section(
-        "headline", "At a glance", lead, (Block("", (table,), sources=chosen, wide=True),), _tiles(models)
-    )
+    differ = ". The texts differ, or how they were read: columns compare only within one file."
+    lead = f"{who}{', on the same text.' if one_text(models) else differ} ± is one standard error."
+    block = Block("", (listing,), sources=sources, wide=True)
+    return Section("headline", "At a glance", lead, [block], _tiles(models))
 
 
-def _tiles(models: Sequence[Measured]) -> tuple[tuple[Cell, str], ...]:
+def _tiles(models: Sequence[Measured]) -> list[tuple[Entry, str]]:
     """The few figures that matter most, where there is one latent model to say them of."""
     latent = [one for one in models if not one.is_original]
-    if len(latent) != 1:
-        return ()
-    rows = dict(_ROWS)
-    wanted = (
-        ("cache kept", "of the cache"),
-        ("perplexity over the original's", "times the original's perplexity"),
-        ("same likeliest token as the original", "of tokens predicted alike"),
-        ("needle reproduced, mean of the grid", "of needles found"),
-    )
-    known = [(rows[name](latent[0]), label) for name, label in wanted]
-    return tuple((one, label) for one, label in known if one.text != "–")
+    known = [(_ROWS[name](latent[0]), label) for name, label in _TILES.items() if len(latent) == 1]
+    return [(one, label) for one, label in known if one.value is not None]
 
 
-def _task(task: dict[str, Any], metric: str) -> Cell:
+def _task(metrics: dict[str, Any], metric: str) -> Entry:
     """A metric of a task, a share in per cent."""
-    value, error = task.get(metric), task.get(f"{metric}_stderr")
+    value, error = metrics.get(metric), metrics.get(f"{metric}_stderr")
     if not isinstance(value, (float, int)):
-        return Cell("–")
+        return Entry()
     known = error if isinstance(error, (float, int)) else None
-    return share(value, known) if 0 <= value <= 1 else cell(value, known)
-
-
-def _diagnosis(one: Measured) -> Cell:
-    diagnosis = getattr(one.source.content, "diagnosis", None)
-    known = diagnosis is not None and diagnosis.findings and not one.is_original
-    return words(", ".join(finding.name for finding in diagnosis.findings) if known else None)
+    return share(value, known) if 0 <= value <= 1 else entry(value, known)
 
 
 def diagnoses(documents: Documents) -> Section | None:
     """What is wrong with each latent model: the numbers, their thresholds, what to change."""
     blocks = []
     for one in measured_models(documents):
-        diagnosis = getattr(one.source.content, "diagnosis", None)
-        if one.is_original or diagnosis is None:
+        if (diagnosis := one.diagnosis) is None:
             continue
         rows = [
             (
                 f"{finding.name}: {name.replace('_', ' ')}",
-                [cell(e.value, e.standard_error), cell(e.threshold)],
+                [entry(e.value, e.standard_error), entry(e.threshold)],
             )
             for finding in diagnosis.findings
             for name, e in finding.evidence.items()
         ]
-        table = Table.of(f"diagnosis-{one.label}", "finding", ["value", "threshold"], rows)
+        listing = Listing.of(f"diagnosis-{one.label}", "finding", ["value", "threshold"], rows)
         points = [f"{f.name}: {f.advice}" for f in diagnosis.findings if f.advice and f.name != "none"]
         points += [f"Not measured. {sentence}" for sentence in diagnosis.not_measured]
-        tables = (table,) if rows else ()
-        blocks.append(
-            Block(one.label, tables, note=diagnosis.summary, points=tuple(points), sources=(one.source,))
-        )
+        listings = (listing,) if rows else ()
+        blocks.append(Block(one.label, listings, None, diagnosis.summary, tuple(points), (one.source,)))
     lead = "Which of the failures that have a signature of their own are there, and what to change."
-    return Section("diagnosis", "Diagnosis", lead, tuple(blocks)) if blocks else None
+    return section("diagnosis", "Diagnosis", lead, blocks)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
 from kvlatent.jobs.apart import check_apart
 from kvlatent.jobs.atomic import write_atomically
+from kvlatent_lab.report.bench_charts import speed
 from kvlatent_lab.report.blocks import Section
-from kvlatent_lab.report.charts import check_libraries
 from kvlatent_lab.report.comparisons import comparisons
 from kvlatent_lab.report.headline import diagnoses, headline
-from kvlatent_lab.report.page_making import layers, training
-from kvlatent_lab.report.positions import needles, word_order
+from kvlatent_lab.report.model_charts import needles, word_order
 from kvlatent_lab.report.provenance import anchor, provenance, title_of
 from kvlatent_lab.report.quality_charts import quality
 from kvlatent_lab.report.result_files import Documents, read_documents
 from kvlatent_lab.report.rotary_charts import attenuation_curves
-from kvlatent_lab.report.speed import speed
-from kvlatent_lab.report.studies import studies
+from kvlatent_lab.report.run_charts import layers, training
+from kvlatent_lab.report.study_charts import studies
 
 __all__ = ["report"]
 
@@ -56,11 +57,10 @@ def report(
     Raises:
         FileNotFoundError: a path does not exist.
         FileExistsError: `out` exists, is no report, and `overwrite` is false.
-        ValueError: `out` is a directory or one of the inputs, no usable result, results of different models, or a missing library.
+        ValueError: `out` is a directory or one of the inputs, no usable result, or results of different models.
     """
     out = Path(out)
     _check_out(out, overwrite, paths)
-    check_libraries()
     tell = progress or _silent
     documents = read_documents(paths, lambda done, total: tell("read the results", done, total, ""))
     sections = _sections(documents, tell)
@@ -71,7 +71,7 @@ def report(
         "out": str(out),
         "model": documents.model[0],
         "sections": [section.title for section in sections],
-        "used": [{"file": one.name, "kind": one.kind} for one in documents.found],
+        "used": [{"file": one.name, "kind": one.kind} for one in documents.used],
         "skipped": [{"file": name, "reason": reason} for name, reason in documents.skipped],
     }
 
@@ -104,7 +104,7 @@ def _is_report(path: Path) -> bool:
 
 def _sections(documents: Documents, progress: Progress) -> list[Section]:
     """Sections in reading order: what it is worth, why, how it was made."""
-    measured = (
+    of_models = (
         headline,
         diagnoses,
         quality,
@@ -115,31 +115,30 @@ def _sections(documents: Documents, progress: Progress) -> list[Section]:
         training,
         attenuation_curves,
     )
-    made: list[Section | None] = []
-    for number, make in enumerate(measured):
-        progress("draw", number, len(measured) + 1, make.__name__.replace("_", " "))
-        made.append(make(documents))
-    progress("draw", len(measured), len(measured) + 1, "studies")
-    made += [*studies(documents), comparisons(documents)]
-    progress("draw", len(measured) + 1, len(measured) + 1, "")
-    return [section for section in made if section is not None]
+    sections: list[Section | None] = []
+    for number, draw in enumerate(of_models):
+        progress("draw", number, len(of_models) + 1, draw.__name__.replace("_", " "))
+        sections.append(draw(documents))
+    progress("draw", len(of_models), len(of_models) + 1, "studies")
+    sections += [*studies(documents), comparisons(documents)]
+    progress("draw", len(of_models) + 1, len(of_models) + 1, "")
+    return [section for section in sections if section is not None]
 
 
 def _rendered(documents: Documents, sections: Sequence[Section]) -> str:
     """The page as text; every name in it is escaped, and charts, whose text is escaped already, are put in as they are."""
-    jinja2, markup = import_module("jinja2"), import_module("markupsafe")
     here = files("kvlatent_lab.report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["origin"] = lambda document: (anchor(document), title_of(document))
     template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
     name, fingerprint = documents.model
     sheets, machines = provenance(documents)
     return template.render(
-        style=markup.Markup((here / "page.css").read_text(encoding="utf-8")),
-        mark=markup.Markup(_MARK),
-        svg=markup.Markup,
+        style=Markup((here / "page.css").read_text(encoding="utf-8")),
+        mark=Markup(_MARK),
+        svg=Markup,
         model=name,
         fingerprint=fingerprint,
         sections=sections,

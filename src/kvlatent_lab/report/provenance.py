@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from kvlatent_lab.report.figures import Record
+from kvlatent.jobs.record import Provenance
 from kvlatent_lab.report.result_files import Document, Documents
 
-__all__ = ["Machine", "Sheet", "anchor", "provenance", "title_of"]
+__all__ = ["Sheet", "anchor", "provenance", "title_of"]
 
 _TITLES = {
     "evaluation": "Evaluations",
@@ -20,21 +20,13 @@ _TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Python, versions and machine that documents share, under a number."""
-
-    number: int
-    lines: tuple[str, ...]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Sheet:
-    """Documents of one kind (of one study): for each its file, command, seed, seconds and the number of its machine."""
+    """Documents of one kind (of one study); a row is file, command, seed, seconds and the number of its machine."""
 
     name: str
     title: str
-    rows: tuple[tuple[str, str, str, str, str], ...]
+    rows: dict[tuple[str, str, str, str, str], None] = field(default_factory=dict)
 
 
 def anchor(document: Document) -> str:
@@ -47,47 +39,35 @@ def title_of(document: Document) -> str:
     return _TITLES.get(document.kind) or f"Study {document.content.study}"
 
 
-def provenance(documents: Documents) -> tuple[list[Sheet], list[Machine]]:
-    """Sheets in the order of the documents, and the machines they name."""
+def provenance(documents: Documents) -> tuple[list[Sheet], list[tuple[str, ...]]]:
+    """Sheets in the order of the documents, and the machines they name, from 1 on: Python, versions and machine as lines."""
     machines: dict[tuple[str, ...], int] = {}
-    sheets: dict[str, list[tuple[str, str, str, str, str]]] = {}
-    titles: dict[str, str] = {}
-    for document in documents.found:
-        name = anchor(document)
-        titles[name] = title_of(document)
+    sheets: dict[str, Sheet] = {}
+    for document in documents.used:
+        sheet = sheets.setdefault(anchor(document), Sheet(anchor(document), title_of(document)))
         for label, record in _records(document):
-            number = "–"
-            if described := _described(record):
-                number = str(machines.setdefault(described, len(machines) + 1))
+            lines = _described(record)
+            number = str(machines.setdefault(lines, len(machines) + 1)) if lines else "–"
             seed = "–" if record.seed is None else str(record.seed)
             seconds = "–" if record.seconds is None else f"{record.seconds:,.1f}"
-            sheets.setdefault(name, []).append((label, record.command or "–", seed, seconds, number))
-    made = [Sheet(name, titles[name], tuple(_merged(rows))) for name, rows in sheets.items()]
-    return made, [Machine(number, lines) for lines, number in machines.items()]
+            sheet.rows[label, record.command or "–", seed, seconds, number] = None
+    return list(sheets.values()), list(machines)
 
 
-def _records(document: Document) -> Iterator[tuple[str, Record]]:
-    """The document's record, or, where each of its cells has a command of its own, theirs."""
+def _records(document: Document) -> Iterator[tuple[str, Provenance]]:
+    """The document's record, or, where each of its cells has a command of its own, theirs: what one does not say is shared."""
     cells = document.content.cells if document.kind == "conversion" else {}
-    if not any("command" in one for one in cells.values()):
+    if not any(one.command for one in cells.values()):
         yield document.name, document.record
-    for name in cells:
-        yield f"{document.name}: {name}", document.content.record_of(name, document.record)
+    shared = document.record.model_dump(include={"python", "versions", "machine"})
+    for name, one in cells.items():
+        own = one.model_dump(include={"command", "seed", "machine"}, exclude_defaults=True)
+        yield f"{document.name}: {name}", Provenance(**{**shared, **own, "seconds": one.conversion_seconds})
 
 
-def _merged(rows: Sequence[tuple[str, str, str, str, str]]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Rows without those that say the same as one before."""
-    yield from dict.fromkeys(rows)
-
-
-def _described(record: Record) -> tuple[str, ...]:
+def _described(record: Provenance) -> tuple[str, ...]:
     """Versions and machine as lines; nothing where the record names none."""
-    lines = []
-    known = {name: version for name, version in record.versions.items() if version}
-    if record.python or known:
-        named = [f"Python {record.python}"] if record.python else []
-        lines.append(", ".join([*named, *(f"{name} {version}" for name, version in known.items())]))
-    machine = {name.replace("_", " "): value for name, value in record.machine.items() if value is not None}
-    if machine:
-        lines.append(", ".join(f"{name}: {value}" for name, value in machine.items()))
-    return tuple(lines)
+    named = [f"Python {record.python}"] if record.python else []
+    named += [f"{name} {version}" for name, version in record.versions.items() if version]
+    machine = [f"{name.replace('_', ' ')}: {v}" for name, v in record.machine.items() if v is not None]
+    return tuple(", ".join(line) for line in (named, machine) if line)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from kvlatent_lab.report.blocks import Section, line_block
-from kvlatent_lab.report.cells import cache_share, flat, frontier, widths_of
-from kvlatent_lab.report.charts import MOST_LINES, Line
-from kvlatent_lab.report.html_tables import Table, cell, plain, share
-from kvlatent_lab.report.measured import measured_models
+import pandas as pd
+
+from kvlatent_lab.report.blocks import Section, line_block, section
+from kvlatent_lab.report.charts import MOST_LINES, Line, points
+from kvlatent_lab.report.measured_models import measured_models
+from kvlatent_lab.report.page_listings import Listing, entry, plain, share
 from kvlatent_lab.report.result_files import Document, Documents
-from kvlatent_lab.spread import standard_error
+from kvlatent_lab.report.study_groups import frontier
 
 __all__ = ["quality"]
 
@@ -24,223 +24,157 @@ _CLOSE = 1.5
 _SAME = 1.001
 """Perplexities of one model on one text are equal up to this factor, whatever the machine."""
 
-
-@dataclass(frozen=True)
-class _Point:
-    """One conversion: by which method, at which widths, how much cache, what it cost.
-
-    And on what, as far as that is known: the text, tokens scored, the original's perplexity there.
-    """
-
-    method: str
-    widths: str
-    share: float | None
-    channels: float | None
-    ratio: float
-    error: float | None
-    source: Document
-    text: str | None = None
-    tokens: float | None = None
-    original: float | None = None
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A method at one pair of widths and one place of the axis, over its seeds."""
-
-    method: str
-    widths: str
-    x: float
-    ratio: float
-    error: float | None
-    seeds: int
+_NUMBERS = ("kept", "channels", "ratio", "error", "tokens", "original")
+_COLUMNS = ("method", "widths", "source", "text", *_NUMBERS)
 
 
 def quality(documents: Documents) -> Section | None:
     """Perplexity over the original's against the cache kept, a line a method, with the original and the paper's preset."""
-    points = [*_cells(documents), *_benchmarks(documents), *_models(documents)]
-    shares = [point for point in points if point.share is not None]
-    by_share = len(shares) * 2 > len(points) or not any(point.channels for point in points)
-    points = shares if by_share else [point for point in points if point.channels is not None]
-    if not points:
+    rows = [*_cells(documents.of("study")), *_benchmarks(documents), *_models(documents)]
+    conversions = pd.DataFrame(rows, columns=pd.Index(_COLUMNS)).astype(dict.fromkeys(_NUMBERS, float))
+    conversions = conversions.dropna(subset=["ratio"])
+    by_share = (
+        conversions["kept"].notna().sum() * 2 > len(conversions) or conversions["channels"].isna().all()
+    )
+    conversions = conversions.dropna(subset=["kept" if by_share else "channels"])
+    if conversions.empty:
         return None
-    entries = _entries(points, by_share)
+    x = (100 * conversions["kept"]).round(6) if by_share else conversions["channels"]
+    means = conversions.groupby(["method", x.rename("x"), "widths"])
+    entries = means.agg(ratio=("ratio", "mean"), error=("ratio", "sem"), seeds=("ratio", "size"))
+    entries["error"] = entries["error"].fillna(means["error"].first())
+    entries = entries.reset_index().sort_values(["method", "x", "ratio"], ascending=[True, False, True])
     lines = _lines(entries)
     if by_share:
-        lines = [Line("original", [100.0], [1.0], role="original", dashed=True), *lines]
+        lines = [Line("original", points([100.0], [1.0]), "original", dashed=True), *lines]
+    sources: dict[str, Document] = {one.name: one for one in conversions["source"]}
     common: dict[str, Any] = {
         "x_label": "share of the cache kept, %" if by_share else "channels cached per head, keys + values",
         "y_label": "perplexity over the original's",
         "level": 1.0,
-        "sources": list({point.source.name: point.source for point in points}.values()),
+        "sources": list(sources.values()),
     }
-    note = "A line joins the best that so much cache, or less, can do; the table has all widths."
-    table = _table(entries, by_share)
-    blocks = [line_block("quality", "All of them", lines, log_y=True, note=note, table=table, **common)]
-    close = [near for line in lines[:MOST_LINES] if (near := _near(line)) is not None]
-    if max(entry.ratio for entry in entries) > 2 * _CLOSE and any(line.role != "original" for line in close):
-        blocks.append(line_block("quality-close", f"Those up to ×{_CLOSE:g}", close, **common))
+    note = "A line joins the best that so much cache, or less, can do; the listing has all widths."
+    listing = _listing(entries, by_share)
+    blocks = [line_block("quality", "All of them", lines, log_y=True, note=note, listing=listing, **common)]
+    near = [replace(one, points=one.points[one.points["y"] <= _CLOSE]) for one in lines[:MOST_LINES]]
+    if entries["ratio"].max() > 2 * _CLOSE and any(len(one.points) for one in near if one.role != "original"):
+        blocks.append(line_block("quality-close", f"Those up to ×{_CLOSE:g}", near, **common))
     lead = (
         "What a conversion costs: 1 is the original's perplexity. Over several seeds a point is their mean and ± the "
-        f"standard error over them; of one seed ± is that of the measurement.{_apart(points)}"
+        f"standard error over them; of one seed ± is that of the measurement.{_differences(conversions)}"
     )
-    found = tuple(block for block in blocks if block is not None)
-    return Section("quality", "Quality against cache", lead, found)
+    return section("quality", "Quality against cache", lead, blocks)
 
 
-def _cells(documents: Documents) -> list[_Point]:
-    """Cells of the study of widths."""
-    points = []
-    for document in documents.of("study"):
-        content = document.content
-        if content.study != "widths":
-            continue
-        figures, settings = flat(content.figures), flat(content.settings)
-        method = next(
-            (settings[n] for n in ("preset", "method", "conversion.preset") if settings.get(n)), "calibrated"
-        )
-        tokens = sum(settings.get(f"stage{stage}_tokens") or 0 for stage in (1, 2))
-        trained = f", trained on {tokens:,} tokens" if tokens else ""
-        points += _point(f"{method}{trained}", settings, figures, document)
-    return points
+def _cells(studies: Sequence[Document]) -> Iterator[dict[str, Any]]:
+    """Cells of the studies of widths and of conversions; names of the latter say the method, the widths and the seed."""
+    for one in (one for one in studies if one.content.study in ("widths", "conversion")):
+        figures, settings = one.content.figures, one.content.settings
+        tokens, widths = settings.tokens, one.content.study == "widths"
+        method = settings.preset or "calibrated" if widths else _method(one.content.cell)
+        yield {
+            "method": f"{method}, trained on {tokens:,} tokens" if tokens else method,
+            "kept": figures.cache_ratio,
+            **_widths(settings.d_qk, settings.d_vo),
+            "ratio": figures.ratio,
+            "error": figures.ratio_standard_error,
+            "source": one,
+            "tokens": figures.tokens,
+            "original": figures.original_perplexity,
+        }
 
 
-def _benchmarks(documents: Documents) -> list[_Point]:
+def _method(cell: str) -> str:
+    return re.sub(r"-(\d+x\d+|seed\d+|\d+)(?=-|$)", "", cell).replace("-", " ")
+
+
+def _benchmarks(documents: Documents) -> Iterator[dict[str, Any]]:
     """Cells of the conversion benchmark; their names say the method, the widths and the seed."""
-    points = []
     for document in documents.of("conversion"):
-        content = document.content
-        sided = [one for name, one in content.cells.items() if name.startswith(("keys-", "values-"))]
-        known = [width for one in sided if (pair := widths_of(one)) for width in pair]
-        head_dim = content.head_dim or (max(known) if known else _head_dim(documents))
-        for name, one in content.cells.items():
-            method = re.sub(r"-(\d+x\d+|seed\d+|\d+)(?=-|$)", "", name).replace("-", " ")
-            points += _point(method, {"head_dim": head_dim, **flat(one)}, flat(one), document)
-    return points
+        cells = document.content.cells
+        sided = [one for name, one in cells.items() if name.startswith(("keys-", "values-"))]
+        whole = [width for one in sided for width in (one.d_qk, one.d_vo) if isinstance(width, int)]
+        head_dim = max(whole) if whole else _head_dim(documents)
+        for name, one in cells.items():
+            widths = _widths(one.d_qk, one.d_vo)
+            yield {
+                "method": _method(name),
+                "kept": widths["channels"] / (2 * head_dim) if widths["channels"] and head_dim else None,
+                **widths,
+                "ratio": one.ratio,
+                "error": one.ratio_standard_error,
+                "source": document,
+                "tokens": one.tokens,
+                "original": one.original_perplexity,
+            }
+
+
+def _widths(d_qk: Any, d_vo: Any) -> dict[str, Any]:
+    """Both widths, where they are one number each."""
+    known = isinstance(d_qk, int | float) and isinstance(d_vo, int | float)
+    return {"widths": f"{d_qk:g}/{d_vo:g}" if known else "", "channels": d_qk + d_vo if known else None}
 
 
 def _head_dim(documents: Documents) -> int | None:
     """Width of a head of the original, from a document that says it."""
-    runs = [document.content.plan.get("head_dim") for document in documents.of("run")]
     models = [one.config.original_head_dim for one in measured_models(documents) if one.config is not None]
+    runs = [run.content.plan.get("head_dim") for run in documents.of("run")]
     return next((known for known in (*models, *runs) if isinstance(known, int)), None)
 
 
-def _point(method: str, settings: dict[str, Any], figures: dict[str, Any], source: Document) -> list[_Point]:
-    ratio, error = figures.get("ratio"), figures.get("ratio_standard_error")
-    if not isinstance(ratio, (int, float)) or ratio <= 0:
-        return []
-    widths = widths_of(settings)
-    return [
-        _Point(
-            method,
-            f"{widths[0]:g}/{widths[1]:g}" if widths else "",
-            cache_share(settings, figures),
-            sum(widths) if widths else None,
-            ratio,
-            error if isinstance(error, (int, float)) else None,
-            source,
-            tokens=figures.get("tokens"),
-            original=figures.get("original_perplexity"),
-        )
-    ]
-
-
-def _models(documents: Documents) -> list[_Point]:
+def _models(documents: Documents) -> Iterator[dict[str, Any]]:
     """The models of evaluations and runs."""
-    points = []
     for one in measured_models(documents):
-        own, original = one.figures, one.original
-        if (
-            one.is_original
-            or original is None
-            or not (own.cache_bytes_per_token and original.cache_bytes_per_token)
-        ):
-            continue
-        ratio = own.ratio
-        if ratio is None and own.perplexity and original.perplexity:
-            ratio = own.perplexity / original.perplexity
-        if ratio:
-            kept = own.cache_bytes_per_token / original.cache_bytes_per_token
-            on = {"text": one.text, "tokens": own.tokens, "original": original.perplexity}
-            points.append(
-                _Point(one.label, "", kept, None, ratio, own.ratio_standard_error, one.source, **on)
-            )
-    return points
+        if one.kept is not None:
+            yield {
+                "method": one.label,
+                "widths": "",
+                "kept": one.kept,
+                "ratio": one.over_original,
+                "error": one.ratio_standard_error,
+                "source": one.source,
+                "text": one.text,
+                "tokens": one.figures.tokens,
+                "original": one.original and one.original.perplexity,
+            }
 
 
-def _apart(points: Sequence[_Point]) -> str:
+def _differences(conversions: pd.DataFrame) -> str:
     """A sentence where the points are known to be of different texts, or of one text read in different ways."""
     texts, tokens, originals = (
-        sorted({value for point in points if (value := getattr(point, name)) is not None})
-        for name in ("text", "tokens", "original")
+        sorted(conversions[name].dropna().unique()) for name in ("text", "tokens", "original")
     )
     said = [f"{plain(tokens[0])} to {plain(tokens[-1])} tokens scored"] if len(tokens) > 1 else []
     if originals and originals[-1] > _SAME * originals[0]:
         said.append(f"the original's perplexity there {plain(originals[0])} to {plain(originals[-1])}")
     if not said and len(texts) < 2:
         return ""
-    return (
-        " The texts differ, or how they were read"
-        + (f" ({', '.join(said)})" if said else "")
-        + ": points compare only within one source."
-    )
+    how = f" ({', '.join(said)})" if said else ""
+    return f" The texts differ, or how they were read{how}: points compare only within one source."
 
 
-def _entries(points: Sequence[_Point], by_share: bool) -> list[_Entry]:
-    """Points of one method and widths as one entry: they are its seeds."""
-    seeds: dict[tuple[str, float, str], list[_Point]] = {}
-    for point in points:
-        x = point.share if by_share else point.channels
-        assert x is not None
-        place = (point.method, round(100 * x, 6) if by_share else x, point.widths)
-        seeds.setdefault(place, []).append(point)
-    entries = []
-    for (method, x, widths), found in seeds.items():
-        ratios = [point.ratio for point in found]
-        error = standard_error(ratios) if len(found) > 1 else found[0].error
-        entries.append(_Entry(method, widths, x, fmean(ratios), error, len(found)))
-    return sorted(entries, key=lambda entry: (entry.method, -entry.x, entry.ratio))
-
-
-def _table(entries: Sequence[_Entry], by_share: bool) -> Table:
+def _listing(entries: pd.DataFrame, by_share: bool) -> Listing:
     rows = []
-    for one in entries:
-        kept = share(one.x / 100) if by_share else cell(one.x)
-        name = f"{one.method}, {one.widths}" if one.widths else one.method
-        rows.append((name, [kept, cell(one.ratio, one.error), cell(one.seeds)]))
+    for one in entries.to_dict("records"):
+        name = f"{one['method']}, {one['widths']}" if one["widths"] else one["method"]
+        kept = share(one["x"] / 100) if by_share else entry(one["x"])
+        rows.append((name, [kept, entry(one["ratio"], one["error"]), entry(one["seeds"])]))
     columns = ["cache kept" if by_share else "channels", "perplexity over the original's", "seeds"]
-    return Table.of("quality", "conversion, d_qk/d_vo", columns, rows, caption="Every conversion")
+    return Listing.of("quality", "conversion, d_qk/d_vo", columns, rows, caption="Every conversion")
 
 
-def _lines(entries: Sequence[_Entry]) -> list[Line]:
+def _lines(entries: pd.DataFrame) -> list[Line]:
     """A line a method, those worth drawing first: the paper's, then those of three points or more, the best first."""
-    made = []
-    for method in dict.fromkeys(entry.method for entry in entries):
-        best: dict[float, _Entry] = {}
-        for one in entries:
-            if one.method == method and (one.x not in best or one.ratio < best[one.x].ratio):
-                best[one.x] = one
-        at = frontier({x: one.ratio for x, one in best.items()})
-        made.append(
-            Line(
-                "paper's preset" if method == "paper" else method,
-                at,
-                [best[x].ratio for x in at],
-                error=[best[x].error for x in at],
-                role="c2" if method == "paper" else "",
-            )
-        )
-    made.sort(key=lambda line: (line.role != "c2", -min(len(line.x), 3), fmean(line.y)))
+    lines = []
+    for method, rows in entries.groupby("method", sort=False):
+        best = rows.drop_duplicates("x").set_index(
+            "x"
+        )  # the entries of a place are in the order of their ratios
+        best = best.loc[frontier(best["ratio"]).index]
+        drawn = points(best.index, best["ratio"], best["error"])
+        paper = method == "paper"
+        lines.append(Line("paper's preset" if paper else f"{method}", drawn, "c2" if paper else ""))
+    lines.sort(key=lambda line: (line.role != "c2", -min(len(line.points), 3), line.points["y"].mean()))
     free = iter(("c1", "c3", "c4", "c5", "muted"))  # a method keeps its colour on both scales
-    made = [line if line.role else replace(line, role=next(free, "muted")) for line in made]
-    return made
-
-
-def _near(line: Line) -> Line | None:
-    """The points of a line up to `_CLOSE`."""
-    kept = [index for index, y in enumerate(line.y) if y <= _CLOSE]
-    if not kept:
-        return None
-    error = line.error and [line.error[index] for index in kept]
-    return replace(line, x=[line.x[i] for i in kept], y=[line.y[i] for i in kept], error=error)
+    return [line if line.role else replace(line, role=next(free, "muted")) for line in lines]

@@ -6,25 +6,24 @@ The first is equation 10 of the paper, over d.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from statistics import fmean
-from typing import Any
 
-from kvlatent_lab.report.blocks import Block, Section, line_block
-from kvlatent_lab.report.cells import TOKENS, Group, grouped
-from kvlatent_lab.report.charts import Line
-from kvlatent_lab.report.measured import measured_models
+import numpy as np
+import torch
+
+from kvlatent.model.rotary import attenuation
+from kvlatent_lab.report.blocks import Block, Section, line_block, section
+from kvlatent_lab.report.charts import Line, points
+from kvlatent_lab.report.measured_models import measured_models
+from kvlatent_lab.report.model_charts import order_line
 from kvlatent_lab.report.result_files import Document, Documents
 from kvlatent_lab.report.study_charts import said
+from kvlatent_lab.report.study_groups import TOKENS
 
 __all__ = ["attenuation_curves"]
 
-_WIDTHS = ("d_qk", "width")
-_TABLES = ("rope", "table")
-_ROLES = {"calibrated": "c1", "frequency-aware": "c2", "paper": "c2"}
-_OWN = ("curve", "similarity", "latent", "attenuation")
+_ROLES = {"calibrated": "c1", "frequency-aware": "c2"}
 _SIMILARITY = "mean over pairs of cos(distance × frequency)"
-_POSITIONS = range(129)
+_POSITIONS = torch.arange(129)
 """Distances, in tokens, at which the curve of a bare table is computed."""
 
 
@@ -33,20 +32,19 @@ def attenuation_curves(documents: Documents) -> Section | None:
 
     Of evaluated models, whose tables are known, the mean curve of each.
     """
-    cells = [one for one in documents.of("study") if _curves(one)]
-    blocks = [_of_models(documents)]
-    for title, trainings in _by_width(cells).items():
-        first = next(iter(trainings.values()))  # training leaves the tables as they are
-        blocks.append(_attenuation(f"attenuation-{title}", title, first, [cell for _, cell in first]))
-        for training, members in trainings.items():
-            place = ", ".join(part for part in (title, training) if part)
-            blocks.append(_orders(f"rope-order-{place}", place, members, [cell for _, cell in members]))
+    blocks, widths = [_of_models(documents)], _by_width(documents.of("study"))
+    trained = len({tokens for trainings in widths.values() for tokens in trainings}) > 1
+    for title, trainings in widths.items():
+        blocks.append(
+            _curves(title, next(iter(trainings.values())))
+        )  # training leaves the tables as they are
+        for tokens, cells in trainings.items():
+            blocks.append(_orders(f"{title}, {said(TOKENS, tokens)}" if trained else title, cells))
     lead = (
         "How similar a query stays to an equal key as they move apart. A fall that is slow near 0 tells near tokens apart "
         "badly; one that comes back up confuses distances."
     )
-    found = tuple(block for block in blocks if block is not None)
-    return Section("rope", "Attenuation of the rotary tables", lead, found) if found else None
+    return section("rope", "Attenuation of the rotary tables", lead, blocks)
 
 
 def _of_models(documents: Documents) -> Block | None:
@@ -54,14 +52,16 @@ def _of_models(documents: Documents) -> Block | None:
     lines, sources = [], []
     for one in measured_models(documents):
         if one.config is not None:
-            curves = _each([table.short for layer in one.config.tables for table in layer])
-            mean, band = [fmean(at) for at in zip(*curves, strict=True)], None
-            if len(curves) > 1:
-                band = (
-                    [min(at) for at in zip(*curves, strict=True)],
-                    [max(at) for at in zip(*curves, strict=True)],
-                )
-            lines.append(Line(one.label, _POSITIONS, mean, band=band, marks=False))
+            tables = [
+                torch.tensor(table.short, dtype=torch.float64)
+                for layer in one.config.tables
+                for table in layer
+            ]
+            curves = np.stack([attenuation(table, _POSITIONS).numpy() for table in tables])
+            ends = (curves.min(axis=0), curves.max(axis=0)) if len(curves) > 1 else (None, None)
+            lines.append(
+                Line(one.label, points(_POSITIONS.tolist(), curves.mean(axis=0), None, *ends), marks=False)
+            )
             sources.append(one.source)
     return line_block(
         "attenuation-models",
@@ -74,96 +74,57 @@ def _of_models(documents: Documents) -> Block | None:
     )
 
 
-def _by_width(cells: Sequence[Document]) -> dict[str, dict[str, list[tuple[str, Document]]]]:
-    """Cells by width, then by how long they were trained where that varies; of several seeds the first."""
-    varying, groups = grouped(cells)
-    width = next((name for name in _WIDTHS if name in varying), "")
-    trained = len({group.settings.get(TOKENS) for group in groups}) > 1
-    found: dict[str, dict[str, list[tuple[str, Document]]]] = {}
-    for group in groups:
-        place = f"{width} = {group.settings.get(width)}" if width else "Similarity by distance"
-        training = said(TOKENS, group.settings.get(TOKENS)) if trained else ""
-        named = _table_name(group, varying, width), group.cells[0]
-        found.setdefault(place, {}).setdefault(training, []).append(named)
-    return found
+def _by_width(cells: Sequence[Document]) -> dict[str, dict[int, dict[str, Document]]]:
+    """Cells with a curve by width, tokens trained on, and the name of their table; of several seeds the first."""
+    widths: dict[str, dict[int, dict[str, Document]]] = {}
+    cells = [one for one in cells if one.content.figures.attenuation is not None]
+
+    def place(one: Document) -> tuple[int, int]:
+        return one.content.settings.d_qk or 0, one.content.settings.tokens
+
+    for one in sorted(cells, key=place):
+        width, tokens = place(one)
+        trainings = widths.setdefault(f"d_qk = {width}", {})
+        table = f"{one.content.settings.model_extra.get('rope', one.content.cell)}"
+        trainings.setdefault(tokens, {}).setdefault(table, one)
+    return widths
 
 
-def _table_name(group: Group, varying: Sequence[str], width: str) -> str:
-    """What a group calls its table; else all its settings that vary, else the cell."""
-    own = [name for name in _TABLES if name in varying][:1] or [name for name in varying if name != width]
-    return ", ".join(f"{group.settings.get(name)}" for name in own) or group.cells[0].content.cell
-
-
-def _attenuation(
-    name: str, title: str, members: Sequence[tuple[str, Document]], sources: Sequence[Document]
-) -> Block | None:
-    lines: dict[str, Line] = {}
-    for label, cell in members:
-        for part, (x, y) in _curves(cell).items():
-            if part == "original":
-                lines[part] = Line(part, x, y, role="original", dashed=True, marks=False)
-            else:
-                own = f"{label} {part}".strip()
-                lines[own] = Line(own, x, y, role=_ROLES.get(own, ""), marks=False)
-    uneven = any(
-        len(x) > 2 and x[-1] - x[-2] > 4 * (x[1] - x[0]) for x in (list(line.x) for line in lines.values())
-    )
+def _curves(title: str, cells: dict[str, Document]) -> Block | None:
+    """Similarity by distance, the original's once."""
+    lines: list[Line] = []
+    for label, one in cells.items():
+        curves = one.content.figures.attenuation
+        if not lines:
+            drawn = points(curves.positions, curves.original)
+            lines.append(Line("original", drawn, "original", dashed=True, marks=False))
+        lines.append(Line(label, points(curves.positions, curves.latent), _ROLES.get(label, ""), marks=False))
     return line_block(
-        name,
+        f"attenuation-{title}",
         title,
-        sorted(lines.values(), key=lambda line: line.label != "original"),
+        lines,
         x_label="distance, tokens",
         y_label=_SIMILARITY,
-        log_x=uneven,
-        sources=sources,
+        log_x=True,
+        sources=list(cells.values()),
     )
 
 
-def _curves(cell: Document) -> dict[str, tuple[Sequence[float], list[float]]]:
-    """Curves of a cell by name; "" for its own."""
-    known = cell.content.known
-    if known.attenuation is not None:
-        x = known.attenuation.positions
-        return {"" if name in _OWN else name: (x, y) for name, y in known.attenuation.curves.items()}
-    if known.inv_freq:
-        return {"": (_POSITIONS, _computed(known.inv_freq))}
-    return {}
-
-
-def _computed(inv_freq: Any) -> list[float]:
-    """The curve of one table, or the mean over several."""
-    curves = _each(inv_freq if isinstance(inv_freq[0], list) else [inv_freq])
-    return [fmean(at) for at in zip(*curves, strict=True)]
-
-
-def _each(tables: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The curve of every table."""
-    torch, rope = import_module("torch"), import_module("kvlatent.model.rotary")
-    positions = torch.tensor(list(_POSITIONS))
-    return [
-        rope.attenuation(torch.tensor(table, dtype=torch.float64), positions).tolist() for table in tables
-    ]
-
-
-def _orders(
-    name: str, title: str, members: Sequence[tuple[str, Document]], sources: Sequence[Document]
-) -> Block | None:
+def _orders(title: str, cells: dict[str, Document]) -> Block | None:
     """Margin of the true word order by span; the original once."""
     lines: list[Line] = []
-    for label, cell in members:
-        known = cell.content.known
-        if known.original_order is not None and not any(line.role == "original" for line in lines):
-            margins = [fmean(row) for row in known.original_order.margin]
-            lines.append(Line("original", known.original_order.spans, margins, role="original", dashed=True))
-        if known.order is not None:
-            margins = [fmean(row) for row in known.order.margin]
-            lines.append(Line(label, known.order.spans, margins, role=_ROLES.get(label, "")))
+    for label, one in cells.items():
+        figures = one.content.figures
+        if figures.original_order is not None and not lines:
+            lines.append(order_line("original", figures.original_order, "margin", "original", band=False))
+        if figures.order is not None:
+            lines.append(order_line(label, figures.order, "margin", _ROLES.get(label, ""), band=False))
     return line_block(
-        name,
+        f"rope-order-{title}",
         f"Word order, {title}",
-        sorted(lines, key=lambda line: line.role != "original"),
+        lines,
         x_label="span that is permuted, tokens",
         y_label="nats by which the true order is likelier, mean over depths",
-        x_ticks=sorted({x for line in lines for x in line.x}),
-        sources=sources,
+        at_points=True,
+        sources=list(cells.values()),
     )

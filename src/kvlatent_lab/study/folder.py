@@ -7,19 +7,22 @@ way (tokens, statistics, conversions, unfinished training) and can be deleted wh
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from kvlatent.jobs.apart import Inputs
 from kvlatent.jobs.atomic import prepare_output, read_json
 from kvlatent.jobs.fingerprints import differences
+from kvlatent.jobs.record import complaint
 from kvlatent.jobs.work_directory import WorkDirectory
+from kvlatent_lab.study.study_cell import StudyCell
 
-__all__ = ["ABOUT", "StudyFolder", "cell_files", "numeric", "read_cell"]
+__all__ = ["ABOUT", "StudyFolder", "cell_files", "read_cell"]
 
 ABOUT = "study.json"
 _AGAIN = "delete it to measure it again"
@@ -123,19 +126,7 @@ def read_cell(path: Path) -> dict[str, Any]:
     document = read_json(path, _AGAIN)
     if not isinstance(document, dict) or document.get("kind") != "study" or document.get("cell") != path.stem:
         raise ValueError(f"{path} is not the result of a cell of that name; delete it or move it away")
-    parts = ("model", "settings", "figures", "record")
-    lacking = [part for part in parts if not isinstance(document.get(part), dict)]
-    if lacking or not isinstance(document.get("study"), str):
-        raise ValueError(f"{path} is damaged: it lacks {(lacking or ['study'])[0]}; {_AGAIN}")
-    if not numeric(document["figures"]):
-        raise ValueError(f"{path} is damaged: a figure in it is not a number; {_AGAIN}")
-    return document
-
-
-def numeric(figures: Any) -> bool:
-    """Whether there are finite numbers only, in nested mappings and lists."""
-    if isinstance(figures, Mapping):
-        return all(isinstance(key, str) and numeric(value) for key, value in figures.items())
-    if isinstance(figures, list):
-        return all(numeric(value) for value in figures)
-    return isinstance(figures, int | float) and not isinstance(figures, bool) and math.isfinite(figures)
+    try:
+        return StudyCell.checked(document)
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged: {complaint(error)}; {_AGAIN}") from error

@@ -31,9 +31,9 @@ from kvlatent.model.families import effective_table
 from kvlatent.model.rotary import attenuation, standard_exponents
 from kvlatent.model.table import RotaryTable
 from kvlatent.selection.latent_config import choose
-from kvlatent_lab.study.folder import numeric
 from kvlatent_lab.study.grid_cells import PAPER_PARTS, Cell, Grid, Scale, choices_of, widths_of
 from kvlatent_lab.study.measure_cell import measure_model, train_cell
+from kvlatent_lab.study.study_cell import numeric
 from kvlatent_lab.study.subject import Subject
 
 __all__ = ["ROPE", "measure_curves"]

@@ -13,10 +13,11 @@ import torch
 
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import environment
-from kvlatent_lab.study.folder import StudyFolder, numeric
+from kvlatent_lab.study.folder import StudyFolder
 from kvlatent_lab.study.grid_cells import Cell
 from kvlatent_lab.study.measure_cell import forget
 from kvlatent_lab.study.request import Request, resolve_request
+from kvlatent_lab.study.study_cell import StudyCell, numeric
 from kvlatent_lab.study.subject import Subject
 
 __all__ = ["EVAL_TOKENS", "study"]
@@ -214,18 +215,16 @@ class Run:
             **({} if self.tools is None else {"tools": self.tools["versions"]}),
             **failed,
         }
-        self.folder.finish(
-            cell.name,
-            {
-                "kind": "study",
-                "study": asked.grid.name,
-                "cell": cell.name,
-                "model": {"name": asked.source.name, "fingerprint": self.folder.plan["model"]},
-                "settings": cell.settings,
-                "figures": figures,
-                "record": record,
-            },
-        )
+        document = {
+            "kind": "study",
+            "study": asked.grid.name,
+            "cell": cell.name,
+            "model": {"name": asked.source.name, "fingerprint": self.folder.plan["model"]},
+            "settings": cell.settings,
+            "figures": figures,
+            "record": record,
+        }
+        self.folder.finish(cell.name, StudyCell.checked(document))
         forget(subject, cell)
         self.measured.append(cell.name)
         if failed:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.source import ModelSource, name_and_fingerprint, resolve_model
 from kvlatent.engines.roofline import maximum_context
+from kvlatent.evaluation.result_models import Bench
 from kvlatent.evaluation.sequences import shortest_context
 from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of
 from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size, working_caches
@@ -104,7 +105,7 @@ def bench(
     methods = sorted({cell.peak_method for cell in cells})
     sources = {"original": original, "latent": model}
     about = {role: _about(each, sources[role] or model, caches) for role, each in models.items()}
-    return {
+    document = {
         "kind": "bench",
         "model": about.get("latent") or about["original"],
         "original": about["original"] if original is not None else None,
@@ -130,6 +131,7 @@ def bench(
         "record": _record(latent, caches)
         | {"seed": seed, "extent": about_extent, "seconds": round(time.perf_counter() - start, 3)},
     }
+    return Bench.checked(document)
 
 
 def _chosen(

@@ -1,21 +1,22 @@
-"""Tables of the page: cells that carry the exact number beside its rounded text, and how numbers are rounded."""
+"""Listings of the page: entries that carry the exact number beside its rounded text, and how numbers are rounded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Cell", "Row", "Table", "cell", "distinct", "exact", "number", "plain", "share", "words"]
+__all__ = ["Entry", "Listing", "Row", "distinct", "entry", "exact", "number", "plain", "share", "words"]
 
 _MINUS, _TIMES = "\u2212", "\u00d7"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One entry: what is read, the number behind it, its error, and how deep a heat map shades it (0 to 1)."""
+class Entry:
+    """What is read, the number behind it, its error, and how deep a heat map shades it (0 to 1)."""
 
-    text: str
+    text: str = "–"
     value: float | None = None
     error: float | None = None
     shade: float | None = None
@@ -23,16 +24,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row with a name of its own in the table; `head` is what its first column says, the name if it is empty."""
+    """A row with a name of its own in the listing; `head` is what its first column says, the name if it is empty."""
 
     name: str
-    cells: tuple[Cell, ...]
+    entries: tuple[Entry, ...]
     head: str = ""
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table with a name of its own, so that a reader of the HTML finds each figure by table, row and column."""
+class Listing:
+    """A listing with a name of its own, so that a reader of the HTML finds each figure by listing, row and column."""
 
     name: str
     caption: str
@@ -47,26 +48,26 @@ class Table:
         name: str,
         corner: str,
         columns: Sequence[str],
-        rows: Sequence[tuple[str, Sequence[Cell]]],
+        rows: Sequence[tuple[str, Sequence[Entry]]],
         *,
         caption: str = "",
         heat: bool = False,
-    ) -> Table:
-        names = distinct([label for label, _ in rows])
-        made = tuple(Row(name, tuple(cells), head) for name, (head, cells) in zip(names, rows, strict=True))
-        return cls(name, caption, corner, tuple(columns), made, heat)
+    ) -> Listing:
+        names = distinct([head for head, _ in rows])
+        named = [Row(name, tuple(each), head) for name, (head, each) in zip(names, rows, strict=True)]
+        return cls(name, caption, corner, tuple(columns), tuple(named), heat)
 
 
 def distinct(labels: Sequence[str]) -> list[str]:
-    """Labels of their own, as a table calls rows and columns by them: those that come again are numbered."""
-    made: dict[str, None] = {}
+    """Labels of their own, as a listing calls rows and columns by them: those that come again are numbered."""
+    taken: dict[str, None] = {}
     for label in labels:
         one, number = label, 1
-        while one in made:
+        while one in taken:
             number += 1
             one = f"{label} ({number})"
-        made[one] = None
-    return list(made)
+        taken[one] = None
+    return list(taken)
 
 
 def number(value: float, error: float | None = None, *, digits: int = 4) -> str:
@@ -75,7 +76,7 @@ def number(value: float, error: float | None = None, *, digits: int = 4) -> str:
         first = -math.floor(math.log10(error))  # the place of its first digit
         most = 5 - math.floor(math.log10(abs(value))) if value else 8
         places = max(min(first + 1, max(most, first)), 0)
-        return _grouped(value, places) + f" ± {_grouped(error, places)}"
+        return f"{_grouped(value, places)} ± {_grouped(error, places)}"
     text = exact(value, digits)
     return text if error is None else f"{text} ± {exact(error, 2)}"
 
@@ -83,9 +84,7 @@ def number(value: float, error: float | None = None, *, digits: int = 4) -> str:
 def plain(value: float) -> str:
     """A number without zeros at its end, as settings and axes want it."""
     text = exact(value)
-    if "." in text and "^" not in text:
-        text = text.rstrip("0").rstrip(".")
-    return text
+    return text.rstrip("0").rstrip(".") if "." in text and "^" not in text else text
 
 
 def exact(value: float, digits: int = 4) -> str:
@@ -103,21 +102,26 @@ def _grouped(value: float, places: int) -> str:
     return f"{value:,.{places}f}".replace("-", _MINUS)
 
 
-def cell(value: float | None, error: float | None = None, *, digits: int = 4) -> Cell:
-    """The cell of a number; a dash where there is none."""
-    if value is None:
-        return Cell("–")
-    return Cell(number(value, error, digits=digits), float(value), None if error is None else float(error))
+def _known(value: Any) -> float | None:
+    """A number; None and NaN, which stands for it in a data frame, are none."""
+    return None if value is None or math.isnan(value) else float(value)
 
 
-def share(value: float | None, error: float | None = None, *, places: int = 1, shade: bool = False) -> Cell:
-    """The cell of a share, read in per cent; the number behind it stays between 0 and 1."""
+def entry(value: float | None, error: float | None = None, *, digits: int = 4) -> Entry:
+    """The entry of a number; a dash where there is none."""
+    value, error = _known(value), _known(error)
+    return Entry() if value is None else Entry(number(value, error, digits=digits), value, error)
+
+
+def share(value: float | None, error: float | None = None, *, places: int = 1, shade: bool = False) -> Entry:
+    """The entry of a share, read in per cent; the number behind it stays between 0 and 1."""
+    value, error = _known(value), _known(error)
     if value is None:
-        return Cell("–")
+        return Entry()
     text = f"{100 * value:.{places}f}" + ("" if error is None else f" ± {100 * error:.{places}f}") + " %"
-    return Cell(text, float(value), error, min(max(value, 0.0), 1.0) if shade else None)
+    return Entry(text, value, error, min(max(value, 0.0), 1.0) if shade else None)
 
 
-def words(text: object) -> Cell:
-    """The cell of something that is no number."""
-    return Cell("–" if text is None else str(text))
+def words(text: object) -> Entry:
+    """The entry of something that is no number."""
+    return Entry() if text is None else Entry(str(text))

@@ -1,0 +1,105 @@
+"""`run.json` and `metrics.jsonl`: how a checkpoint was made, and what it was worth after each step.
+
+Written by convert, compress and train; read by the report.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from kvlatent.evaluation.result_models import Figures
+from kvlatent.jobs.atomic import read_json
+from kvlatent.jobs.record import Provenance, Result, complaint
+
+__all__ = ["RunRecord", "TrainingStep", "read_record"]
+
+
+class ConvertedLayer(Result):
+    """Widths of a layer, and the relative squared error of its attention output by strategy; None: impossible."""
+
+    layer: int
+    d_qk: int
+    d_vo: int
+    errors: dict[str, float | None] = Field(default_factory=dict)
+    reasons: dict[str, str] = Field(default_factory=dict)
+
+
+class ConversionFigures(Result):
+    """Seconds of a conversion, and what calibration predicted; `scope_errors` by who shares a rotary table."""
+
+    seconds: float | None = None
+    layers: list[ConvertedLayer] = Field(default_factory=list)
+    scope_errors: dict[str, float] = Field(default_factory=dict)
+    predicted: dict[str, Any] | None = None
+
+
+class StageSummary(Result):
+    """What a stage took, and its first and last losses (stage I: those of every layer as well)."""
+
+    stage: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    tokens_per_second: float | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    first_layer_losses: list[float] | None = None
+    layer_losses: list[float] | None = None
+
+
+class EarlierRun(Result):
+    """What a run says of the one that it went on from."""
+
+    command: str | None = None
+    sha256: dict[str, str | None] = Field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    conversion: ConversionFigures | None = None
+    training: dict[str, StageSummary] = Field(default_factory=dict)
+    figures: dict[str, Figures] = Field(default_factory=dict)
+
+
+class RunRecord(Provenance):
+    """`run.json`; the first of `earlier` is the conversion, where a later stage was trained on its result.
+
+    `figures` are those of "original", "converted", "stage1" and "latent", `training` those of "stage1" and "stage2".
+    """
+
+    fingerprint: str | None = None
+    plan: dict[str, Any] = Field(default_factory=dict)
+    source: dict[str, Any] | None = None
+    sha256: dict[str, str | None] = Field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    conversion: ConversionFigures | None = None
+    training: dict[str, StageSummary] = Field(default_factory=dict)
+    figures: dict[str, Figures] = Field(default_factory=dict)
+    earlier: list[EarlierRun] = Field(default_factory=list)
+
+
+class TrainingStep(Result):
+    """One line of `metrics.jsonl`: the mean loss since the line before."""
+
+    stage: int
+    tokens: Annotated[int, Field(ge=0)]
+    loss: float
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What a run wrote as run.json, or None where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    record = read_json(path, "remove it or restore it")
+    if not isinstance(record, dict):
+        raise ValueError(  # noqa: TRY004 - the command line shows ValueError as one sentence
+            f"{path} is not the record of a run: it holds a {type(record).__name__}; remove it or restore it"
+        )
+    try:
+        return RunRecord.checked(record)
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged ({complaint(error)}); remove it or restore it") from error
