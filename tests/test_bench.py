@@ -10,15 +10,21 @@ import torch
 from bench_setup import FULL, HEADS, LAYERS, QUICK, make_pair
 from kvlatent.conversion.convert_model import convert
 from kvlatent.engines.serving_figures import serving_figures
-from kvlatent.evaluation.speed import timing
 from kvlatent.evaluation.speed import variants as cells
 from kvlatent.evaluation.speed.bench_run import bench
 from kvlatent.evaluation.speed.caches import make_cache
-from kvlatent.evaluation.speed.lines import bench_lines, bench_table, json_line
+from kvlatent.evaluation.speed.lines import bench_lines, bench_listing, json_line
 from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
-from kvlatent.evaluation.speed.ratios import largest_contexts, ratio_rows, stacked_rows, table_rows
-from kvlatent.evaluation.speed.timing import Run, interleaved, ratios, run, spread
-from kvlatent.evaluation.speed.variants import Variant, measure_cell, random_prompt
+from kvlatent.evaluation.speed.ratios import (
+    Spread,
+    cell_rows,
+    largest_contexts,
+    ratio_rows,
+    ratios,
+    spread,
+    stacked_rows,
+)
+from kvlatent.evaluation.speed.variants import Run, Variant, interleaved, measure_cell, random_prompt, run
 from kvlatent.model.cache_bytes import decode_speedup
 from tiny import SIZES, tiny_model, tokens
 
@@ -53,12 +59,12 @@ def test_a_machine_that_slows_down_favours_neither():
 
 
 def test_spread_is_the_quartiles():
-    assert spread([5, 1, 2, 4, 3]) == timing.Spread(3, 2, 4)
+    assert spread([5, 1, 2, 4, 3]) == Spread(3, 2, 4)
 
 
 def test_a_run_is_the_greedy_continuation_and_its_times_exclude_the_rest(pair, monkeypatch):
     clock, seen = count(), []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) ** 2)
+    monkeypatch.setattr(cells.time, "perf_counter", lambda: next(clock) ** 2)
     original, prompt = pair[0], tokens(2, 9)
 
     def spy(**inputs):
@@ -244,7 +250,7 @@ def test_what_runs_out_of_memory_is_skipped_and_named(pair, monkeypatch):
 
 def test_figures_of_nothing_are_nothing():
     assert (
-        table_rows([], 1) == ratio_rows([], {"original": None}) == stacked_rows([], {"original": None}) == []
+        cell_rows([], 1) == ratio_rows([], {"original": None}) == stacked_rows([], {"original": None}) == []
     )
     assert largest_contexts([], {}, 1.0) == []
 
@@ -298,7 +304,7 @@ def test_a_static_cache_that_is_kept_says_the_same_again(pair):
 
 
 def test_the_table_repeats_the_document(document):
-    table = bench_table(document)
+    table = bench_listing(document)
     assert len(table) == 1 + len(document["rows"])
     for cells_, row in zip(table[1:], document["rows"], strict=True):
         assert cells_[:4] == [str(row["batch"]), str(row["context"]), row["cache"], row["model"]]
@@ -321,7 +327,7 @@ def test_the_table_repeats_the_document(document):
 
 def test_the_table_of_one_model_compares_its_caches(pair):
     found = bench(pair[1], caches=("dynamic", "quantized-fp8"), contexts=(8,), new_tokens=2, repeats=3)
-    table = bench_table(found)
+    table = bench_listing(found)
     assert table[1][-2:] == ["", ""] and all(table[2][-2:])
 
 

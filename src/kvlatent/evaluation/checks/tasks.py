@@ -14,16 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.evaluation.check import (
-    BATCH_SIZE,
-    Argument,
-    Check,
-    Report,
-    Request,
-    Settings,
-    run_each,
-    with_error,
-)
+from kvlatent.evaluation import check
+from kvlatent.evaluation.check import Report, Request, Settings
 from kvlatent.evaluation.checks.task_loading import import_lm_eval, loaded_tasks
 from kvlatent.evaluation.evidence import Figures
 from kvlatent.evaluation.sequences import check_counts, context_limit, evaluation_mode
@@ -208,7 +200,7 @@ def _rows(latent: Figures) -> dict[str, Callable[[Figures], str]]:
     def show(task: str, metric: str) -> Callable[[Figures], str]:
         def cell(figures: Figures) -> str:
             row = figures["tasks"]["tasks"][task]
-            return with_error(row[metric], row.get(f"{metric}_stderr"))
+            return check.with_error(row[metric], row.get(f"{metric}_stderr"))
 
         return cell
 
@@ -220,16 +212,16 @@ def _rows(latent: Figures) -> dict[str, Callable[[Figures], str]]:
     }
 
 
-CHECK = Check(
+CHECK = check.Check(
     name="tasks",
     arguments=(
-        BATCH_SIZE,
-        Argument("tasks", list, "lm-eval tasks, e.g. arc_easy,hellaswag."),
-        Argument("include_path", Path, "Folder of your own task files (YAML)."),
-        Argument("limit", int, "Questions a task."),
+        check.BATCH_SIZE,
+        check.Argument("tasks", list, "lm-eval tasks, e.g. arc_easy,hellaswag."),
+        check.Argument("include_path", Path, "Folder of your own task files (YAML)."),
+        check.Argument("limit", int, "Questions a task."),
     ),
     refuse=_refuse,
-    run=run_each("tasks", _measure, compare_tasks),
+    run=check.run_each("tasks", _measure, compare_tasks),
     asked_by="tasks",
     rows=_rows,
 )

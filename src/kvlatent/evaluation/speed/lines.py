@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["bench_card", "bench_lines", "bench_table", "json_line"]
+__all__ = ["bench_card", "bench_lines", "bench_listing", "json_line"]
 
 _COLUMNS = ("batch", "context", "cache", "model", "prefill", "ms/token", "tokens/s", "cache held", "peak", "times faster", "by bytes")  # fmt: skip
 
@@ -22,7 +22,7 @@ def json_line(document: dict[str, Any]) -> str:
 
 def bench_lines(document: dict[str, Any]) -> list[str]:
     """Card, table, and what follows it: longest contexts, and what ran out of memory."""
-    table = _aligned(bench_table(document))
+    table = _aligned(bench_listing(document))
     lines = [*bench_card(document), "", *table]
     if document["largest_context"] is not None:
         lines += ["", *_largest(document["largest_context"])]
@@ -61,7 +61,7 @@ def _range(widths: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def bench_table(document: dict[str, Any]) -> list[list[str]]:
+def bench_listing(document: dict[str, Any]) -> list[list[str]]:
     """Header and rows.
 
     The columns "times faster" (of a step, with quartiles) and "by bytes" (its bound) compare a latent model with the
