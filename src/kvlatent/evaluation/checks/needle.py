@@ -139,8 +139,9 @@ def check_needle(
             template lacks {key} before {value}, or there is no cue.
     """
     lengths = _lengths(config, contexts, depths)
-    check_counts(trials=(trials, 1), needle_tokens=(needle_tokens, 1))
-    check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
+    check_counts(
+        trials=(trials, 1), needle_tokens=(needle_tokens, 1), batch_size=(batch_size, 1), seed=(seed, 0)
+    )
     if template is None:
         needles = random_needles(tokenizer, config.vocab_size, trials, needle_tokens, cue_tokens, seed)
     else:

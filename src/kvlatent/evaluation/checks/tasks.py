@@ -67,9 +67,6 @@ def run_tasks(
     own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
     if own.pad_token_id is not None and own.pad_token_id >= model.config.vocab_size:
         own.pad_token = own.eos_token  # padding is masked, but the embedding must have its row
-    seeds = dict.fromkeys(
-        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
-    )
     quiet = loaded_tasks(tokenizer, tasks, include_path, length, min(length, _HAYSTACK))
     with quiet as (manager, loaded), evaluation_mode(model):
         wrapped = harness.HFLM(
@@ -86,7 +83,7 @@ def run_tasks(
             limit=limit,
             bootstrap_iters=_RESAMPLES,
             log_samples=False,
-            **seeds,
+            **{f"{what}_seed": seed for what in ("random", "numpy_random", "torch_random", "fewshot_random")},
         )
     return {"tasks": _figures(results), "lm_eval": results["lm_eval_version"]}
 
@@ -129,12 +126,7 @@ def compare_tasks(original: dict[str, Any], latent: dict[str, Any]) -> dict[str,
         reference = original["tasks"][name]
         compared[name] = {"samples": row["samples"]}
         for metric, value in row.items():
-            if (
-                metric in _COUNTS
-                or metric.endswith("_stderr")
-                or value is None
-                or reference.get(metric) is None
-            ):
+            if metric in _COUNTS or metric.endswith("_stderr") or None in (value, reference.get(metric)):
                 continue
             errors = [figures.get(f"{metric}_stderr") for figures in (reference, row)]
             combined = None if None in errors else math.hypot(*errors)
@@ -149,8 +141,7 @@ def _check(tasks: Sequence[str], limit: int | None, batch_size: int | None, seed
         raise ValueError(
             "--tasks names at least one task: got 0; name one, such as arc_easy, or leave it out"
         )
-    counts = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0)}
-    check_counts(**{name: (value, least) for name, (value, least) in counts.items() if value is not None})
+    check_counts(limit=(limit, 1), batch_size=(batch_size, 1), seed=(seed, 0))
 
 
 def _figures(results: dict[str, Any]) -> dict[str, Any]:
@@ -163,10 +154,9 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
         for key, value in row.items():
             metric, comma, kind = key.partition(",")
             base = metric.removesuffix("_stderr")
-            unused = (
+            if not comma or (
                 base.isdigit() and row.get(f"{base},{kind}") == -1
-            )  # a haystack's length that did not run
-            if not comma or unused:
+            ):  # no haystack of that length ran
                 continue
             number = isinstance(value, int | float) and math.isfinite(value)
             label = base if kind == "none" else f"{base}[{kind}]"

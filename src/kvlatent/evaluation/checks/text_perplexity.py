@@ -92,11 +92,7 @@ def measure_documents(
     losses = _token_losses(model, streams, list(_batches(windows, at_once, model.config)), progress)
     parts = [part for document in losses for part in document.split(window)]
     result = summarise([part.double().sum().item() for part in parts], list(map(len, parts)))
-    figures = {
-        "perplexity": result.perplexity,
-        "standard_error": result.standard_error,
-        "loss": result.loss,
-        "tokens": result.tokens,
+    figures = result.figures() | {
         "bytes": size,
         "bits_per_byte": result.loss * result.tokens / (math.log(2) * size),
         "documents": len(streams),

@@ -139,7 +139,7 @@ def check_order(
             context or the text, a depth is outside 0 to 1, or all spans of a cell repeat one token.
     """
     check_counts(after=(after, 2), trials=(trials, 1), permutations=(permutations, 1))
-    check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
+    check_counts(batch_size=(batch_size, 1), seed=(seed, 0))
     lead = [] if tokenizer is None else leading_ids(tokenizer)
     _check_grid(spans, depths, length, after + max(1, len(lead)), context_limit(config))
     stream = token_stream(text, tokenizer, _TEXT * trials * length)
