@@ -12,15 +12,21 @@ from kvlatent.conversion.convert_model import convert
 from kvlatent.engines.roofline import decode_speedup
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.evaluation.result_models import Bench
-from kvlatent.evaluation.speed import timing
 from kvlatent.evaluation.speed import variants as cells
 from kvlatent.evaluation.speed.bench_run import bench
 from kvlatent.evaluation.speed.caches import make_cache
 from kvlatent.evaluation.speed.lines import bench_lines, bench_listing, json_line
 from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
-from kvlatent.evaluation.speed.ratios import largest_contexts, ratio_rows, stacked_rows, table_rows
-from kvlatent.evaluation.speed.timing import Run, interleaved, ratios, run, spread
-from kvlatent.evaluation.speed.variants import Variant, measure_cell, random_prompt
+from kvlatent.evaluation.speed.ratios import (
+    Spread,
+    cell_rows,
+    largest_contexts,
+    ratio_rows,
+    ratios,
+    spread,
+    stacked_rows,
+)
+from kvlatent.evaluation.speed.variants import Run, Variant, interleaved, measure_cell, random_prompt, run
 from tiny import SIZES, tiny_model, tokens
 
 
@@ -54,12 +60,12 @@ def test_a_machine_that_slows_down_favours_neither():
 
 
 def test_spread_is_the_quartiles():
-    assert spread([5, 1, 2, 4, 3]) == timing.Spread(3, 2, 4)
+    assert spread([5, 1, 2, 4, 3]) == Spread(3, 2, 4)
 
 
 def test_a_run_is_the_greedy_continuation_and_its_times_exclude_the_rest(pair, monkeypatch):
     clock, seen = count(), []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) ** 2)
+    monkeypatch.setattr(cells.time, "perf_counter", lambda: next(clock) ** 2)
     original, prompt = pair[0], tokens(2, 9)
 
     def spy(**inputs):
@@ -245,7 +251,7 @@ def test_what_runs_out_of_memory_is_skipped_and_named(pair, monkeypatch):
 
 def test_figures_of_nothing_are_nothing():
     assert (
-        table_rows([], 1) == ratio_rows([], {"original": None}) == stacked_rows([], {"original": None}) == []
+        cell_rows([], 1) == ratio_rows([], {"original": None}) == stacked_rows([], {"original": None}) == []
     )
     assert largest_contexts([], {}, 1.0) == []
 

@@ -15,6 +15,7 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.evaluation.checks.text_perplexity import measure_documents
+from kvlatent.evaluation.copying import window_hiding, windowed_mask
 from kvlatent.evaluation.perplexity import perplexity_ratio
 from kvlatent.evaluation.scored_text import read_documents
 from kvlatent.text.standard_library import MODEL_PATH
@@ -197,3 +198,15 @@ def test_no_text_no_start_and_broken_weights_are_refused(tiny_llama, tiny_tokeni
         tiny_llama.lm_head.weight[3, 3] = math.nan
     with pytest.raises(ValueError, match="finite and below 700 nats per token: got nan"):
         figures_of(tiny_llama, tiny_tokenizer, TEXTS)
+
+
+def test_a_window_hides_keys_in_every_layer_and_only_inside(tiny_llama):
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        whole = tiny_llama(input_ids=ids).logits
+        masked = tiny_llama(input_ids=ids, attention_mask=windowed_mask(20, 3, torch.float32)).logits
+        with window_hiding(tiny_llama, 3):
+            hidden = tiny_llama(input_ids=ids).logits
+        with window_hiding(tiny_llama, None):
+            assert torch.equal(tiny_llama(input_ids=ids).logits, whole)
+    assert torch.equal(hidden, masked) and not torch.equal(hidden, whole)

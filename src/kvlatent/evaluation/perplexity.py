@@ -50,6 +50,11 @@ class Perplexity:
     block_losses: tuple[float, ...]
     block_tokens: tuple[int, ...]
 
+    def figures(self) -> dict[str, Any]:
+        """What documents hold of it."""
+        names = ("perplexity", "standard_error", "loss", "tokens")
+        return {name: getattr(self, name) for name in names}
+
 
 def perplexity(
     model: PreTrainedModel,

@@ -79,13 +79,7 @@ def measure(
     ids = torch.as_tensor(blocks[0]["input_ids"])[None]
     check_block_size(model.config, ids.shape[1])
     result = perplexity(model, blocks, batch_size=batch_size, progress=progress)
-    figures = {
-        "perplexity": result.perplexity,
-        "standard_error": result.standard_error,
-        "loss": result.loss,
-        "tokens": result.tokens,
-    }
-    return figures | cache_figures(model, ids), result
+    return result.figures() | cache_figures(model, ids), result
 
 
 def compare(latent: Perplexity, original: Perplexity) -> dict[str, float | None]:

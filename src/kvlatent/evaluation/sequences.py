@@ -81,10 +81,10 @@ def shortest_context(models: Iterable[Any]) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def check_counts(**counts: tuple[int, int]) -> None:
-    """Raise `ValueError` unless every (value, smallest) pair is in order, naming the argument."""
+def check_counts(**counts: tuple[int | None, int]) -> None:
+    """Raise `ValueError` unless every (value, smallest) pair is in order, naming the argument; None is."""
     for name, (value, smallest) in counts.items():
-        if value < smallest:
+        if value is not None and value < smallest:
             raise ValueError(
                 f"{name} must be at least {smallest}: got {name}={value}; raise it or leave it out"
             )

@@ -251,8 +251,7 @@ def _choose_window(models: Mapping[str, Any], size: int | None) -> int:
 
 def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
     """Raise, before any model runs, what the checks would raise for their arguments and the text."""
-    if request.given["batch_size"] is not None:
-        check_counts(batch_size=(request.given["batch_size"], 1))
+    check_counts(batch_size=(request.given["batch_size"], 1))
     for check in checks:
         check.refuse(request, check.options(request, extent.measured.get(check.name, {})))
     if any(check.understands(DATA.name) for check in checks):

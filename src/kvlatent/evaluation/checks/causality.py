@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.load import check_block_size
-from kvlatent.evaluation.check import Check, Levels, Report, Request, Settings, run_each
+from kvlatent.evaluation import check
+from kvlatent.evaluation.check import Levels, Report, Request, Settings
 from kvlatent.evaluation.evidence import Figures, Sign, figure, figure_of
 from kvlatent.evaluation.sequences import evaluation_mode
 
@@ -86,11 +87,11 @@ def _sign(figures: Figures, missing: list[str]) -> Sign:
     return Sign(evidence, advice)
 
 
-CHECK = Check(
+CHECK = check.Check(
     name="causality",
     arguments=(),
     refuse=lambda *_: None,  # nobody chooses anything
-    run=run_each("causality", _measure),
+    run=check.run_each("causality", _measure),
     extents=_extents,
     rows=lambda _: {"past logits moved by the future": lambda f: f"{f['causality']:.3g}"},
     signs={"non-causal": _sign},

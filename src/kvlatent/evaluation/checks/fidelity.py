@@ -16,17 +16,8 @@ from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.load import check_block_size
 from kvlatent.checkpoints.source import check_same_vocabulary
-from kvlatent.evaluation.check import (
-    BATCH_SIZE,
-    BLOCK_SIZE,
-    DATA,
-    Check,
-    Levels,
-    Report,
-    Request,
-    Settings,
-    with_error,
-)
+from kvlatent.evaluation import check
+from kvlatent.evaluation.check import Levels, Report, Request, Settings
 from kvlatent.evaluation.checks.layerwise import LayerSums, as_latent, in_lockstep, sampled_rows
 from kvlatent.evaluation.evidence import FORGETTING_NATS, Figures, Sign, figure
 from kvlatent.evaluation.perplexity import ratio_error
@@ -200,7 +191,7 @@ def _lines(figures: Figures) -> list[str]:
     if "fidelity" not in figures:
         return []
     distance = figures["fidelity"]
-    kl = with_error(distance["kl"], distance["kl_standard_error"], 4)
+    kl = check.with_error(distance["kl"], distance["kl_standard_error"], 4)
     return [
         f"KL from the original: {kl} nats a token; same likeliest token: {distance['top1_agreement']:.1%}"
     ]
@@ -240,9 +231,9 @@ def _collapse_sign(figures: Figures, missing: list[str]) -> Sign:
     return Sign(evidence, advice if fallen else None)
 
 
-CHECK = Check(
+CHECK = check.Check(
     name="fidelity",
-    arguments=(DATA, BLOCK_SIZE, BATCH_SIZE),
+    arguments=(check.DATA, check.BLOCK_SIZE, check.BATCH_SIZE),
     refuse=_refuse,
     run=_run,
     extents=_extents,

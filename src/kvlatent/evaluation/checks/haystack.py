@@ -63,8 +63,8 @@ def written_needles(tokenizer: Any, trials: int, digits: int, template: str, see
     Raises:
         ValueError: the template lacks {key} before {value}, or its last token before the value depends on the value.
     """
-    before, found, after = template.partition("{value}")
-    if not found or "{key}" not in before:
+    before, mark, after = template.partition("{value}")
+    if not mark or "{key}" not in before:
         raise ValueError(
             f"the question is the template up to {{value}} and must name {{key}}: got {template!r}; "
             'try "The magic number for {key} is {value}."'

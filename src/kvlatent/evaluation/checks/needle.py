@@ -18,18 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.evaluation.check import (
-    BATCH_SIZE,
-    DATA,
-    Argument,
-    Check,
-    Levels,
-    Report,
-    Request,
-    Settings,
-    grid_mean,
-    run_each,
-)
+from kvlatent.evaluation import check
+from kvlatent.evaluation.check import Levels, Report, Request, Settings
 from kvlatent.evaluation.checks.haystack import (
     Needle,
     planted_rows,
@@ -149,8 +139,9 @@ def check_needle(
             template lacks {key} before {value}, or there is no cue.
     """
     lengths = _lengths(config, contexts, depths)
-    check_counts(trials=(trials, 1), needle_tokens=(needle_tokens, 1))
-    check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
+    check_counts(
+        trials=(trials, 1), needle_tokens=(needle_tokens, 1), batch_size=(batch_size, 1), seed=(seed, 0)
+    )
     if template is None:
         needles = random_needles(tokenizer, config.vocab_size, trials, needle_tokens, cue_tokens, seed)
     else:
@@ -247,27 +238,27 @@ def _extents(request: Request) -> Levels:
     ]
 
 
-CHECK = Check(
+CHECK = check.Check(
     name="needle",
     arguments=(
-        DATA,
-        BATCH_SIZE,
-        Argument(
+        check.DATA,
+        check.BATCH_SIZE,
+        check.Argument(
             "contexts",
             list,
             "Contexts of the needle; by default 128 and as much of the model's own as two minutes hold.",
         ),
-        Argument("template", str, "A needle in words, with {key} and {value}."),
+        check.Argument("template", str, "A needle in words, with {key} and {value}."),
     ),
     refuse=_refuse,
-    run=run_each("needle", _measure),
+    run=check.run_each("needle", _measure),
     extents=_extents,
     may_be_left_out=True,
     units={"trials": "trials"},
     more=lambda request: f"--contexts {request.limit} for the whole context",
     rows=lambda _: {
-        "needle, exact": lambda f: grid_mean(f["needle"]["exact"]),
-        "needle, reciprocal rank": lambda f: grid_mean(f["needle"]["rank"]),
+        "needle, exact": lambda f: check.grid_mean(f["needle"]["exact"]),
+        "needle, reciprocal rank": lambda f: check.grid_mean(f["needle"]["rank"]),
     },
     signs={
         "positional confusion": score_sign(

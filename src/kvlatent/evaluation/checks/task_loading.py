@@ -152,9 +152,9 @@ def _why_not_loaded(name: str, error: Exception) -> str:
 def _distribution_of(module: str) -> str:
     """What pip installs for a module: the extra of lm-eval that names it, else its own distribution."""
     for requirement in requires("lm_eval") or ():
-        named = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)", requirement)
-        if named and re.match(rf"{re.escape(module)}(\b|_|\d)", named[1].replace("-", "_")):
-            return f'"lm_eval[{named[2]}]"'
+        extra = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)", requirement)
+        if extra and re.match(rf"{re.escape(module)}(\b|_|\d)", extra[1].replace("-", "_")):
+            return f'"lm_eval[{extra[2]}]"'
     return _DISTRIBUTIONS.get(module, module)
 
 

@@ -14,16 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.evaluation.check import (
-    BATCH_SIZE,
-    Argument,
-    Check,
-    Report,
-    Request,
-    Settings,
-    run_each,
-    with_error,
-)
+from kvlatent.evaluation import check
+from kvlatent.evaluation.check import Report, Request, Settings
 from kvlatent.evaluation.checks.task_loading import import_lm_eval, loaded_tasks
 from kvlatent.evaluation.evidence import Figures
 from kvlatent.evaluation.sequences import check_counts, context_limit, evaluation_mode
@@ -75,9 +67,6 @@ def run_tasks(
     own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
     if own.pad_token_id is not None and own.pad_token_id >= model.config.vocab_size:
         own.pad_token = own.eos_token  # padding is masked, but the embedding must have its row
-    seeds = dict.fromkeys(
-        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
-    )
     quiet = loaded_tasks(tokenizer, tasks, include_path, length, min(length, _HAYSTACK))
     with quiet as (manager, loaded), evaluation_mode(model):
         wrapped = harness.HFLM(
@@ -94,7 +83,7 @@ def run_tasks(
             limit=limit,
             bootstrap_iters=_RESAMPLES,
             log_samples=False,
-            **seeds,
+            **{f"{what}_seed": seed for what in ("random", "numpy_random", "torch_random", "fewshot_random")},
         )
     return {"tasks": _figures(results), "lm_eval": results["lm_eval_version"]}
 
@@ -137,12 +126,7 @@ def compare_tasks(original: dict[str, Any], latent: dict[str, Any]) -> dict[str,
         reference = original["tasks"][name]
         compared[name] = {"samples": row["samples"]}
         for metric, value in row.items():
-            if (
-                metric in _COUNTS
-                or metric.endswith("_stderr")
-                or value is None
-                or reference.get(metric) is None
-            ):
+            if metric in _COUNTS or metric.endswith("_stderr") or None in (value, reference.get(metric)):
                 continue
             errors = [figures.get(f"{metric}_stderr") for figures in (reference, row)]
             combined = None if None in errors else math.hypot(*errors)
@@ -157,8 +141,7 @@ def _check(tasks: Sequence[str], limit: int | None, batch_size: int | None, seed
         raise ValueError(
             "--tasks names at least one task: got 0; name one, such as arc_easy, or leave it out"
         )
-    counts = {"limit": (limit, 1), "batch_size": (batch_size, 1), "seed": (seed, 0)}
-    check_counts(**{name: (value, least) for name, (value, least) in counts.items() if value is not None})
+    check_counts(limit=(limit, 1), batch_size=(batch_size, 1), seed=(seed, 0))
 
 
 def _figures(results: dict[str, Any]) -> dict[str, Any]:
@@ -171,10 +154,9 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
         for key, value in row.items():
             metric, comma, kind = key.partition(",")
             base = metric.removesuffix("_stderr")
-            unused = (
+            if not comma or (
                 base.isdigit() and row.get(f"{base},{kind}") == -1
-            )  # a haystack's length that did not run
-            if not comma or unused:
+            ):  # no haystack of that length ran
                 continue
             number = isinstance(value, int | float) and math.isfinite(value)
             label = base if kind == "none" else f"{base}[{kind}]"
@@ -208,7 +190,7 @@ def _rows(latent: Figures) -> dict[str, Callable[[Figures], str]]:
     def show(task: str, metric: str) -> Callable[[Figures], str]:
         def cell(figures: Figures) -> str:
             row = figures["tasks"]["tasks"][task]
-            return with_error(row[metric], row.get(f"{metric}_stderr"))
+            return check.with_error(row[metric], row.get(f"{metric}_stderr"))
 
         return cell
 
@@ -220,16 +202,16 @@ def _rows(latent: Figures) -> dict[str, Callable[[Figures], str]]:
     }
 
 
-CHECK = Check(
+CHECK = check.Check(
     name="tasks",
     arguments=(
-        BATCH_SIZE,
-        Argument("tasks", list, "lm-eval tasks, e.g. arc_easy,hellaswag."),
-        Argument("include_path", Path, "Folder of your own task files (YAML)."),
-        Argument("limit", int, "Questions a task."),
+        check.BATCH_SIZE,
+        check.Argument("tasks", list, "lm-eval tasks, e.g. arc_easy,hellaswag."),
+        check.Argument("include_path", Path, "Folder of your own task files (YAML)."),
+        check.Argument("limit", int, "Questions a task."),
     ),
     refuse=_refuse,
-    run=run_each("tasks", _measure, compare_tasks),
+    run=check.run_each("tasks", _measure, compare_tasks),
     asked_by="tasks",
     rows=_rows,
 )

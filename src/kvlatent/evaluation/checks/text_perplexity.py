@@ -20,18 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.evaluation.check import (
-    BATCH_SIZE,
-    BLOCK_SIZE,
-    DATA,
-    Argument,
-    Check,
-    Levels,
-    Report,
-    Request,
-    Settings,
-    with_error,
-)
+from kvlatent.evaluation import check
+from kvlatent.evaluation.check import Levels, Report, Request, Settings
 from kvlatent.evaluation.evidence import FORGETTING_NATS, Figures, Sign, figure, figure_of
 from kvlatent.evaluation.perplexity import Perplexity, Rows, score_rows, summarise
 from kvlatent.evaluation.quality import cache_figures, measure_models
@@ -102,11 +92,7 @@ def measure_documents(
     losses = _token_losses(model, streams, list(_batches(windows, at_once, model.config)), progress)
     parts = [part for document in losses for part in document.split(window)]
     result = summarise([part.double().sum().item() for part in parts], list(map(len, parts)))
-    figures = {
-        "perplexity": result.perplexity,
-        "standard_error": result.standard_error,
-        "loss": result.loss,
-        "tokens": result.tokens,
+    figures = result.figures() | {
         "bytes": size,
         "bits_per_byte": result.loss * result.tokens / (math.log(2) * size),
         "documents": len(streams),
@@ -274,7 +260,7 @@ def _extents(request: Request) -> Levels:
 def _lines(figures: Figures) -> list[str]:
     if "ratio" not in figures:
         return []
-    ratio = with_error(figures["ratio"], figures["ratio_standard_error"])
+    ratio = check.with_error(figures["ratio"], figures["ratio_standard_error"])
     return [f"perplexity over the original's: {ratio}; cache: {figures['cache_ratio']:.1%}"]
 
 
@@ -290,14 +276,14 @@ def _sign(figures: Figures, missing: list[str]) -> Sign:
     return Sign({"perplexity_ratio": figure(ratio, threshold, figures.get("ratio_standard_error"))})
 
 
-CHECK = Check(
+CHECK = check.Check(
     name="perplexity",
     arguments=(
-        DATA,
-        BLOCK_SIZE,
-        Argument("stride", int, "Tokens by which the window moves; a window by default."),
-        BATCH_SIZE,
-        Argument(
+        check.DATA,
+        check.BLOCK_SIZE,
+        check.Argument("stride", int, "Tokens by which the window moves; a window by default."),
+        check.BATCH_SIZE,
+        check.Argument(
             "max_tokens",
             int,
             "Tokens scored for perplexity; by default all of --data, of the standard library 50,000 or, of a large "
@@ -311,7 +297,7 @@ CHECK = Check(
     is_random=False,
     more=lambda _: f"--max-tokens {_TOKENS[-1]} for all tokens",
     rows=lambda _: {
-        "perplexity": lambda f: with_error(f["perplexity"], f["standard_error"]),
+        "perplexity": lambda f: check.with_error(f["perplexity"], f["standard_error"]),
         "bits per byte": lambda f: f"{f['bits_per_byte']:.4f}",
         "cache bytes/token": lambda f: f"{f['cache_bytes_per_token']:,.0f}",
     },

@@ -22,18 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.evaluation.check import (
-    BATCH_SIZE,
-    BLOCK_SIZE,
-    DATA,
-    Check,
-    Levels,
-    Report,
-    Request,
-    Settings,
-    grid_mean,
-    run_each,
-)
+from kvlatent.evaluation import check
+from kvlatent.evaluation.check import Levels, Report, Request, Settings
 from kvlatent.evaluation.evidence import score_sign
 from kvlatent.evaluation.sequences import (
     at_the_ends,
@@ -149,7 +139,7 @@ def check_order(
             context or the text, a depth is outside 0 to 1, or all spans of a cell repeat one token.
     """
     check_counts(after=(after, 2), trials=(trials, 1), permutations=(permutations, 1))
-    check_counts(batch_size=(1 if batch_size is None else batch_size, 1), seed=(seed, 0))
+    check_counts(batch_size=(batch_size, 1), seed=(seed, 0))
     lead = [] if tokenizer is None else leading_ids(tokenizer)
     _check_grid(spans, depths, length, after + max(1, len(lead)), context_limit(config))
     stream = token_stream(text, tokenizer, _TEXT * trials * length)
@@ -326,17 +316,17 @@ def _extents(request: Request) -> Levels:
     return [({"length": length, "trials": trials}, cost) for (length, trials), cost in levels.items()]
 
 
-CHECK = Check(
+CHECK = check.Check(
     name="order",
-    arguments=(DATA, BLOCK_SIZE, BATCH_SIZE),
+    arguments=(check.DATA, check.BLOCK_SIZE, check.BATCH_SIZE),
     refuse=_refuse,
-    run=run_each("order", _measure),
+    run=check.run_each("order", _measure),
     extents=_extents,
     may_be_left_out=True,
     units={"length": "tokens a window", "trials": "trials"},
     rows=lambda _: {
-        "true order likelier by": lambda f: grid_mean(f["order"]["margin"], " nats"),
-        "true order preferred": lambda f: grid_mean(f["order"]["preferred"]),
+        "true order likelier by": lambda f: check.grid_mean(f["order"]["margin"], " nats"),
+        "true order preferred": lambda f: check.grid_mean(f["order"]["preferred"]),
     },
     signs={
         "positional confusion": score_sign(

@@ -1,6 +1,6 @@
 """How fast a model reads and writes, and what its cache takes, beside its original: measured, with the bound by bytes.
 
-Every combination of model and cache runs by turns in one process (see `timing`), on the same random prompts. Times are
+Every combination of model and cache runs by turns in one process (see `variants`), on the same random prompts. Times are
 of forward passes alone. The rival of narrower heads is a quantised cache; both are measured alone and on each other.
 """
 
@@ -22,7 +22,7 @@ from kvlatent.evaluation.sequences import shortest_context
 from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of
 from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size, working_caches
 from kvlatent.evaluation.speed.memory import PEAK_METHODS, read_bytes, weight_bytes
-from kvlatent.evaluation.speed.ratios import largest_contexts, ratio_rows, stacked_rows, table_rows
+from kvlatent.evaluation.speed.ratios import cell_rows, largest_contexts, ratio_rows, stacked_rows
 from kvlatent.evaluation.speed.variants import (
     UNTIMED,
     Measured,
@@ -114,7 +114,7 @@ def bench(
         "attention": implementation,
         "compile": compile,
         "peak_memory": "; ".join(PEAK_METHODS[method] for method in methods),
-        "rows": table_rows(cells, extent.new_tokens),
+        "rows": cell_rows(cells, extent.new_tokens),
         "ratios": ratio_rows(cells, models),
         "stacked": stacked_rows(cells, models),
         "largest_context": None
@@ -153,15 +153,15 @@ def _chosen(
     kinds, left_out = working_caches(caches, each, device, compiled=compiled)
     extent = extent_of(each, kinds, batches, limit=limit, **sizes)
     _check_context(extent.contexts, extent.new_tokens, limit)
-    said = [f"a default cache is left out: {reason}" for reason in left_out]
-    said += [extent.sentence] if extent.sentence is not None else []
+    sentences = [f"a default cache is left out: {reason}" for reason in left_out]
+    sentences += [extent.sentence] if extent.sentence is not None else []
     if say is not None:
-        for sentence in said:
+        for sentence in sentences:
             say(sentence)
     about = {
         "estimated_seconds": round(extent.seconds, 1),
         "default_seconds": DEFAULT_SECONDS,
-        "sentences": said,
+        "sentences": sentences,
     }
     return kinds, extent, about
 

@@ -6,19 +6,40 @@ were read off the tensors; it knows nothing of arithmetic, launches or what unpa
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvlatent.engines.roofline import decode_speedup, maximum_context
 from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
-from kvlatent.evaluation.speed.timing import Spread, ratios, spread
 from kvlatent.evaluation.speed.variants import Measured
 from kvlatent.model.families import family_of
 
-__all__ = ["largest_contexts", "ratio_rows", "stacked_rows", "table_rows"]
+__all__ = ["Spread", "cell_rows", "largest_contexts", "ratio_rows", "ratios", "spread", "stacked_rows"]
 
 
-def table_rows(cells: Sequence[Measured], new_tokens: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of two values or more, interpolated between them."""
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, lower, upper)
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """Median and quartiles of the ratios, each of one round."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def cell_rows(cells: Sequence[Measured], new_tokens: int) -> list[dict[str, Any]]:
     """One row for each batch, context, cache and model.
 
     Times are medians, with quartiles beside them: "prefill_s" (seconds for the prompts), "decode_ms_per_token" (of one
@@ -54,12 +75,12 @@ def ratio_rows(cells: Sequence[Measured], models: Mapping[str, Any]) -> list[dic
     "prefill" and "decode": how many times faster, with quartiles; "cache_bytes": the share; "predicted_decode": how
     many times faster a step can be by the bytes that it reads.
     """
-    found = {(cell.batch, cell.context, cell.cache, cell.role): cell for cell in cells}
+    by_place = {(cell.batch, cell.context, cell.cache, cell.role): cell for cell in cells}
     rows = []
     for cell in cells:
         place = (cell.batch, cell.context, cell.cache)
-        if cell.role == "latent" and (*place, "original") in found:
-            against = found[*place, "original"]
+        if cell.role == "latent" and (*place, "original") in by_place:
+            against = by_place[*place, "original"]
             row = dict(zip(("batch", "context", "cache"), place, strict=True))
             rows.append(row | _against(cell, against, models))
     return rows

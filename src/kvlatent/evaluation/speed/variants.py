@@ -1,27 +1,63 @@
-"""One cell of a bench, a batch and a context: every model with every cache, warmed up, weighed, and timed by turns."""
+"""One cell of a bench, a batch and a context: every model with every cache, warmed up, weighed, and timed by turns.
+
+A machine's speed drifts while it is measured. Therefore what is compared runs in one process by turns, every second
+round in reverse order (A B, B A, A B, ...), and a ratio is taken inside each round before the median.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.evaluation.speed.caches import make_cache
-from kvlatent.evaluation.speed.memory import held_bytes, memory_rise, weight_bytes
-from kvlatent.evaluation.speed.timing import Run, interleaved, run
+from kvlatent.evaluation.speed.memory import held_bytes, memory_rise, token_bytes, weight_bytes
 
-__all__ = ["ATTENTIONS", "Measured", "Variant", "attention_of", "measure_cell", "random_prompt"]
+__all__ = [
+    "ATTENTIONS",
+    "Measured",
+    "Run",
+    "Variant",
+    "attention_of",
+    "interleaved",
+    "measure_cell",
+    "random_prompt",
+    "run",
+]
+
+Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 UNTIMED = 2
 """Runs before the timed ones: a warm-up, and one whose memory is measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt read and some tokens added.
+
+    Args:
+        prefill: seconds to read the prompt, up to the logits of its last token.
+        decode: seconds for all added tokens together.
+        cache_bytes: held in the cache after the prompt.
+        last_cache_bytes: held in it at the end.
+        token_bytes: of each layer, bytes that a token of one sequence holds after the prompt.
+    """
+
+    prefill: float
+    decode: float
+    cache_bytes: int
+    last_cache_bytes: int
+    token_bytes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -61,11 +97,11 @@ class Variant:
     model: Any
     compiled: bool = False
     _step: Callable[..., Any] | None = field(default=None, init=False)
-    _kept: Any = field(default=None, init=False)
+    _reused: Any = field(default=None, init=False)
 
     def start_cell(self) -> None:
         """Forget the compiled step and the cache of the last cell."""
-        self._step = self._kept = None
+        self._step = self._reused = None
 
     def run(self, prompt: Tensor, new_tokens: int) -> Run:
         """Read a prompt and add tokens, with an empty cache."""
@@ -76,7 +112,7 @@ class Variant:
 
     def held(self) -> int:
         """Bytes of a cache that stays between runs."""
-        return 0 if self._kept is None else held_bytes(self._kept)
+        return 0 if self._reused is None else held_bytes(self._reused)
 
     def _compile(self, device: torch.device) -> Callable[..., Any]:
         """The compiled step, with a number of recompilations of its own.
@@ -90,13 +126,59 @@ class Variant:
         return compiler(self.model, mode=mode, dynamic=dynamic, isolate_recompiles=True)
 
     def _empty_cache(self, length: int) -> Any:
-        if self._kept is not None:
-            self._kept.reset()
-            return self._kept
+        if self._reused is not None:
+            self._reused.reset()
+            return self._reused
         cache = make_cache(self.cache, self.model.config, length)
         if self.compiled and self.cache == "static":
-            self._kept = cache  # the compiled step is bound to its tensors' addresses
+            self._reused = cache  # the compiled step is bound to its tensors' addresses
         return cache
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a monotonic clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# Not inference_mode: tables that latent attention builds at its first forward must stay usable in training.
+@torch.no_grad()
+def run(
+    model: Any, prompt: Tensor, cache: Any, new_tokens: int, *, decode: Callable[..., Any] | None = None
+) -> Run:
+    """Read `prompt` and add tokens greedily, one forward pass each; neither sampling nor text is in the times.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompt: token ids [B, T] on the model's device.
+        cache: an empty transformers cache, which is filled.
+        new_tokens: forward passes after the prompt.
+        decode: called for these instead of `model`, e.g. its compiled form.
+    """
+    step, device = model if decode is None else decode, prompt.device
+    start = now(device)
+    token = _next(model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1))
+    prefill = now(device) - start
+    held, rates = held_bytes(cache), token_bytes(cache, *prompt.shape)
+    start = now(device)
+    for _ in range(new_tokens):
+        token = _next(step(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1))
+    seconds = now(device) - start
+    return Run(prefill, seconds, held, held_bytes(cache), rates)
+
+
+def _next(output: Any) -> Tensor:
+    return output.logits[:, -1:].argmax(-1)
+
+
+def interleaved(measures: Mapping[Key, Callable[[], Result]], repeats: int) -> dict[Key, list[Result]]:
+    """Results of every measure, `repeats` of each: by turns, in order and then in reverse order."""
+    results: dict[Key, list[Result]] = {key: [] for key in measures}
+    for repeat in range(repeats):
+        for key in reversed(list(measures)) if repeat % 2 else list(measures):
+            results[key].append(measures[key]())
+    return results
 
 
 def random_prompt(vocabulary: int, batch: int, context: int, seed: int, device: torch.device) -> Tensor:
