@@ -11,7 +11,13 @@ from torch import Tensor
 
 from kvlatent.model.classes import latent_classes
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import LATENT_PREFIX, effective_table, family_of, head_dim_of, parts_of
+from kvlatent.model.families import (
+    effective_table,
+    family_of,
+    family_of_original,
+    head_dim_of,
+    parts_of,
+)
 
 __all__ = ["assemble", "full_width", "has_tied_head"]
 
@@ -60,11 +66,7 @@ def full_width(model: Any) -> Any:
 
 def _at_full_width(config: Any) -> LatentConfig:
     """Every channel, at the frequency it has."""
-    if str(config.model_type).startswith(LATENT_PREFIX):
-        raise ValueError(
-            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
-        )
-    family, head_dim = family_of(config), head_dim_of(config)
+    family, head_dim = family_of_original(config), head_dim_of(config)
     return LatentConfig(
         d_qk=head_dim,
         d_vo=head_dim,

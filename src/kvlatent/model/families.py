@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 
 from kvlatent.model.table import RotaryTable
 
-__all__ = ["FAMILIES", "Family", "LayerParts", "effective_table", "family_of", "head_dim_of", "parts_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "LayerParts",
+    "effective_table",
+    "family_of",
+    "family_of_original",
+    "head_dim_of",
+    "parts_of",
+]
 
 LATENT_PREFIX = "kv_latent_"
 
@@ -116,6 +125,20 @@ def family_of(config: Any) -> Family:
     if obstacle is not None:
         raise ValueError(f"cannot convert a model of type {model_type!r}: {obstacle}")
     return FAMILIES[model_type]
+
+
+def family_of_original(config: Any) -> Family:
+    """As `family_of`, of a model that is not latent yet.
+
+    Raises:
+        ValueError: as `family_of`; or the model is latent.
+    """
+    family = family_of(config)
+    if str(config.model_type).startswith(LATENT_PREFIX):
+        raise ValueError(
+            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
+        )
+    return family
 
 
 def _obstacle(config: Any, model_type: str) -> str | None:

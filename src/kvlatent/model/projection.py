@@ -92,11 +92,7 @@ class Projections(nn.Module):
         if hasattr(self, "qkv_proj"):
             query, key, value = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
         else:
-            query, key, value = (
-                self.q_proj(hidden_states),
-                self.k_proj(hidden_states),
-                self.v_proj(hidden_states),
-            )
+            query, key, value = (linear(hidden_states) for linear in (self.q_proj, self.k_proj, self.v_proj))
         query = query.view(*heads, self.widths[0] // self.num_heads)
         key = key.view(*heads, self.widths[1] // self.num_key_value_heads)
         if self.q_norm is not None and self.k_norm is not None:

@@ -16,6 +16,7 @@ from kvlatent.model.widths import width_per_layer
 from kvlatent.planning.candidates import candidates_for, share_at_least
 from kvlatent.selection.choices import BY_PAIRS, Choices
 from kvlatent.selection.latent_config import check_widths, choose
+from kvlatent.selection.pairs import check_shared_width
 
 __all__ = ["check_latent", "share_without_widths"]
 
@@ -75,11 +76,8 @@ def _check(config: Any, widths: Any, choices: Choices, qk_norm: str, engine: str
     """Raise `ValueError` unless the model, the choices and the engine can have the widths (None: still open)."""
     d_qk, d_vo = check_widths(config, *(widths or [head_dim_of(config)] * 2))
     each = width_per_layer(d_qk, config.num_hidden_layers)
-    if choices.table == "model" and choices.keys in BY_PAIRS and len(set(each)) > 1:
-        raise ValueError(
-            f"one rotary table for the model needs one key width: got d_qk from {min(each)} to {max(each)}; use --table "
-            "layer or one width"
-        )
+    if choices.keys in BY_PAIRS:
+        check_shared_width(each, choices.table)
     pairs = tuple((tuple(range(width // 2)),) for width in each)  # any will do: only their number is checked
     choose(config, d_qk, d_vo, choices, qk_norm=qk_norm, pairs=pairs)
     if qk_norm == "sliced" and family_of(config).qk_norm and choices.table == "head":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvlatent.model.config import Channels, LatentConfig, Tables
-from kvlatent.model.families import LATENT_PREFIX, effective_table, family_of, head_dim_of
+from kvlatent.model.families import effective_table, family_of_original, head_dim_of
 from kvlatent.model.rotary import frequency_aware_table
 from kvlatent.model.table import RotaryTable
 from kvlatent.model.widths import Width, Widths, width_per_layer
@@ -44,11 +44,7 @@ def choose(
     Raises:
         ValueError: a width is impossible for this model or these choices.
     """
-    family = family_of(config)
-    if str(config.model_type).startswith(LATENT_PREFIX):
-        raise ValueError(
-            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
-        )
+    family = family_of_original(config)
     if qk_norm not in ("full", "sliced"):
         raise ValueError(f"unknown qk_norm {qk_norm!r}; choose one of full, sliced")
     head_dim = head_dim_of(config)

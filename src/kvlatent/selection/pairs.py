@@ -5,7 +5,7 @@ Shapes: L layers, N query heads, K key-value heads, P channel pairs, M matrices 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from kvlatent.selection.statistics import LayerStatistics, Statistics
 __all__ = [
     "RULES",
     "SCOPES",
+    "check_shared_width",
     "choose_pairs",
     "key_errors",
     "scope_errors",
@@ -80,12 +81,8 @@ def _pick_per_set(
     if scope not in SCOPES:
         raise ValueError(f"unknown table scope {scope!r}; choose one of {', '.join(SCOPES)}")
     widths = width_per_layer(d_qk, len(members))
+    check_shared_width(widths, scope)
     if scope == "model":
-        if len(set(widths)) > 1:
-            raise ValueError(
-                f"one rotary table for the model needs one key width: got d_qk from {min(widths)} to {max(widths)}; use "
-                "--table layer or one width"
-            )
         members, widths = [[join([head for layer in members for head in layer])]], widths[:1]
     elif scope == "layer":
         members = [[join(layer)] for layer in members]
@@ -93,6 +90,15 @@ def _pick_per_set(
         tuple(tuple(sorted(pick(member, width // 2))) for member in layer)
         for layer, width in zip(members, widths, strict=True)
     )
+
+
+def check_shared_width(widths: Sequence[int], scope: str) -> None:
+    """Raise `ValueError` where layers of different key widths are to share one table."""
+    if scope == "model" and len(set(widths)) > 1:
+        raise ValueError(
+            f"one rotary table for the model needs one key width: got d_qk from {min(widths)} to {max(widths)}; use "
+            "--table layer or one width"
+        )
 
 
 def weighted_grams(layer: LayerStatistics) -> Tensor:

@@ -20,7 +20,7 @@ from kvlatent.engines.facts import check_engine, engine_named
 from kvlatent.jobs.devices import choose_device, working_dtype
 from kvlatent.jobs.recipe import Conversion, Recipe
 from kvlatent.model.cache_bytes import layer_cache_bytes
-from kvlatent.model.families import LATENT_PREFIX, family_of, head_dim_of
+from kvlatent.model.families import family_of_original, head_dim_of
 from kvlatent.model.time_estimate import estimate_seconds, layer_size, stage_settings
 from kvlatent.planning.candidates import candidates_for, equal_widths
 from kvlatent.planning.shares import check_latent
@@ -176,11 +176,7 @@ def load_original_config(model: str | Path) -> Any:
         ValueError: it is not supported, or latent already.
     """
     config = load_config(str(model))
-    family_of(config)
-    if str(config.model_type).startswith(LATENT_PREFIX):
-        raise ValueError(
-            f"the model is latent already (model_type {config.model_type!r}); convert the original checkpoint instead"
-        )
+    family_of_original(config)
     return config
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PretrainedConfig, QuantizedCache, StaticCache
 
-from kvlatent.model.config import LatentConfig
+from kvlatent.model.classes import latent_config_of
 from kvlatent.model.families import family_of, head_dim_of
 
 __all__ = [
@@ -48,7 +48,7 @@ def cached_widths(config: PretrainedConfig) -> list[tuple[int, int]]:
     """(d_qk, d_vo) of every layer of an original or latent model's config."""
     layers = range(config.num_hidden_layers)
     if getattr(config, "kv_latent", None):
-        latent = LatentConfig.from_dict(config.kv_latent)
+        latent = latent_config_of(config)
         return [(latent.d_qk_at(layer), latent.d_vo_at(layer)) for layer in layers]
     width = head_dim_of(config)
     return [(width, width) for _ in layers]
