@@ -69,10 +69,10 @@ def test_the_walkthrough_goes_from_the_command_to_the_cache():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_in_the_documents_exists(document):
-    """Files of the project that a document names; `at commit` in the same paragraph speaks of the past."""
+    """Files of the project that a document names; a section that names a commit speaks of the past."""
     missing = []
-    for paragraph in document.read_text().split("\n\n"):
-        if "at commit" in paragraph:
+    for paragraph in re.split(r"\n#+ ", document.read_text()):
+        if re.search(r"\bcommit\s+[0-9a-f]{7}\b", paragraph):
             continue
         for name in re.findall(r"(?<![\w/])(?:src|tests|docs|recipes|benchmarks)/[\w./*-]*[\w*]", paragraph):
             if not list(ROOT.glob(name)):
