@@ -82,8 +82,13 @@ class TrainingStep(Result):
     """One line of `metrics.jsonl`: the mean loss since the line before."""
 
     stage: int
+    step: int | None = None
     tokens: Annotated[int, Field(ge=0)]
+    seconds: float | None = None
     loss: float
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

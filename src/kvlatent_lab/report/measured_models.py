@@ -73,7 +73,7 @@ def measured_models(documents: Documents) -> list[Measured]:
     evaluations = documents.of("evaluation")
     models: list[Measured] = []
     for document in evaluations or documents.of("run"):
-        for one in _evaluated(document) if evaluations else _made(document):
+        for one in _evaluated(document) if evaluations else _of_run(document):
             if not (one.is_original and any(m.is_original and m.figures == one.figures for m in models)):
                 models.append(one)
     return _labelled(models)
@@ -96,7 +96,7 @@ def _evaluated(document: Document) -> list[Measured]:
     ]
 
 
-def _made(document: Document) -> list[Measured]:
+def _of_run(document: Document) -> list[Measured]:
     """Original and steps of a run."""
     figures = document.content.figures
     original = figures.get("original")

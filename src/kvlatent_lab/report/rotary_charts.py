@@ -16,7 +16,7 @@ from kvlatent_lab.report.charts import Line, points
 from kvlatent_lab.report.measured_models import measured_models
 from kvlatent_lab.report.model_charts import order_line
 from kvlatent_lab.report.result_files import Document, Documents
-from kvlatent_lab.report.study_charts import said
+from kvlatent_lab.report.study_charts import setting_label
 from kvlatent_lab.report.study_groups import TOKENS
 
 __all__ = ["attenuation_curves"]
@@ -39,7 +39,7 @@ def attenuation_curves(documents: Documents) -> Section | None:
             _curves(title, next(iter(trainings.values())))
         )  # training leaves the tables as they are
         for tokens, cells in trainings.items():
-            blocks.append(_orders(f"{title}, {said(TOKENS, tokens)}" if trained else title, cells))
+            blocks.append(_orders(f"{title}, {setting_label(TOKENS, tokens)}" if trained else title, cells))
     lead = (
         "How similar a query stays to an equal key as they move apart. A fall that is slow near 0 tells near tokens apart "
         "badly; one that comes back up confuses distances."

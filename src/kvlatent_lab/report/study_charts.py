@@ -27,7 +27,7 @@ from kvlatent_lab.report.study_groups import (
     telling,
 )
 
-__all__ = ["said", "studies"]
+__all__ = ["setting_label", "studies"]
 
 _NAMES = {
     "ratio": "perplexity over the original's",
@@ -187,7 +187,7 @@ def _facets(plot: _Plot, data: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame
         yield "", data
         return
     for values, members in data[~common].groupby(names, sort=False, dropna=False):
-        title = ", ".join(said(name, value) for name, value in zip(names, values, strict=True))
+        title = ", ".join(setting_label(name, value) for name, value in zip(names, values, strict=True))
         yield title, pd.concat([data[common], members])
 
 
@@ -198,7 +198,7 @@ def _line(plot: _Plot, label: str | None, rows: pd.DataFrame) -> Line:
     best = ordered.drop_duplicates("_x").set_index("_x").sort_index()
     if plot.frontier:
         best = best.loc[frontier(best["_y"], rising=rising).index]
-    text = said(label, rows[label].iloc[0]) if label else _setting_name(plot.figure)
+    text = setting_label(label, rows[label].iloc[0]) if label else _setting_name(plot.figure)
     role = _ROLES.get(text, "")
     return Line(text, points(best.index, best["_y"], best["_error"]), role, dashed=role == "original")
 
@@ -218,11 +218,11 @@ def _gains(cells: Sequence[Document]) -> Iterator[Block | None]:
     both["gain"] = both["perplexity"] / both["perplexity_alone"]
     facets = [name for name in ("preset", TOKENS) if name in both]
     for values, members in both.groupby(facets):
-        title = ", ".join(said(name, value) for name, value in zip(facets, values, strict=True))
+        title = ", ".join(setting_label(name, value) for name, value in zip(facets, values, strict=True))
         lines = []
         for kept, rows in members.groupby(SHARE):
             gain = rows.groupby(FIRST)["gain"].agg(["mean", "sem"])
-            lines.append(Line(said(SHARE, kept), points(gain.index, gain["mean"], gain["sem"])))
+            lines.append(Line(setting_label(SHARE, kept), points(gain.index, gain["mean"], gain["sem"])))
         yield line_block(
             f"study-stages-gain-{title}",
             f"What stage I gains: {title}",
@@ -256,7 +256,10 @@ def _everything(name: str, groups: Groups, cells: Sequence[Document], failed: tu
     names = telling(groups)
     corner, *others = names or ["cell"]
     labels = distinct(
-        [", ".join(said(one, value) for one, value in row.items()) for _, row in settings[names].iterrows()]
+        [
+            ", ".join(setting_label(one, value) for one, value in row.items())
+            for _, row in settings[names].iterrows()
+        ]
     )
     rows = []
     for label, at in zip(labels, means.index, strict=True):
@@ -275,7 +278,7 @@ def _everything(name: str, groups: Groups, cells: Sequence[Document], failed: tu
     return Block("Every figure", (listing,), None, note, failed, cells, wide=len(headed) > 4)
 
 
-def said(name: str, value: Any) -> str:
+def setting_label(name: str, value: Any) -> str:
     """A setting as a label: words speak for themselves, numbers need their name."""
     if isinstance(value, str):
         return value

@@ -24,7 +24,7 @@ ROLES = {
 _VARIABLES = {colour: f"var(--{name})" for name, colour in ROLES.items()}
 _HEX = re.compile(r"#[0-9a-f]{6}\b")
 _FONT = re.compile(r"font-family:[^;]*;?\s*")
-_REFERENCE = re.compile(r"#([A-Za-z][\w.-]*)")
+_REFERENCE = re.compile(r"(?<=#)([A-Za-z][\w.-]*)")
 
 
 def embedded(figure: Any, name: str, title: str) -> str:
@@ -35,42 +35,39 @@ def embedded(figure: Any, name: str, title: str) -> str:
         name: prefix of the ids, its own on the page.
         title: what a screen reader says.
     """
-    name = re.sub(r"\W+", "-", name)
+    prefix = re.sub(r"\W+", "-", name)
     file = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    figure.savefig(
+        file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     root = ElementTree.fromstring(file.getvalue())
-    used = {
-        match
-        for element in root.iter()
-        for value in element.attrib.values()
-        for match in _REFERENCE.findall(value)
-    }
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith(("}style", "}metadata")):
                 parent.remove(child)
+    used = {
+        one
+        for element in root.iter()
+        for value in element.attrib.values()
+        for one in _REFERENCE.findall(value)
+    }
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.text, element.tail = (element.text or "").strip() or None, None
-        element.attrib = _attributes(element.attrib, used, name)
-    box = root.attrib["viewBox"]
-    root.attrib = {"viewBox": box, "role": "img", "aria-label": title}
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        element.attrib = {
+            key: _rewritten(key, value, prefix)
+            for key, value in attributes.items()
+            if key != "id" or value in used
+        }
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _attributes(attributes: dict[str, str], used: set[str], name: str) -> dict[str, str]:
-    """Attributes without namespaces and without ids that nothing refers to; colours by their variables."""
-    kept = {}
-    for key, value in attributes.items():
-        key = key.rpartition("}")[2]
-        if key == "id":
-            if value in used:
-                kept[key] = f"{name}-{value}"
-        elif key == "href" or value.startswith("url("):
-            kept[key] = _REFERENCE.sub(rf"#{name}-\1", value)
-        elif key == "style":
-            kept[key] = _HEX.sub(lambda found: _VARIABLES[found[0]], _FONT.sub("", value))
-        elif not (key == "transform" and value.startswith("rotate(-0 ")):
-            kept[key] = value
-    return kept
+def _rewritten(key: str, value: str, prefix: str) -> str:
+    """An attribute with ids under a prefix, or colours by their variables."""
+    if key == "style":
+        return _HEX.sub(lambda colour: _VARIABLES[colour[0]], _FONT.sub("", value))
+    if key == "id":
+        return f"{prefix}-{value}"
+    return _REFERENCE.sub(rf"{prefix}-\1", value) if key == "href" or value.startswith("url(") else value

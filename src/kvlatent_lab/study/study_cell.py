@@ -91,10 +91,10 @@ class StudyCell(Result):
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, names joined by dots; lists are kept as they are."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, part in value.items():
-        found |= flat(part, f"{prefix}{key}.") if isinstance(part, Mapping) else {f"{prefix}{key}": part}
-    return found
+        flattened |= flat(part, f"{prefix}{key}.") if isinstance(part, Mapping) else {f"{prefix}{key}": part}
+    return flattened
 
 
 def numeric(figures: Any) -> bool:
