@@ -1,11 +1,14 @@
 """The latent model against the original, against a slow oracle, and against itself in every way of running it."""
 
+import inspect
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
 from kvlatent.conversion.convert_model import convert
+from kvlatent.model.attention import LatentAttention
 from kvlatent.model.cache_bytes import live_cache_bytes
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
@@ -354,3 +357,8 @@ def test_generation_across_the_longrope_switch():
     assert torch.equal(same.generate(x, **plan), model.generate(x, **plan))
     narrow = convert(model, **NARROW, preset="paper")
     assert torch.equal(narrow.generate(x, **plan), narrow.generate(x, use_cache=False, **plan))
+
+
+def test_the_module_fits_on_a_screen():
+    """What a reader holds beside the paper; projections, widths of kernels and refusals have modules of their own."""
+    assert len(inspect.getsource(LatentAttention).splitlines()) < 90
