@@ -1,5 +1,6 @@
 """Tokenizers travel as they are: the same files, the same ids, no question about code; and what is refused, and when."""
 
+import copy
 import io
 import json
 import os
@@ -248,8 +249,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, lacking, sentence):
 def padded(tmp_path, tiny_tokenizer, corpus_file):
     """A checkpoint to whose tokenizer somebody added a pad token, one above the embedding; the text has none."""
     tiny_model("llama", vocab_size=300).save_pretrained(tmp_path / "m")
-    tiny_tokenizer.add_special_tokens({"pad_token": "<added>"})
-    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    tokenizer = copy.deepcopy(tiny_tokenizer)  # which all tests share
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    tokenizer.save_pretrained(tmp_path / "m")
     return tmp_path / "m"
 
 
