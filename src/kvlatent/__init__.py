@@ -1,14 +1,9 @@
 """kvlatent: shrink the KV cache of a pretrained RoPE decoder by narrowing keys and values inside every head.
 
 Importing the package registers the latent model classes with transformers' `Auto*` classes, so that
-`AutoModelForCausalLM.from_pretrained(DIR)` loads a converted checkpoint. Reading order of the modules:
-
-    what the artifact is    table -> config -> rope -> select -> families -> attention -> modeling
-    what a text says        statistics -> calibration -> subset -> pairs, factor -> prediction -> planning
-    how it is made          choices -> choose -> projections -> alignment -> refit -> refinement -> conversion -> remote_code -> apart -> output -> hub
-    how it is trained       data -> stage1, stage2 -> recipe -> training
-    what it is worth        cost -> engines -> serving -> perplexity -> evaluation, bench -> report
-    the whole of it         settings -> budget -> texts -> steps -> workspace, record, lineage, card -> run -> pipeline, converting, survey, study -> demo
+`AutoModelForCausalLM.from_pretrained(DIR)` loads a converted checkpoint. What stands in the packages, from
+the ground up: `jobs`, `model`, `checkpoints` and `text`, `selection` and `engines`, `planning`, `conversion`, `training` and
+`evaluation`, `workflows` (docs/architecture.md); docs/walkthrough.md follows one width through them.
 """
 
 from importlib import import_module
