@@ -25,7 +25,7 @@ from kvlatent.evaluation.speed.caches import CACHES, check_caches, make_cache
 from kvlatent.evaluation.speed.memory import held_bytes
 from kvlatent.jobs.atomic import write_atomically
 from kvlatent.jobs.fingerprints import identity
-from kvlatent.jobs.record import environment, spoken_name
+from kvlatent.jobs.record import environment, name_for_record
 
 
 def behind(
@@ -89,11 +89,11 @@ def command(args: argparse.Namespace) -> str:
         "python",
         "benchmarks/rival.py",
         "--model",
-        spoken_name(args.model),
+        name_for_record(args.model),
         "--against",
-        spoken_name(args.against),
+        name_for_record(args.against),
     ]
-    words += ["--out", args.out.name, *(["--data", spoken_name(args.data)] if args.data else [])]
+    words += ["--out", args.out.name, *(["--data", name_for_record(args.data)] if args.data else [])]
     words += ["--dtype", args.dtype] if args.dtype else []
     words += ["--caches", *args.caches, "--block-size", str(args.block_size), "--blocks", str(args.blocks)]
     return shlex.join(words)

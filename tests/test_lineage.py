@@ -13,7 +13,7 @@ import kvlatent
 from kvlatent.checkpoints.card import model_card
 from kvlatent.checkpoints.lineage import lineage
 from kvlatent.checkpoints.source import name_and_fingerprint
-from kvlatent.jobs.record import command_line, spoken_name
+from kvlatent.jobs.record import command_line, name_for_record
 from kvlatent.workflows.steps import options_as_typed
 from kvlatent_cli.main import app
 from kvlatent_lab.study.subject import resolve_source
@@ -68,7 +68,7 @@ def test_a_name_is_cut_where_it_is_a_path(place):
         Path(HUB): HUB,
         place / "text.txt": "text.txt",
     }.items():
-        assert spoken_name(source) == name, source
+        assert name_for_record(source) == name, source
 
 
 def test_every_recorded_command_keeps_the_owner(place):

@@ -81,7 +81,11 @@ SPEED = (
 )
 
 STUDY = (
-    positional("name", "NAME", "Study to run: widths, lora-rank, stages, objective, rope or token-eviction."),
+    positional(
+        "name",
+        "NAME",
+        "Study to run: conversion, choices, widths, lora-rank, stages, objective, rope or token-eviction.",
+    ),
     Option("out", "Folder of results, one file a cell.", "DIR", Path, REQUIRED),
     Option("model", "The original; the embedded model by default.", "MODEL"),
     Option("data", "Text to calibrate and train on.", "FILE"),

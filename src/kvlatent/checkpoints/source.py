@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.load import load_model
 from kvlatent.jobs.fingerprints import identity, model_fingerprint
-from kvlatent.jobs.record import spoken_name
+from kvlatent.jobs.record import name_for_record
 
 __all__ = ["ModelSource", "check_same_vocabulary", "name_and_fingerprint", "resolve_model"]
 
@@ -22,11 +22,11 @@ def resolve_model(source: ModelSource, dtype: str | None, device: str) -> PreTra
 
 
 def name_and_fingerprint(model: PreTrainedModel, source: ModelSource) -> dict[str, str]:
-    """Name (see `record.spoken_name`) and fingerprint: of the files where there are files, else of the weights."""
+    """Name (see `record.name_for_record`) and fingerprint: of the files where there are files, else of the weights."""
     loaded = isinstance(source, PreTrainedModel)
     name = getattr(model.config, "_name_or_path", "") if loaded else str(source)
     return {
-        "name": spoken_name(name) if name else type(model).__name__,
+        "name": name_for_record(name) if name else type(model).__name__,
         "fingerprint": model_fingerprint(model) if loaded else identity(source),
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlatent.jobs.fingerprints import identity
-from kvlatent.jobs.record import spoken_name
+from kvlatent.jobs.record import name_for_record
 from kvlatent.text import documents
 from kvlatent.text.corpus import evaluation_blocks
 from kvlatent.text.standard_library import stdlib_documents
@@ -71,7 +71,7 @@ class ScoredText:
         """Which text it was, without its path."""
         if self.source is None:
             return {"name": "Python standard library, modules held out from the embedded model"}
-        return {"name": spoken_name(self.source), "sha256": identity(self.source)}
+        return {"name": name_for_record(self.source), "sha256": identity(self.source)}
 
 
 def read_documents(

@@ -27,7 +27,7 @@ __all__ = [
     "complaint",
     "environment",
     "joined_metrics",
-    "spoken_name",
+    "name_for_record",
 ]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\\]*){0,2}")
@@ -114,7 +114,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def spoken_name(source: str | Path) -> str:
+def name_for_record(source: str | Path) -> str:
     """How a record names a source: a model or data set of the hub (`owner/name:config:split`) whole, a path by its end.
 
     What is neither there nor could be on the hub is taken for a path.
@@ -128,11 +128,11 @@ def spoken_name(source: str | Path) -> str:
 def command_line(name: str, positional: str | Path, options: dict[str, Any]) -> str:
     """A command that repeats the run, quoted for the shell, with every path cut to its last name.
 
-    The positional is a source (see `spoken_name`); so are options where the caller says so, by giving that name.
+    The positional is a source (see `name_for_record`); so are options where the caller says so, by giving that name.
 
     Options that are None, false or empty are left out; a list repeats its flag.
     """
-    words = ["kvlatent", name, spoken_name(positional)]
+    words = ["kvlatent", name, name_for_record(positional)]
     for key, value in options.items():
         flag = "--" + key.replace("_", "-")
         if isinstance(value, Path):

@@ -26,7 +26,7 @@ from kvlatent.jobs.atomic import write_atomically
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.jobs.record import command_line, environment, spoken_name
+from kvlatent.jobs.record import command_line, environment, name_for_record
 from kvlatent.model.assembly import assemble
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
@@ -104,7 +104,9 @@ def describe_run(
 def options_as_typed(files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a call as the command line spells them; files by their last name, but for those of the hub."""
     named = {
-        name: Path(file).name if name == "out" else spoken_name(file) for name, file in files.items() if file
+        name: Path(file).name if name == "out" else name_for_record(file)
+        for name, file in files.items()
+        if file
     }
     spelled = {("set" if name == "overrides" else name): value for name, value in options.items()}
     recipe = spelled.pop("recipe", None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvlatent.jobs.devices import choose_device
 from kvlatent.jobs.recipe import Conversion, Recipe
-from kvlatent.jobs.record import command_line, spoken_name
+from kvlatent.jobs.record import command_line, name_for_record
 from kvlatent.model.families import head_dim_of
 from kvlatent.workflows.run_plan import load_original_config
 from kvlatent_lab.study.conversion_grids import CHOICES, CONVERSION, WIDTHS
@@ -107,9 +107,9 @@ def resolve_request(
         else:
             impossible[cell.name] = why
     options = {
-        "model": None if model is None else spoken_name(model),
-        "data": None if data is None else spoken_name(data),
-        "eval-data": None if eval_data is None else spoken_name(eval_data),
+        "model": None if model is None else name_for_record(model),
+        "data": None if data is None else name_for_record(data),
+        "eval-data": None if eval_data is None else name_for_record(eval_data),
         "out": Path(out),
         "seeds": scale.seeds,
         "tokens": scale.tokens,

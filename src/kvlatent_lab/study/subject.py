@@ -25,7 +25,7 @@ from kvlatent.jobs.atomic import write_text
 from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.fingerprints import fingerprint, identity
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.jobs.record import spoken_name
+from kvlatent.jobs.record import name_for_record
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import ROOM, TextReader, first_blocks
 from kvlatent.text.standard_library import model_path, stdlib_documents
@@ -83,7 +83,7 @@ def resolve_source(model: str | Path | None, data: Any, eval_data: Any) -> Sourc
             "--eval-data is the training text; leave it out to measure on a held-out part, or give another file"
         )
     path = model_path() if model is None else model
-    return Source(path, spoken_name(path), data, eval_data)
+    return Source(path, name_for_record(path), data, eval_data)
 
 
 def read_stdlib(split: Any) -> str:
