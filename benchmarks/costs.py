@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
-from kvlatent.evaluation.scored_text import Text
+from kvlatent.evaluation.scored_text import ScoredText
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import environment
@@ -162,7 +162,7 @@ def read_blocks(args: argparse.Namespace, model: Any, number: int) -> dict[str, 
     """The first blocks of the text."""
     tokenizer = load_tokenizer(args.model, model.config)
     with tempfile.TemporaryDirectory() as folder:
-        text = Text(args.data, "<|endoftext|>", "text", Path(folder))
+        text = ScoredText(args.data, "<|endoftext|>", "text", Path(folder))
         picked = text.blocks(tokenizer, model.config.vocab_size, args.block_size, number)[:number]
     return {name: torch.as_tensor(picked[name]) for name in ("input_ids", "position_ids")}
 

@@ -292,5 +292,5 @@ def test_picture_refusals(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"one of svg, png, pdf: got 'curve.jpg'; try curve.svg"):
         draw_error_curve(curve, tmp_path / "curve.jpg")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"needs matplotlib; pip install 'kvlatent\[report\]'"):
+    with pytest.raises(ValueError, match=r"needs matplotlib; pip install 'kvlatent\[lab\]'"):
         draw_error_curve(curve, tmp_path / "curve.svg")

@@ -31,7 +31,7 @@ from kvlatent.evaluation.standard import evaluate, standard_evaluation
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.model.config import LatentConfig
 from kvlatent_cli.main import app
-from kvlatent_cli.results import evaluation_tables
+from kvlatent_cli.measured_listings import evaluation_listing
 from on_disk import write_checkpoint, write_text
 
 
@@ -348,7 +348,7 @@ def test_a_check_is_one_record(place, monkeypatch):
     assert ("colour", 0, 0, "") in steps and ("colour", 1, 1, "") in steps
     (finding,) = document["diagnosis"]["findings"]
     assert finding["name"] == "fading" and finding["advice"] == "Paint it."
-    listing, *lines = evaluation_tables(document)
+    listing, *lines = evaluation_listing(document)
     assert [column._cells for column in listing.columns] == [["hue"], ["7"]]
     assert "palette of 2" in lines
 
