@@ -1,12 +1,17 @@
 """The house as docs/architecture.md draws it: its rooms, its names, and the page that walks through them."""
 
 import re
+import sys
 import tomllib
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from kvlatent_cli.main import app
+from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,10 +66,39 @@ def test_every_name_of_the_walkthrough_exists(name):
     assert at < len(parts), "a module is no step: name its function"
 
 
-def test_the_walkthrough_goes_from_the_command_to_the_cache():
-    names = steps_of_the_walkthrough()
+def test_the_walkthrough_is_in_the_order_of_the_calls(tmp_path, tiny_tokenizer, corpus_file):
+    """A conversion, traced: every function of the page is called, and first called in the order of the page."""
+    text = (ROOT / "docs" / "walkthrough.md").read_text().partition("## The cache")[0]
+    names = list(dict.fromkeys(re.findall(r"`(kvlatent(?:_\w+)?(?:\.\w+)+)`", text)))
+    tiny_model("llama", vocab_size=300).save_pretrained(tmp_path / "m")
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    called: dict[str, None] = {}
+
+    def see(frame, event, _):
+        if event == "call" and str(frame.f_globals.get("__name__")).startswith("kvlatent"):
+            called.setdefault(f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}")
+
+    words = ["--d-qk", "16", "--d-vo", "16", "--align", "2", "--set", "data.block_size=32"]
+    command = [
+        "convert",
+        str(tmp_path / "m"),
+        "--data",
+        str(corpus_file),
+        "--out",
+        str(tmp_path / "o"),
+        *words,
+    ]
+    sys.setprofile(see)
+    try:
+        done = CliRunner().invoke(app, command)
+    finally:
+        sys.setprofile(None)
+    assert done.exit_code == 0, done.stderr
+    classes = [name for name in names if name.rpartition(".")[2][0].isupper()]
+    assert [name for name in names if name not in classes] == [
+        name for name in called if name in names and name not in classes
+    ]
     assert len(names) >= 20
-    assert names[0].startswith("kvlatent_cli.") and "LatentAttention" in names[-1]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

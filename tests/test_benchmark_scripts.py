@@ -59,13 +59,12 @@ def test_a_step_of_stage_one_beside_its_reference(place, call):
     assert found["ratio"] == pytest.approx(middle / found["quartiles_seconds"]["reference"][1], rel=1e-3)
 
 
-def test_memory_is_that_of_a_process_of_its_own():
-    """Its figures must not begin at the size of this process, which is larger than the model."""
-    command = [sys.executable, FOLDER / "costs.py", "memory", "--layers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert found["peak_bytes"] > found["model_bytes"] > 1e8
-    assert found["ratio"] == round(found["peak_bytes"] / found["model_bytes"], 4) < 2
+def test_converting_copies_only_what_it_changes():
+    """In a process of its own: figures must not begin at the size of this one, which is larger than the model."""
+    command = [sys.executable, FOLDER / "costs.py", "memory"]
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert result["model_bytes"] >= 1e9
+    assert 1 < result["ratio"] == round(result["peak_bytes"] / result["model_bytes"], 4) < 1.3
 
 
 def test_quantised_caches_stand_beside_narrow_ones(place, call, tmp_path):
