@@ -29,7 +29,7 @@ from kvlatent.text.standard_library import model_path
 from on_disk import write_checkpoint, write_text
 from tiny import tiny_model
 
-NOTHING_GIVEN = {argument.name: None for check in CHECKS for argument in check.arguments}
+NOTHING_GIVEN = {name: None for check in CHECKS for name in check.arguments}
 FULL = {
     "perplexity": {"max_tokens": 50_000},
     "fidelity": {"blocks": 32},

@@ -1,4 +1,4 @@
-"""Every table of every command is printed whole, in terminals of any width and in files."""
+"""Every listing of every command is printed whole, in terminals of any width and in files."""
 
 import ast
 import io
@@ -96,27 +96,27 @@ class Terminal(io.StringIO):
         return True
 
 
-def printed(table: Table, monkeypatch, stdout: io.StringIO) -> str:
-    """What a command writes on stdout whose answer is that table."""
+def printed(listing: Table, monkeypatch, stdout: io.StringIO) -> str:
+    """What a command writes on stdout whose answer is that listing."""
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setenv("TERM", "dumb")  # no colours, which would stand between the characters
     with session() as run:
-        run.show({}, table)
+        run.show({}, listing)
     return stdout.getvalue()
 
 
-def cells(table: Table) -> list[list[str]]:
+def cells(listing: Table) -> list[list[str]]:
     """Rows, the header first."""
-    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    columns = [[str(column.header), *map(str, column.cells)] for column in listing.columns]
     rows = [list(row) for row in zip(*columns, strict=True)]
-    return rows if table.show_header else rows[1:]
+    return rows if listing.show_header else rows[1:]
 
 
 def characters(text: str) -> Counter:
     return Counter(text) - Counter({char: text.count(char) for char in " \n─"})
 
 
-def table_of(name: str) -> list[Table]:
+def listings_of(name: str) -> list[Table]:
     return [part for part in MAKERS[name]() if isinstance(part, Table)]
 
 
@@ -124,13 +124,13 @@ def table_of(name: str) -> list[Table]:
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_character_is_lost_in_a_terminal(name, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    for table in table_of(name):
-        text = printed(table, monkeypatch, Terminal())
+    for listing in listings_of(name):
+        text = printed(listing, monkeypatch, Terminal())
         assert "…" not in text
-        assert characters(text) == characters("".join(map("".join, cells(table))))
+        assert characters(text) == characters("".join(map("".join, cells(listing))))
         words = [
             word
-            for c in table.columns
+            for c in listing.columns
             if c.justify == "right"
             for cell in c.cells
             for word in str(cell).split()
@@ -143,9 +143,9 @@ def test_no_character_is_lost_in_a_terminal(name, width, monkeypatch):
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_row_is_a_line_in_a_file(name, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
-    for table in table_of(name):
-        lines = printed(table, monkeypatch, io.StringIO()).splitlines()
-        for row in cells(table):
+    for listing in listings_of(name):
+        lines = printed(listing, monkeypatch, io.StringIO()).splitlines()
+        for row in cells(listing):
             assert any(all(cell in line for cell in row) for line in lines)
 
 
@@ -166,8 +166,8 @@ def test_a_bar_of_progress_keeps_its_figures(monkeypatch):
         assert not characters(f"measure the original 1234567/7654321 {note}") - characters(text)
 
 
-def test_nothing_else_makes_or_prints_tables():
-    """A new table belongs in `MAKERS`, and is printed by the session."""
+def test_nothing_else_makes_or_prints_listings():
+    """A new listing belongs in `MAKERS`, and is printed by the session."""
     makers, consoles = set(), set()
     for path in Path(kvlatent_cli.__file__).parent.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

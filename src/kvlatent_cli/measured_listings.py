@@ -20,11 +20,11 @@ def evaluation_listing(document: Figures) -> list[Any]:
     figures, names = document["figures"], ["latent"]
     if document["original"] is not None:
         names.insert(0, "original")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
+    listing = Table(box=box.SIMPLE_HEAD)
+    listing.add_column("")
     for name in names:
         label = name if name == "original" or "latent" in document["model"] else document["model"]["name"]
-        table.add_column(label, justify="right")
+        listing.add_column(label, justify="right")
     for check in CHECKS:
         measured = [check.name in figures[name] for name in names]
         if not any(measured):
@@ -33,9 +33,9 @@ def evaluation_listing(document: Figures) -> list[Any]:
             cells = [
                 show(figures[name]) if known else "-" for name, known in zip(names, measured, strict=True)
             ]
-            table.add_row(label, *cells)
+            listing.add_row(label, *cells)
     lines = [line for check in CHECKS for line in check.lines(figures)]
-    return [table, *lines, *_diagnosis(document["diagnosis"])]
+    return [listing, *lines, *_diagnosis(document["diagnosis"])]
 
 
 _UNDECIDED = ("forgetting:", "positional confusion:")
@@ -67,18 +67,18 @@ def study_listing(document: Figures) -> list[Any]:
         name for name in _names(rows, "settings") if len({str(r["settings"].get(name)) for r in rows}) > 1
     ]
     shown = [name for name in ("perplexity", "ratio", "cache_ratio") if name in _names(rows, "figures")]
-    table = Table(box=box.SIMPLE_HEAD)
+    listing = Table(box=box.SIMPLE_HEAD)
     for name in varying:
-        table.add_column(name)
+        listing.add_column(name)
     for name in [*shown, "seeds"]:
-        table.add_column(name, justify="right")
+        listing.add_column(name, justify="right")
     for row in rows:
         figures = [row["figures"].get(name) for name in shown]
         cells = ["-" if f is None else plus_minus(f["mean"], f["standard_error"], 4) for f in figures]
-        table.add_row(
+        listing.add_row(
             *(str(row["settings"].get(name, "")) for name in varying), *cells, str(len(row["seeds"]))
         )
-    return [table, *lines]
+    return [listing, *lines]
 
 
 def _names(rows: list[Figures], part: str) -> list[str]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-__all__ = ["answer_console", "print_table", "progress_bar"]
+__all__ = ["answer_console", "print_listing", "progress_bar"]
 
 _UNLIMITED = 1_000_000  # characters a line
 _SHORTEST_FOLD = 8  # characters of a name that stay on one line
@@ -32,18 +32,18 @@ def answer_console(file: IO[str]) -> Console:
     )
 
 
-def print_table(console: Console, table: Table) -> None:
-    """Print all of a table; right-aligned columns are figures, whose words stay in one piece.
+def print_listing(console: Console, listing: Table) -> None:
+    """Print all of a listing; right-aligned columns are figures, whose words stay in one piece.
 
     Where a terminal has no room for the figures alone, the lines are longer than it, and it wraps them.
     """
-    for column in table.columns:
+    for column in listing.columns:
         words = [len(word) for cell in column.cells for word in str(cell).split()]
         column.no_wrap, column.overflow = False, "fold"
         column.min_width = max(words, default=1) if column.justify == "right" else _SHORTEST_FOLD
-    least = sum((column.min_width or 0) + sum(table.padding[1::2]) for column in table.columns)
+    least = sum((column.min_width or 0) + sum(listing.padding[1::2]) for column in listing.columns)
     console.width = max(console.width, least + 2)
-    console.print(table, crop=False)
+    console.print(listing, crop=False)
 
 
 def progress_bar() -> Progress:

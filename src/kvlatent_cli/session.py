@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .listings import duration
-from .printing import answer_console, print_table, progress_bar
+from .printing import answer_console, print_listing, progress_bar
 
 _DISK = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file is larger than this system allows"}
 _DISK_SIGNS = (
@@ -72,7 +72,7 @@ class Session:
     """One command at work: what was typed, its progress, and its answer.
 
     Args:
-        as_json: the answer is one JSON document instead of lines and tables.
+        as_json: the answer is one JSON document instead of lines and listings.
         console: of stdout.
 
     Attributes:
@@ -153,7 +153,7 @@ class Session:
         self.say(f"warning: {message}")
 
     def show(self, document: Any, *parts: str | Table) -> None:
-        """Set the answer: the document under --json, lines and tables otherwise."""
+        """Set the answer: the document under --json, lines and listings otherwise."""
         self.answer = [document] if self.as_json else list(parts)
 
     def flush(self) -> None:
@@ -164,7 +164,7 @@ class Session:
             elif isinstance(part, str):
                 self.console.file.write(part + "\n")  # as it is: rich would read markup in a model's words
             else:
-                print_table(self.console, part)
+                print_listing(self.console, part)
 
     def close(self) -> None:
         """End the current step."""

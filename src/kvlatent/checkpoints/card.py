@@ -44,7 +44,7 @@ and after training `metrics.jsonl` (the losses), all beside the weights.
 {command}
 ```
 """
-_MEASURED = """{table}
+_MEASURED = """{listing}
 
 Perplexity on {tokens:,} tokens {text}, with standard errors (of the ratio: from paired blocks).
 Bytes are those of one token of one sequence in the live cache, in {cache_dtype}."""
@@ -56,7 +56,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     measured = "Its quality has not been measured; `kvlatent eval DIR --against ORIGINAL` does that."
     if figures:
         measured = _MEASURED.format(
-            table=figures_table(figures), text=scored_text(record), **figures["latent"]
+            listing=figures_listing(figures), text=scored_text(record), **figures["latent"]
         )
     about = ModelCardData(
         **record.get("source", {}),
@@ -97,8 +97,8 @@ def scored_text(record: Mapping[str, Any]) -> str:
     return f"from a separate text ({other if other.startswith('hub:') else f'sha256 {other}'})"
 
 
-def figures_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Perplexities, ratios and cache bytes of the steps of a run, as a Markdown table."""
+def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Perplexities, ratios and cache bytes of the steps of a run, in Markdown."""
     lines = ["| | perplexity | over the original's | cache bytes per token |", "|---|---|---|---|"]
     for name, label in _STEPS.items():
         if name in figures:

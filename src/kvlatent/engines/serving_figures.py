@@ -142,7 +142,7 @@ def serving_figures(
         d_qk, d_vo: widths in channels, one number or one per layer.
         element_size: bytes of one weight; left out, that of the config's dtype (4 where it names none).
         cache_element_size: bytes of one cached number, 1 for fp8, 0.5 for four bits; left out, as the weights.
-        qk_norm: for models with a QK-norm, as in `choose.choose`.
+        qk_norm: for models with a QK-norm, as in `latent_config.choose`.
 
     Raises:
         ValueError: an architecture that is not supported.

@@ -1,8 +1,9 @@
 """What a check of `kvlatent eval` is: one record, which the check's own file fills in and everything else reads.
 
 A new metric is a file in `checks/` that ends with such a record, and its line in `checks/__init__.py`. From the record
-come the options that it understands, what they refuse, how much is measured where nobody said, the measurement, the
-rows that people see, and what its figures say of a failure.
+come the names of the options that it reads, what they refuse, how much is measured where nobody said, the measurement,
+the rows that people see, and what its figures say of a failure. How an option is typed and explained is declared once,
+in `kvlatent_cli.measure`, whose `--help` imports no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ __all__ = [
     "BATCH_SIZE",
     "BLOCK_SIZE",
     "DATA",
-    "Argument",
     "Check",
     "Levels",
     "Report",
@@ -39,24 +39,11 @@ Report = Callable[[int, int], None] | None
 """What a measurement calls with how much is done, and of how much."""
 
 
-@dataclass(frozen=True)
-class Argument:
-    """An option of `kvlatent eval` and of `standard_evaluation`; None, its default, leaves the choice to the check.
+DATA = "data"
+"""Argument of a check that reads the text."""
 
-    Args:
-        name: in Python; the command's has dashes.
-        type: that the command line parses: `list` is of words or numbers between commas.
-        help: of the command line.
-    """
-
-    name: str
-    type: type
-    help: str
-
-
-DATA = Argument("data", str, "Text to read; standard library modules by default.")
-BLOCK_SIZE = Argument("block_size", int, "Tokens a window; 512 by default, less where the context is.")
-BATCH_SIZE = Argument("batch_size", int, "Sequences at a time; 4 to 16 by default, by check.")
+BLOCK_SIZE = "block_size"
+BATCH_SIZE = "batch_size"
 
 
 @dataclass(frozen=True)
@@ -98,7 +85,8 @@ class Check:
 
     Args:
         name: on the command line and in the document.
-        arguments: that it understands; one with `DATA` reads the text.
+        arguments: names of the options that it reads, of `standard_evaluation` and of the command (with dashes there);
+            None, the default of each, leaves the choice to the check. One with `DATA` reads the text.
         refuse: raises, before any model runs, what `run` would raise for its `options`.
         run: measures with its `options`; what it is given last starts a step of a name and returns what to report to.
             Its figures stand by role ("latent", "original"), those of the pair beside them.
@@ -115,7 +103,7 @@ class Check:
     """
 
     name: str
-    arguments: tuple[Argument, ...]
+    arguments: tuple[str, ...]
     refuse: Callable[[Request, Settings], Any]
     run: Run
     extents: Callable[[Request], Levels] | None = None
@@ -131,13 +119,9 @@ class Check:
 
     def options(self, request: Request, settings: Settings) -> Settings:
         """What `refuse` and `run` are given: its settings, and the arguments that only reach a measurement."""
-        shared = {DATA.name, BLOCK_SIZE.name, self.asked_by}
-        given = {each.name: request.given[each.name] for each in self.arguments if each.name not in shared}
+        shared = {DATA, BLOCK_SIZE, self.asked_by}
+        given = {each: request.given[each] for each in self.arguments if each not in shared}
         return given | settings | ({"seed": request.seed} if self.is_random else {})
-
-    def understands(self, name: str) -> bool:
-        """Whether it has an argument of that name."""
-        return any(argument.name == name for argument in self.arguments)
 
 
 def run_each(

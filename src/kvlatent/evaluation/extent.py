@@ -68,8 +68,8 @@ def choose_extent(request: Request, checks: Sequence[Check], *, optional: bool) 
 
 def _is_asked_for(check: Check, checks: Sequence[Check], request: Request) -> bool:
     """Whether an argument is given that no other check would look at."""
-    given = [name for name, value in request.given.items() if value is not None and check.understands(name)]
-    return any(not any(other.understands(name) for other in checks if other is not check) for name in given)
+    given = [name for name, value in request.given.items() if value is not None and name in check.arguments]
+    return any(not any(name in other.arguments for other in checks if other is not check) for name in given)
 
 
 def _spell_out(check: Check, settings: Settings | None, full: Settings | None) -> str:

@@ -136,7 +136,10 @@ def standard_evaluation(
         seed: of everything random.
         progress: called with a step's name, what is done, of how much, and a note; at every step's begin already.
         say: called with a sentence where less is measured than of a small model.
-        options: arguments of the checks by name (see `CHECK` in their files); None, where nobody chose.
+        options: arguments of the checks by name; None, where nobody chose. `block_size`, tokens a window; `batch_size`,
+            sequences at a time; `stride`, tokens by which the window of perplexity moves; `max_tokens`, scored for
+            perplexity; `contexts`, of the needle, in tokens; `template`, a needle in words, with {key} and {value};
+            `tasks`, names of lm-eval's tasks; `include_path`, a folder of your own; `limit`, questions a task.
 
     Returns:
         {"kind": "evaluation", "model", "original", "figures": {"latent", "original", "ratio", "ratio_standard_error",
@@ -147,7 +150,7 @@ def standard_evaluation(
         ValueError: nothing to measure, an option without a use, models of different vocabularies, too little text, or
             what a check refuses.
     """
-    given = _fill_in(options | {DATA.name: data})
+    given = _fill_in(options | {DATA: data})
     chosen = _choose_checks(checks, given, against is not None)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ValueError(f"a seed is between 0 and {_LARGEST_SEED}: got {seed}; try 0")
@@ -185,12 +188,11 @@ def standard_evaluation(
 
 def _fill_in(options: Mapping[str, Any]) -> dict[str, Any]:
     """A value for every argument of the checks, None where nobody chose."""
-    arguments = {argument.name: argument for check in CHECKS for argument in check.arguments}
+    arguments = dict.fromkeys(name for check in CHECKS for name in check.arguments)
     for name in options:
         if name not in arguments:
-            known = "; ".join(f"{argument.name}: {argument.help}" for argument in arguments.values())
-            raise TypeError(f"an evaluation has no option {name!r}; it has {known}")
-    return dict.fromkeys(arguments) | dict(options)
+            raise TypeError(f"an evaluation has no option {name!r}; it has {', '.join(arguments)}")
+    return arguments | dict(options)
 
 
 def _choose_checks(names: Sequence[str] | None, given: Mapping[str, Any], paired: bool) -> list[Check]:
@@ -226,8 +228,8 @@ def _choose_checks(names: Sequence[str] | None, given: Mapping[str, Any], paired
             "leave --checks out"
         )
     for name, value in given.items():
-        if value is not None and not any(check.understands(name) for check in chosen):
-            users = [check.name for check in CHECKS if check.understands(name)]
+        if value is not None and not any(name in check.arguments for check in chosen):
+            users = [check.name for check in CHECKS if name in check.arguments]
             shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             raise ValueError(
                 f"--{name.replace('_', '-')} is for {' and '.join(users)} only: got {shown}, and what is measured is "
@@ -254,7 +256,7 @@ def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
     check_counts(batch_size=(request.given["batch_size"], 1))
     for check in checks:
         check.refuse(request, check.options(request, extent.measured.get(check.name, {})))
-    if any(check.understands(DATA.name) for check in checks):
+    if any(DATA in check.arguments for check in checks):
         _ = request.text.documents  # a text that cannot be read, or holds none
 
 

@@ -64,7 +64,7 @@ class Conversion(Section):
 
 
 class Calibration(Section):
-    """How much text the statistics are gathered from: blocks of data.block_size tokens, query rows in each."""
+    """How much text the statistics are collected from: blocks of data.block_size tokens, query rows in each."""
 
     blocks: Annotated[Count, OPTION] = 128
     rows: Count = 32

@@ -1,4 +1,4 @@
-"""The steps that the workflows share: hash what is read, load, calibrate, settle widths, convert, note, save."""
+"""The steps that the workflows share: hash what is read, load, calibrate, resolve widths, convert, note, save."""
 
 from __future__ import annotations
 

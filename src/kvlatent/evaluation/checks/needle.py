@@ -240,16 +240,7 @@ def _extents(request: Request) -> Levels:
 
 CHECK = check.Check(
     name="needle",
-    arguments=(
-        check.DATA,
-        check.BATCH_SIZE,
-        check.Argument(
-            "contexts",
-            list,
-            "Contexts of the needle; by default 128 and as much of the model's own as two minutes hold.",
-        ),
-        check.Argument("template", str, "A needle in words, with {key} and {value}."),
-    ),
+    arguments=(check.DATA, check.BATCH_SIZE, "contexts", "template"),
     refuse=_refuse,
     run=check.run_each("needle", _measure),
     extents=_extents,

@@ -204,12 +204,7 @@ def _rows(latent: Figures) -> dict[str, Callable[[Figures], str]]:
 
 CHECK = check.Check(
     name="tasks",
-    arguments=(
-        check.BATCH_SIZE,
-        check.Argument("tasks", list, "lm-eval tasks, e.g. arc_easy,hellaswag."),
-        check.Argument("include_path", Path, "Folder of your own task files (YAML)."),
-        check.Argument("limit", int, "Questions a task."),
-    ),
+    arguments=(check.BATCH_SIZE, "tasks", "include_path", "limit"),
     refuse=_refuse,
     run=check.run_each("tasks", _measure, compare_tasks),
     asked_by="tasks",

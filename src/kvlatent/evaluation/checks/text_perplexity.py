@@ -278,18 +278,7 @@ def _sign(figures: Figures, missing: list[str]) -> Sign:
 
 CHECK = check.Check(
     name="perplexity",
-    arguments=(
-        check.DATA,
-        check.BLOCK_SIZE,
-        check.Argument("stride", int, "Tokens by which the window moves; a window by default."),
-        check.BATCH_SIZE,
-        check.Argument(
-            "max_tokens",
-            int,
-            "Tokens scored for perplexity; by default all of --data, of the standard library 50,000 or, of a large "
-            "model, fewer.",
-        ),
-    ),
+    arguments=(check.DATA, check.BLOCK_SIZE, "stride", check.BATCH_SIZE, "max_tokens"),
     refuse=_refuse,
     run=_run,
     extents=_extents,
