@@ -12,7 +12,8 @@ from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.evaluation.quality import cache_bytes_per_token, measure, precision
-from kvlatent.evaluation.standard import evaluate
+from kvlatent.evaluation.standard import evaluate, standard_evaluation
+from kvlatent.jobs.progress import Progress
 from kvlatent.text.corpus import evaluation_blocks
 from on_disk import write_checkpoint, write_text
 
@@ -148,3 +149,13 @@ def test_windows_and_blocks_longer_than_the_context_are_refused(place, tmp_path,
     blocks = evaluation_blocks(place / "text.txt", tiny_tokenizer, 256, vocab_size=300, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="got data.block_size=256, max_position_embeddings=128"):
         evaluate(load_model(place / "latent"), blocks)
+
+
+def test_a_progress_is_told_as_a_function_is(place):
+    """Steps of an evaluation inside a longer job are named after their place in it."""
+    told = []
+    progress = Progress(lambda step, done, total, **_: told.append((step, done, total))).within("cell")
+    evaluate(place / "latent", place / "text.txt", block_size=32, max_tokens=64, progress=progress)
+    standard_evaluation(place / "latent", checks=["causality"], progress=progress)
+    assert told[0] == ("cell: measure", 0, 0)
+    assert {step for step, *_ in told} >= {"cell: load", "cell: read the text", "cell: causality, latent"}

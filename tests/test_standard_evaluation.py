@@ -315,8 +315,8 @@ def test_a_check_is_one_record(place, monkeypatch):
         if request.given["hue"] == 0:
             raise ValueError("a hue is 1 or more: got 0; try 7")
 
-    def run(request, settings, start):
-        start("colour")(1, 1)
+    def run(request, settings, progress):
+        progress.step("colour").to(1, 1)
         hues = {role: {"colour": request.given["hue"]} for role in request.models}
         return hues | {"palette": settings["size"]}
 

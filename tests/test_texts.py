@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from corpora import flat, stories
+from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.corpus import prepare
@@ -127,3 +128,21 @@ def test_two_texts_for_one_purpose_are_refused(tmp_path):
         data, statistics, eval_data, calibrates = arguments
         with pytest.raises(ValueError, match=sentence):
             check_sources(data, statistics, eval_data, calibrates=calibrates)
+
+
+def test_a_reader_tells_a_plain_function_or_a_progress(tiny_tokenizer, corpus_file, tmp_path):
+    told = []
+    listeners = (
+        lambda *event: told.append(event),
+        Progress(lambda **event: told.append(tuple(event.values())[:4])),
+    )
+    for number, progress in enumerate(listeners):
+        told.clear()
+        TextReader(recipe(), tiny_tokenizer, CONFIG, tmp_path / str(number), progress=progress).prepare(
+            corpus_file
+        )
+        assert told and {event[:3] for event in told} == {("tokenise", 0, 0)}
+        assert (
+            told[-1][3].endswith(" tokens")
+            and int(told[-1][3].removesuffix(" tokens").replace(",", "")) > 1000
+        )

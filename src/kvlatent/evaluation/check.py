@@ -15,6 +15,7 @@ from typing import Any
 
 from kvlatent.evaluation.evidence import Figures, Sign
 from kvlatent.evaluation.scored_text import ScoredText
+from kvlatent.jobs.progress import Progress, Step
 from kvlatent.model.time_estimate import assumed_speed, forward_operations
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "DATA",
     "Check",
     "Levels",
-    "Report",
     "Request",
     "Settings",
     "grid_mean",
@@ -34,9 +34,6 @@ __all__ = [
 Settings = dict[str, Any]
 Levels = list[tuple[Settings | None, float]]
 """What could be measured, ascending, each with its seconds; None leaves the check out."""
-
-Report = Callable[[int, int], None] | None
-"""What a measurement calls with how much is done, and of how much."""
 
 
 DATA = "data"
@@ -76,7 +73,7 @@ class Request:
         )
 
 
-Run = Callable[[Request, Settings, Callable[[str], Report]], Figures]
+Run = Callable[[Request, Settings, Progress], Figures]
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Check:
         arguments: names of the options that it reads, of `standard_evaluation` and of the command (with dashes there);
             None, the default of each, leaves the choice to the check. One with `DATA` reads the text.
         refuse: raises, before any model runs, what `run` would raise for its `options`.
-        run: measures with its `options`; what it is given last starts a step of a name and returns what to report to.
+        run: measures with its `options`, and tells of a step at once, before it has read its text.
             Its figures stand by role ("latent", "original"), those of the pair beside them.
         extents: how much could be measured; without, it is as much as the arguments say, and no time is set aside.
         may_be_left_out: where even its smallest extent takes too long and nobody named it or an argument of its alone.
@@ -126,20 +123,20 @@ class Check:
 
 def run_each(
     name: str,
-    measure: Callable[[Any, Request, Report, Settings], Any],
+    measure: Callable[[Any, Request, Step, Settings], Any],
     compare: Callable[[Any, Any], Any] | None = None,
 ) -> Run:
     """A check's `run` that measures one model after the other.
 
     Args:
         name: of the check, under which the figures stand.
-        measure: of a model, with the check's `options`.
+        measure: of a model, with the step to report to and the check's `options`.
         compare: of the original's figures and the latent model's.
     """
 
-    def run(request: Request, options: Settings, start: Callable[[str], Report]) -> Figures:
+    def run(request: Request, options: Settings, progress: Progress) -> Figures:
         figures: dict[str, Any] = {
-            role: {name: measure(model, request, start(f"{name}, {role}"), options)}
+            role: {name: measure(model, request, progress.step(f"{name}, {role}"), options)}
             for role, model in request.models.items()
         }
         if compare is not None and "original" in figures:

@@ -7,7 +7,6 @@ small difference is not drowned by the spread that both models share.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,7 +27,6 @@ __all__ = [
     "measure",
     "measure_models",
     "precision",
-    "speedometer",
 ]
 
 _CACHE_POSITIONS = 64
@@ -105,22 +103,3 @@ def measure_models(
         latent, original = (figures[role]["cache_bytes_per_token"] for role in ("latent", "original"))
         figures |= compare(results["latent"], results["original"]) | {"cache_ratio": latent / original}
     return figures
-
-
-def speedometer(
-    progress: Callable[[str, int, int, str], None] | None, step: str, blocks: Dataset | None = None
-) -> Callable[[int, int], None] | None:
-    """What a measurement calls with blocks done and their number, handed on as `step` with the tokens per second.
-
-    Without blocks, it is tokens that are counted.
-    """
-    if progress is None:
-        return None
-    report, start = progress, time.monotonic()
-    size = 1 if blocks is None else len(blocks[0]["input_ids"])
-
-    def call(done: int, total: int) -> None:
-        speed = done * size / max(time.monotonic() - start, 1e-9)
-        report(step, done, total, f"{speed:,.0f} tokens/s")
-
-    return call

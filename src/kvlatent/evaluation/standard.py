@@ -18,24 +18,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.source import check_same_vocabulary, name_and_fingerprint, resolve_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
-from kvlatent.evaluation.check import DATA, Check, Report, Request
+from kvlatent.evaluation.check import DATA, Check, Request
 from kvlatent.evaluation.checks import CHECKS, DEFAULT_CHECKS
 from kvlatent.evaluation.checks.text_perplexity import measure_text
 from kvlatent.evaluation.diagnosis import diagnose
 from kvlatent.evaluation.extent import Extent, choose_extent
 from kvlatent.evaluation.perplexity import Perplexity
-from kvlatent.evaluation.quality import measure, measure_models, speedometer
+from kvlatent.evaluation.quality import measure, measure_models
 from kvlatent.evaluation.result_models import Evaluation
 from kvlatent.evaluation.scored_text import ScoredText
 from kvlatent.evaluation.sequences import check_counts, shortest_context
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import environment
 
 __all__ = ["evaluate", "standard_evaluation"]
 
 _WINDOW = 512
 _LARGEST_SEED = 2**32 - 1  # NumPy's, which lm-eval sets
-
-Progress = Callable[[str, int, int, str], None]
 
 
 def evaluate(
@@ -51,7 +50,7 @@ def evaluate(
     device: str = "cpu",
     separator: str | None = "<|endoftext|>",
     text_field: str = "text",
-    progress: Progress | None = None,
+    progress: Progress | Report | None = None,
 ) -> dict[str, Any]:
     """Perplexity and cache bytes of a model, and of the original it came from when `against` is given.
 
@@ -78,16 +77,16 @@ def evaluate(
         ValueError: the two models have different vocabularies, there is no text, a window is longer than the context,
             or an unknown dtype.
     """
-    models = _load_models(model, against, dtype, device)
+    models, told = _load_models(model, against, dtype, device), Progress.of(progress)
     steps = {"latent": "measure", "original": "measure the original"}
     if isinstance(data, Dataset):
         blocks, at_once = data, 8 if batch_size is None else batch_size
-        return measure_models(
-            models,
-            lambda role, each: measure(
-                each, blocks, batch_size=at_once, progress=speedometer(progress, steps[role], blocks)
-            ),
-        )
+
+        def measure_blocks(role: str, each: PreTrainedModel) -> tuple[dict[str, Any], Perplexity]:
+            step = told.step(steps[role], len(blocks), tokens=len(blocks[0]["input_ids"]))
+            return measure(each, blocks, batch_size=at_once, progress=step.to)
+
+        return measure_models(models, measure_blocks)
     tokenizer = tokenizer or _load_tokenizer(model, models["latent"], ", or blocks as data")
     options = {
         "window": _choose_window(models, block_size),
@@ -98,8 +97,8 @@ def evaluate(
         documents = ScoredText(data, separator, text_field, Path(folder), tokenizer).documents
 
     def measure_one(role: str, each: PreTrainedModel) -> tuple[dict[str, Any], Perplexity]:
-        report = speedometer(progress, steps[role])
-        return measure_text(each, tokenizer, documents, progress=report, **options)
+        step = told.step(steps[role], tokens=1)  # tokens are what is counted
+        return measure_text(each, tokenizer, documents, progress=step.to, **options)
 
     return measure_models(models, measure_one)
 
@@ -116,7 +115,7 @@ def standard_evaluation(
     separator: str | None = "<|endoftext|>",
     text_field: str = "text",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | Report | None = None,
     say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -154,9 +153,8 @@ def standard_evaluation(
     chosen = _choose_checks(checks, given, against is not None)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ValueError(f"a seed is between 0 and {_LARGEST_SEED}: got {seed}; try 0")
-    start = time.perf_counter()
-    if progress is not None:
-        progress("load", 0, 0, "")
+    start, told = time.perf_counter(), Progress.of(progress)
+    told.report("load")
     models = _load_models(model, against, dtype, device)
     tokenizer = tokenizer or _load_tokenizer(model, models["latent"])
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
@@ -165,12 +163,11 @@ def standard_evaluation(
         request = Request(models, tokenizer, text, given, window, limit, seed)
         extent = choose_extent(request, chosen, optional=checks is None)
         chosen = [check for check in chosen if check.extents is None or check.name in extent.measured]
-        if progress is not None:
-            progress("read the text", 0, 0, "")
+        told.report("read the text")
         _refuse(request, chosen, extent)
         if say is not None and extent.sentence is not None:
             say(extent.sentence)
-        figures = _measure(request, chosen, extent, progress)
+        figures = _measure(request, chosen, extent, told)
     sources = {"latent": model, "original": against}
     about = {role: _describe(each, sources[role]) for role, each in models.items()}
     record = environment(models["latent"].device.type) | {"seed": seed, "text": text.about()}
@@ -260,22 +257,12 @@ def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
         _ = request.text.documents  # a text that cannot be read, or holds none
 
 
-def _measure(
-    request: Request, checks: Sequence[Check], extent: Extent, progress: Progress | None
-) -> dict[str, Any]:
+def _measure(request: Request, checks: Sequence[Check], extent: Extent, progress: Progress) -> dict[str, Any]:
     """The figures of all checks: by role, and beside them those of the pair."""
-
-    def start(step: str) -> Report:
-        """Tell of the step at once, before it has read its text."""
-        if progress is None:
-            return None
-        progress(step, 0, 0, "")
-        return lambda done, total: progress(step, done, total, "")
-
     figures: dict[str, Any] = {role: {} for role in request.models}
     for check in checks:
         options = check.options(request, extent.measured.get(check.name, {}))
-        measured = dict(check.run(request, options, start))
+        measured = dict(check.run(request, options, progress))
         for role in figures.keys() & request.models.keys() & measured.keys():
             figures[role] |= measured.pop(role)
         figures |= measured

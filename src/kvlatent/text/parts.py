@@ -6,7 +6,6 @@ two texts are given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.text.corpus import Corpus, evaluation_blocks, prepare
 
@@ -83,14 +83,14 @@ class TextReader:
         recipe: `data`, `calibration` and `seed` are read.
         tokenizer, config: of the model.
         cache_dir: where blocks are kept between calls.
-        progress: called with the number of tokens that have been read of a text to fit to.
+        progress: told of the tokens that have been read of a text to fit to.
     """
 
     recipe: Recipe
     tokenizer: Any
     config: Any
     cache_dir: str | Path
-    progress: Callable[[int], None] | None = None
+    progress: Progress | Report | None = None
 
     @property
     def block_size(self) -> int:
@@ -101,7 +101,8 @@ class TextReader:
     def prepare(self, data: str | Path, **limits: Any) -> Corpus:
         """Blocks to fit to and a held-out part; `limits` are arguments of :func:`corpus.prepare`."""
         given: dict[str, Any] = {"held_out": self.recipe.data.held_out, **self._shared(), **limits}
-        return prepare(data, self.tokenizer, seed=self.recipe.seed, progress=self.progress, **given)
+        told = Progress.of(self.progress)
+        return prepare(data, self.tokenizer, seed=self.recipe.seed, progress=told, **given)
 
     def measured(self, source: str | Path, max_tokens: int | None = None) -> Dataset:
         """All blocks of a text, or of its first `max_tokens`, to measure on."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.load import check_block_size
 from kvlatent.evaluation.perplexity import Perplexity
-from kvlatent.evaluation.quality import compare, measure, precision, speedometer
+from kvlatent.evaluation.quality import compare, measure, precision
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.fingerprints import fingerprint
@@ -170,7 +170,7 @@ class _Run:
             self.tokenizer,
             self.original.config,
             self.workspace.path / "data",
-            progress=lambda tokens: self.progress("tokenise", 0, 0, f"{tokens:,} tokens"),
+            progress=self.progress,
         )
         calibrates = self.plan.calibrates
         return read_texts(
@@ -237,9 +237,10 @@ class _Run:
         if (known := self.workspace.done(name)) is not None:
             return known
         assert texts.held_out is not None
-        progress = speedometer(self.progress, f"measure {name}", texts.held_out)
+        blocks = texts.held_out
+        step = self.progress.step(f"measure {name}", len(blocks), tokens=len(blocks[0]["input_ids"]))
         with precision(self.plan.device, str(self.original.dtype).removeprefix("torch.")):
-            figures, result = measure(model, texts.held_out, progress=progress)
+            figures, result = measure(model, blocks, progress=step.to)
         if name != "original":
             original = self.workspace.done("original")
             assert original is not None

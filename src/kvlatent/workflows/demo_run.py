@@ -96,8 +96,7 @@ def demo(
         )
     report: dict[str, Any] = {"prompt": _PROMPT}
     for side, path in (("original", source), ("latent", target)):
-        if progress is not None:
-            progress(f"copying, {side}", 0, 0, "")
+        Progress.of(progress).report(f"copying, {side}")
         report[side] = _public(record["figures"][side]) | _behaviour(path, copy_trials)
     return report | {"out": str(target), "minutes": (time.monotonic() - start) / 60, "run": record}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from kvlatent.jobs.apart import check_apart
 from kvlatent.jobs.atomic import write_atomically
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent_lab.report.bench_charts import speed
 from kvlatent_lab.report.blocks import Section
 from kvlatent_lab.report.comparisons import comparisons
@@ -26,8 +27,6 @@ from kvlatent_lab.report.study_charts import studies
 
 __all__ = ["report"]
 
-Progress = Callable[[str, int, int, str], None]
-
 _MARK = '<meta name="generator" content="kvlatent report">'
 
 
@@ -36,7 +35,7 @@ def report(
     out: str | Path,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Report | None = None,
 ) -> dict[str, Any]:
     """Write one self-contained HTML page from result files.
 
@@ -61,9 +60,9 @@ def report(
     """
     out = Path(out)
     _check_out(out, overwrite, paths)
-    tell = progress or _silent
-    documents = read_documents(paths, lambda done, total: tell("read the results", done, total, ""))
-    sections = _sections(documents, tell)
+    told = Progress.of(progress)
+    documents = read_documents(paths, told)
+    sections = _sections(documents, told)
     html = _rendered(documents, sections)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda file: file.write_text(html, encoding="utf-8"))
@@ -74,10 +73,6 @@ def report(
         "used": [{"file": one.name, "kind": one.kind} for one in documents.used],
         "skipped": [{"file": name, "reason": reason} for name, reason in documents.skipped],
     }
-
-
-def _silent(step: str, done: int, total: int, note: str) -> None:
-    """For nobody who waits."""
 
 
 def _check_out(out: Path, overwrite: bool, paths: Sequence[str | Path]) -> None:
@@ -117,11 +112,11 @@ def _sections(documents: Documents, progress: Progress) -> list[Section]:
     )
     sections: list[Section | None] = []
     for number, draw in enumerate(of_models):
-        progress("draw", number, len(of_models) + 1, draw.__name__.replace("_", " "))
+        progress.report("draw", number, len(of_models) + 1, draw.__name__.replace("_", " "))
         sections.append(draw(documents))
-    progress("draw", len(of_models), len(of_models) + 1, "studies")
+    progress.report("draw", len(of_models), len(of_models) + 1, "studies")
     sections += [*studies(documents), comparisons(documents)]
-    progress("draw", len(of_models) + 1, len(of_models) + 1, "")
+    progress.report("draw", len(of_models) + 1, len(of_models) + 1)
     return [section for section in sections if section is not None]
 
 

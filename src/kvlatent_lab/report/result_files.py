@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from kvlatent.evaluation.result_models import Bench, Evaluation
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import Provenance, Result, complaint
 from kvlatent.workflows.run_record import RunRecord, TrainingStep
 from kvlatent_lab.benchmark_results import Comparison, ConversionBenchmark
@@ -66,16 +67,14 @@ class Documents:
         return next(names, None), next(prints, None)
 
 
-def read_documents(
-    paths: Sequence[str | Path], progress: Callable[[int, int], None] | None = None
-) -> Documents:
+def read_documents(paths: Sequence[str | Path], progress: Progress | Report | None = None) -> Documents:
     """Read files and folders of results.
 
     Args:
         paths: a file is read whatever its name. A folder is searched for .json and metrics.jsonl at any depth; of a
             checkpoint in it only the record of its making is read. Hidden files and unfinished work (`*.partial`, the
             `work` of a study) are passed over.
-        progress: called with the files read and their number.
+        progress: told of the files read and their number.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -83,10 +82,9 @@ def read_documents(
     """
     documents = Documents()
     cells: dict[str, str] = {}
-    files = list(_files(paths))
+    files, told = list(_files(paths)), Progress.of(progress)
     for number, (path, name) in enumerate(files):
-        if progress is not None:
-            progress(number, len(files))
+        told.report("read the results", number, len(files))
         try:
             document = _journal(path, name) if path.suffix == ".jsonl" else _document(path, name)
             if document is not None and document.kind == "study":

@@ -7,9 +7,10 @@ from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.load import check_block_size
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Report, Request, Settings
+from kvlatent.evaluation.check import Levels, Request, Settings
 from kvlatent.evaluation.evidence import Figures, Sign, figure, figure_of
 from kvlatent.evaluation.sequences import evaluation_mode
+from kvlatent.jobs.progress import Step
 
 __all__ = ["CHECK", "LEAK", "causality"]
 
@@ -61,7 +62,7 @@ def _length(request: Request) -> int:
     return min(_TOKENS, request.limit or _TOKENS)
 
 
-def _measure(model: PreTrainedModel, request: Request, _: Report, options: Settings) -> float:
+def _measure(model: PreTrainedModel, request: Request, _: Step, options: Settings) -> float:
     return causality(model, length=_length(request), **options)
 
 

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.load import check_block_size
 from kvlatent.checkpoints.source import check_same_vocabulary
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Report, Request, Settings
+from kvlatent.evaluation.check import Levels, Request, Settings
 from kvlatent.evaluation.checks.layerwise import LayerSums, as_latent, in_lockstep, sampled_rows
 from kvlatent.evaluation.evidence import FORGETTING_NATS, Figures, Sign, figure
 from kvlatent.evaluation.perplexity import ratio_error
 from kvlatent.evaluation.sequences import check_counts, counter, evaluation_mode
+from kvlatent.jobs.progress import Progress
 from kvlatent.model.head import IGNORED, Head
 from kvlatent.model.time_estimate import rows_at_once
 
@@ -175,12 +176,12 @@ def _refuse(request: Request, options: Settings) -> None:
     check_fidelity(request.models["original"], request.models["latent"], **others)
 
 
-def _run(request: Request, options: Settings, start: Callable[[str], Report]) -> Figures:
+def _run(request: Request, options: Settings, progress: Progress) -> Figures:
     """Distance of the latent model from its original."""
-    report = start("fidelity")
+    step = progress.step("fidelity")
     blocks, others = _split(request, options)
     pair = [request.models[role] for role in ("original", "latent")]
-    return {"fidelity": fidelity(*pair, blocks, progress=report, **others)}
+    return {"fidelity": fidelity(*pair, blocks, progress=step.to, **others)}
 
 
 def _extents(request: Request) -> Levels:

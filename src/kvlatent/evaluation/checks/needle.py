@@ -10,7 +10,7 @@ exact reproduction, which users see, and the rank of the value's tokens, which m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Report, Request, Settings
+from kvlatent.evaluation.check import Levels, Request, Settings
 from kvlatent.evaluation.checks.haystack import (
     Needle,
     planted_rows,
@@ -37,6 +37,7 @@ from kvlatent.evaluation.sequences import (
     mean_and_error,
     token_stream,
 )
+from kvlatent.jobs.progress import Step
 from kvlatent.model.time_estimate import rows_at_once
 
 __all__ = ["CHECK", "check_needle", "needle", "needle_drop"]
@@ -64,7 +65,7 @@ def needle(
     *,
     haystack: Sequence[int] | Iterable[str],
     batch_size: int | None = None,
-    progress: Report = None,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """How well a model finds a needle, by context length and depth.
@@ -214,8 +215,8 @@ def _refuse(request: Request, options: Settings) -> None:
         check_needle(model.config, request.tokenizer, **options)
 
 
-def _measure(model: Any, request: Request, report: Report, options: Settings) -> dict[str, Any]:
-    return needle(model, request.tokenizer, haystack=request.text.documents, progress=report, **options)
+def _measure(model: Any, request: Request, step: Step, options: Settings) -> dict[str, Any]:
+    return needle(model, request.tokenizer, haystack=request.text.documents, progress=step.to, **options)
 
 
 def _extents(request: Request) -> Levels:

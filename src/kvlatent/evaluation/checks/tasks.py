@@ -15,10 +15,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Report, Request, Settings
+from kvlatent.evaluation.check import Request, Settings
 from kvlatent.evaluation.checks.task_loading import import_lm_eval, loaded_tasks
 from kvlatent.evaluation.evidence import Figures
 from kvlatent.evaluation.sequences import check_counts, context_limit, evaluation_mode
+from kvlatent.jobs.progress import Step
 
 __all__ = ["CHECK", "check_tasks", "compare_tasks", "run_tasks"]
 
@@ -180,7 +181,7 @@ def _refuse(request: Request, options: Settings) -> None:
     check_tasks(shortest, request.tokenizer, request.given["tasks"], **options)
 
 
-def _measure(model: PreTrainedModel, request: Request, _: Report, options: Settings) -> dict[str, Any]:
+def _measure(model: PreTrainedModel, request: Request, _: Step, options: Settings) -> dict[str, Any]:
     return run_tasks(model, request.tokenizer, request.given["tasks"], **options)
 
 

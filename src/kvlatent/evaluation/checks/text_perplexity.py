@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Report, Request, Settings
+from kvlatent.evaluation.check import Levels, Request, Settings
 from kvlatent.evaluation.evidence import FORGETTING_NATS, Figures, Sign, figure, figure_of
 from kvlatent.evaluation.perplexity import Perplexity, Rows, score_rows, summarise
 from kvlatent.evaluation.quality import cache_figures, measure_models
 from kvlatent.evaluation.sequences import context_limit, counter
+from kvlatent.jobs.progress import Progress
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.head import IGNORED
 from kvlatent.model.time_estimate import rows_at_once
@@ -237,13 +238,13 @@ def _refuse(request: Request, options: Settings) -> None:
         check_window(model.config, window=request.window, **options)
 
 
-def _run(request: Request, options: Settings, start: Callable[[str], Report]) -> Figures:
+def _run(request: Request, options: Settings, progress: Progress) -> Figures:
     """Perplexity and cache bytes of each, and what one is over the other."""
 
     def measure(role: str, model: Any) -> tuple[dict[str, Any], Perplexity]:
-        report, documents = start(f"perplexity, {role}"), request.text.documents
+        step, documents = progress.step(f"perplexity, {role}"), request.text.documents
         return measure_text(
-            model, request.tokenizer, documents, window=request.window, progress=report, **options
+            model, request.tokenizer, documents, window=request.window, progress=step.to, **options
         )
 
     return measure_models(request.models, measure)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Report, Request, Settings
+from kvlatent.evaluation.check import Levels, Request, Settings
 from kvlatent.evaluation.evidence import score_sign
 from kvlatent.evaluation.sequences import (
     at_the_ends,
@@ -35,6 +35,7 @@ from kvlatent.evaluation.sequences import (
     mean_and_error,
     token_stream,
 )
+from kvlatent.jobs.progress import Step
 from kvlatent.model.time_estimate import rows_at_once
 
 __all__ = ["CHECK", "check_order", "order", "order_drop"]
@@ -67,7 +68,7 @@ def order(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     batch_size: int | None = None,
-    progress: Report = None,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """How much likelier a model finds the true order of short spans than a shuffled one.
@@ -302,8 +303,8 @@ def _refuse(request: Request, options: Settings) -> None:
         check_order(model.config, request.text.documents, request.tokenizer, **options)
 
 
-def _measure(model: Any, request: Request, report: Report, options: Settings) -> dict[str, Any]:
-    return order(model, request.text.documents, request.tokenizer, progress=report, **options)
+def _measure(model: Any, request: Request, step: Step, options: Settings) -> dict[str, Any]:
+    return order(model, request.text.documents, request.tokenizer, progress=step.to, **options)
 
 
 def _extents(request: Request) -> Levels:

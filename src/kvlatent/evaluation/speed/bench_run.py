@@ -31,12 +31,11 @@ from kvlatent.evaluation.speed.variants import (
     measure_cell,
     random_prompt,
 )
+from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import environment
 from kvlatent.model.time_estimate import DEFAULT_SECONDS
 
 __all__ = ["bench"]
-
-Progress = Callable[[str, int, int, str], None]
 
 
 def bench(
@@ -54,7 +53,7 @@ def bench(
     dtype: str | None = None,
     device: str = "cpu",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | Report | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model, and the original it came from when that is given.
@@ -86,10 +85,9 @@ def bench(
         ValueError: sizes that make no sense or exceed the models' context, models that do not belong together, an
             unknown attention or cache, a missing package, or a memory below the model's weights.
     """
-    start = time.perf_counter()
+    start, told = time.perf_counter(), Progress.of(progress)
     _check_numbers(batches, contexts, new_tokens, repeats)
-    if progress is not None:
-        progress("load", 0, 0, "")
+    told.report("load")
     models = _load_models(model, original, dtype, device)
     latent = list(models.values())[-1]
     if memory is None and latent.device.type == "cuda":
@@ -101,7 +99,7 @@ def bench(
     variants = [Variant(role, cache, each, compile) for cache in caches for role, each in models.items()]
     with attention_of(list(models.values()), attention):
         implementation = latent.config._attn_implementation
-        cells, skipped = _measured(variants, batches, extent, seed, progress)
+        cells, skipped = _measured(variants, batches, extent, seed, told)
     methods = sorted({cell.peak_method for cell in cells})
     sources = {"original": original, "latent": model}
     about = {role: _about(each, sources[role] or model, caches) for role, each in models.items()}
@@ -171,7 +169,7 @@ def _measured(
     batches: Sequence[int],
     extent: Extent,
     seed: int,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[list[Measured], list[dict[str, Any]]]:
     """All cells, and what ran out of memory."""
     cells: list[Measured] = []
@@ -186,8 +184,7 @@ def _measured(
         done = itertools.count(runs * sum(tokens[:number]), tokens[number])
 
         def tick(done: Iterator[int] = done, note: str = f"batch {batch}, context {context}") -> None:
-            if progress is not None:
-                progress("measure", next(done), runs * sum(tokens), note)
+            progress.report("measure", next(done), runs * sum(tokens), note)
 
         tick()
         prompt = random_prompt(config.vocab_size, batch, context, seed, device)
