@@ -22,13 +22,12 @@ __all__ = [
     "DATA",
     "Argument",
     "Check",
+    "CheckRequest",
     "Levels",
     "Report",
-    "Request",
     "Settings",
     "grid_mean",
     "run_each",
-    "with_error",
 ]
 
 Settings = dict[str, Any]
@@ -60,7 +59,7 @@ BATCH_SIZE = Argument("batch_size", int, "Sequences at a time; 4 to 16 by defaul
 
 
 @dataclass(frozen=True)
-class Request:
+class CheckRequest:
     """What an evaluation works on.
 
     Args:
@@ -89,7 +88,7 @@ class Request:
         )
 
 
-Run = Callable[[Request, Settings, Callable[[str], Report]], Figures]
+Run = Callable[[CheckRequest, Settings, Callable[[str], Report]], Figures]
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,12 @@ class Check:
 
     name: str
     arguments: tuple[Argument, ...]
-    refuse: Callable[[Request, Settings], Any]
+    refuse: Callable[[CheckRequest, Settings], Any]
     run: Run
-    extents: Callable[[Request], Levels] | None = None
+    extents: Callable[[CheckRequest], Levels] | None = None
     may_be_left_out: bool = False
     units: Mapping[str, str] = field(default_factory=dict)
-    more: Callable[[Request], str] | None = None
+    more: Callable[[CheckRequest], str] | None = None
     needs_original: bool = False
     is_random: bool = True
     asked_by: str | None = None
@@ -129,7 +128,7 @@ class Check:
     lines: Callable[[Figures], list[str]] = lambda _: []
     signs: Mapping[str, Callable[[Figures, list[str]], Sign]] = field(default_factory=dict)
 
-    def options(self, request: Request, settings: Settings) -> Settings:
+    def options(self, request: CheckRequest, settings: Settings) -> Settings:
         """What `refuse` and `run` are given: its settings, and the arguments that only reach a measurement."""
         shared = {DATA.name, BLOCK_SIZE.name, self.asked_by}
         given = {each.name: request.given[each.name] for each in self.arguments if each.name not in shared}
@@ -142,7 +141,7 @@ class Check:
 
 def run_each(
     name: str,
-    measure: Callable[[Any, Request, Report, Settings], Any],
+    measure: Callable[[Any, CheckRequest, Report, Settings], Any],
     compare: Callable[[Any, Any], Any] | None = None,
 ) -> Run:
     """A check's `run` that measures one model after the other.
@@ -153,7 +152,7 @@ def run_each(
         compare: of the original's figures and the latent model's.
     """
 
-    def run(request: Request, options: Settings, start: Callable[[str], Report]) -> Figures:
+    def run(request: CheckRequest, options: Settings, start: Callable[[str], Report]) -> Figures:
         figures: dict[str, Any] = {
             role: {name: measure(model, request, start(f"{name}, {role}"), options)}
             for role, model in request.models.items()
@@ -163,11 +162,6 @@ def run_each(
         return figures
 
     return run
-
-
-def with_error(value: float, error: float | None, digits: int = 3) -> str:
-    """A figure, and its standard error if there is one."""
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def grid_mean(grid: list[list[float]], unit: str = "") -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.source import check_same_vocabulary, name_and_fingerprint, resolve_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
-from kvlatent.evaluation.check import DATA, Check, Report, Request
+from kvlatent.evaluation.check import DATA, Check, CheckRequest, Report
 from kvlatent.evaluation.checks import CHECKS, DEFAULT_CHECKS
 from kvlatent.evaluation.checks.text_perplexity import measure_text
 from kvlatent.evaluation.diagnosis import diagnose
@@ -159,7 +159,7 @@ def standard_evaluation(
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         text = ScoredText(data, separator, text_field, Path(folder), tokenizer)
         window, limit = _choose_window(models, given["block_size"]), shortest_context(models.values())
-        request = Request(models, tokenizer, text, given, window, limit, seed)
+        request = CheckRequest(models, tokenizer, text, given, window, limit, seed)
         extent = choose_extent(request, chosen, optional=checks is None)
         chosen = [check for check in chosen if check.extents is None or check.name in extent.measured]
         if progress is not None:
@@ -249,7 +249,7 @@ def _choose_window(models: Mapping[str, Any], size: int | None) -> int:
     return default if size is None else size
 
 
-def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
+def _refuse(request: CheckRequest, checks: Sequence[Check], extent: Extent) -> None:
     """Raise, before any model runs, what the checks would raise for their arguments and the text."""
     check_counts(batch_size=(request.given["batch_size"], 1))
     for check in checks:
@@ -259,7 +259,7 @@ def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
 
 
 def _measure(
-    request: Request, checks: Sequence[Check], extent: Extent, progress: Progress | None
+    request: CheckRequest, checks: Sequence[Check], extent: Extent, progress: Progress | None
 ) -> dict[str, Any]:
     """The figures of all checks: by role, and beside them those of the pair."""
 
