@@ -11,7 +11,7 @@ from bench_setup import make_pair
 from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
-from kvlatent.evaluation.check import Request
+from kvlatent.evaluation.check import CheckRequest
 from kvlatent.evaluation.checks import CHECKS, DEFAULT_CHECKS
 from kvlatent.evaluation.checks import needle as needle_module
 from kvlatent.evaluation.extent import choose_extent
@@ -78,7 +78,7 @@ def extent(model, *, paired=False, checks=None, **given):
     models = {"latent": model} | ({"original": model} if paired else {})
     wanted = checks or [name for name in DEFAULT_CHECKS if paired or name != "fidelity"]
     limit = model.config.max_position_embeddings
-    request = Request(models, None, None, NOTHING_GIVEN | given, min(512, limit), limit, 0)
+    request = CheckRequest(models, None, None, NOTHING_GIVEN | given, min(512, limit), limit, 0)
     return choose_extent(request, [c for c in CHECKS if c.name in wanted], optional=checks is None)
 
 

@@ -99,7 +99,7 @@ CURVES = {"positions": [0, 1], "latent": [1.0], "original": [1.0, 0.5]}
         ),
         (
             {"rows": {"original": 3}},
-            "rows.original: Input should be a valid dictionary or instance of Variant: got 3",
+            "rows.original: Input should be a valid dictionary or instance of ConversionVariant: got 3",
         ),
     ],
     ids=lambda one: one if isinstance(one, str) and len(one) < 100 else "",

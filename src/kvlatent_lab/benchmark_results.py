@@ -33,7 +33,7 @@ class ConversionBenchmark(Provenance):
     sha256: dict[str, str | None] = Field(default_factory=dict)
 
 
-class Variant(Result):
+class ConversionVariant(Result):
     """A variant of the model, or the original."""
 
     perplexity: Positive
@@ -45,7 +45,7 @@ class Variant(Result):
 class Comparison(Provenance):
     """Named variants of one model, the original among them (`benchmarks/choices.py`, `two_stage.py`)."""
 
-    rows: dict[str, Variant]
+    rows: dict[str, ConversionVariant]
     sha256: dict[str, str | None] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from kvlatent.checkpoints.remote_code import NEEDS
+from kvlatent.jobs.record import with_error
 
 __all__ = ["model_card"]
 
@@ -107,8 +108,3 @@ def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> str:
             value = with_error(row["perplexity"], row["standard_error"])
             lines.append(f"| {label} | {value} | {ratio} | {row['cache_bytes_per_token']:,.0f} |")
     return "\n".join(lines)
-
-
-def with_error(value: float, error: float | None) -> str:
-    """A figure and its standard error (None: a single block has none)."""
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -24,7 +24,7 @@ from kvlatent.model.finite import check_finite_weights
 from kvlatent.model.widths import Width
 from kvlatent.selection.attention_rows import pair_layout
 from kvlatent.selection.choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
-from kvlatent.selection.latent_config import check_widths, choose
+from kvlatent.selection.latent_config import build_latent_config, check_widths
 from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs
 from kvlatent.selection.statistics import Statistics
 
@@ -97,9 +97,8 @@ def convert(
         )
     if config is None:
         pairs = _choose_pairs(model, widths.d_qk, choices, statistics) if narrow else None
-        config = choose(model.config, *widths, choices, qk_norm=qk_norm, pairs=pairs)
+        config = build_latent_config(model.config, widths, choices, qk_norm=qk_norm, pairs=pairs)
     _check_source(model, config, family, head_dim)
-    config.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
     with torch.inference_mode(False):  # which also turns gradients on where the caller turned them off
         latent = assemble(model, config, _weights(model, family, config, choices, statistics))
         kept = config.keys == config.values == "full"

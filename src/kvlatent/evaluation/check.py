@@ -23,12 +23,11 @@ __all__ = [
     "BLOCK_SIZE",
     "DATA",
     "Check",
+    "CheckRequest",
     "Levels",
-    "Request",
     "Settings",
     "grid_mean",
     "run_each",
-    "with_error",
 ]
 
 Settings = dict[str, Any]
@@ -44,7 +43,7 @@ BATCH_SIZE = "batch_size"
 
 
 @dataclass(frozen=True)
-class Request:
+class CheckRequest:
     """What an evaluation works on.
 
     Args:
@@ -73,7 +72,7 @@ class Request:
         )
 
 
-Run = Callable[[Request, Settings, Progress], Figures]
+Run = Callable[[CheckRequest, Settings, Progress], Figures]
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,12 @@ class Check:
 
     name: str
     arguments: tuple[str, ...]
-    refuse: Callable[[Request, Settings], Any]
+    refuse: Callable[[CheckRequest, Settings], Any]
     run: Run
-    extents: Callable[[Request], Levels] | None = None
+    extents: Callable[[CheckRequest], Levels] | None = None
     may_be_left_out: bool = False
     units: Mapping[str, str] = field(default_factory=dict)
-    more: Callable[[Request], str] | None = None
+    more: Callable[[CheckRequest], str] | None = None
     needs_original: bool = False
     is_random: bool = True
     asked_by: str | None = None
@@ -114,7 +113,7 @@ class Check:
     lines: Callable[[Figures], list[str]] = lambda _: []
     signs: Mapping[str, Callable[[Figures, list[str]], Sign]] = field(default_factory=dict)
 
-    def options(self, request: Request, settings: Settings) -> Settings:
+    def options(self, request: CheckRequest, settings: Settings) -> Settings:
         """What `refuse` and `run` are given: its settings, and the arguments that only reach a measurement."""
         shared = {DATA, BLOCK_SIZE, self.asked_by}
         given = {each: request.given[each] for each in self.arguments if each not in shared}
@@ -123,7 +122,7 @@ class Check:
 
 def run_each(
     name: str,
-    measure: Callable[[Any, Request, Step, Settings], Any],
+    measure: Callable[[Any, CheckRequest, Step, Settings], Any],
     compare: Callable[[Any, Any], Any] | None = None,
 ) -> Run:
     """A check's `run` that measures one model after the other.
@@ -134,7 +133,7 @@ def run_each(
         compare: of the original's figures and the latent model's.
     """
 
-    def run(request: Request, options: Settings, progress: Progress) -> Figures:
+    def run(request: CheckRequest, options: Settings, progress: Progress) -> Figures:
         figures: dict[str, Any] = {
             role: {name: measure(model, request, progress.step(f"{name}, {role}"), options)}
             for role, model in request.models.items()
@@ -144,11 +143,6 @@ def run_each(
         return figures
 
     return run
-
-
-def with_error(value: float, error: float | None, digits: int = 3) -> str:
-    """A figure, and its standard error if there is one."""
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def grid_mean(grid: list[list[float]], unit: str = "") -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvlatent.evaluation.check import Check, Request, Settings
+from kvlatent.evaluation.check import Check, CheckRequest, Settings
 from kvlatent.model.time_estimate import DEFAULT_SECONDS, affordable, listed
 
 __all__ = ["Extent", "choose_extent"]
@@ -42,7 +42,7 @@ class Extent:
         }
 
 
-def choose_extent(request: Request, checks: Sequence[Check], *, optional: bool) -> Extent:
+def choose_extent(request: CheckRequest, checks: Sequence[Check], *, optional: bool) -> Extent:
     """The extent of every check that is wanted; all of them share the time.
 
     Args:
@@ -66,7 +66,7 @@ def choose_extent(request: Request, checks: Sequence[Check], *, optional: bool) 
     return Extent(measured, seconds, _sentence(less, checks, seconds, request) if less else None)
 
 
-def _is_asked_for(check: Check, checks: Sequence[Check], request: Request) -> bool:
+def _is_asked_for(check: Check, checks: Sequence[Check], request: CheckRequest) -> bool:
     """Whether an argument is given that no other check would look at."""
     given = [name for name, value in request.given.items() if value is not None and name in check.arguments]
     return any(not any(name in other.arguments for other in checks if other is not check) for name in given)
@@ -86,7 +86,7 @@ def _spell_out(check: Check, settings: Settings | None, full: Settings | None) -
     return f"{check.name}: {', '.join(parts)}"
 
 
-def _sentence(less: Mapping[str, str], checks: Sequence[Check], seconds: float, request: Request) -> str:
+def _sentence(less: Mapping[str, str], checks: Sequence[Check], seconds: float, request: CheckRequest) -> str:
     """All of it in one sentence, with the next step."""
     more = [check.more(request) for check in checks if check.name in less and check.more is not None]
     more.append("--checks NAME for one check in all of the time")

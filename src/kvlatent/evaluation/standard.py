@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.source import check_same_vocabulary, name_and_fingerprint, resolve_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
-from kvlatent.evaluation.check import DATA, Check, Request
+from kvlatent.evaluation.check import DATA, Check, CheckRequest
 from kvlatent.evaluation.checks import CHECKS, DEFAULT_CHECKS
 from kvlatent.evaluation.checks.text_perplexity import measure_text
 from kvlatent.evaluation.diagnosis import diagnose
@@ -160,7 +160,7 @@ def standard_evaluation(
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         text = ScoredText(data, separator, text_field, Path(folder), tokenizer)
         window, limit = _choose_window(models, given["block_size"]), shortest_context(models.values())
-        request = Request(models, tokenizer, text, given, window, limit, seed)
+        request = CheckRequest(models, tokenizer, text, given, window, limit, seed)
         extent = choose_extent(request, chosen, optional=checks is None)
         chosen = [check for check in chosen if check.extents is None or check.name in extent.measured]
         told.report("read the text")
@@ -248,7 +248,7 @@ def _choose_window(models: Mapping[str, Any], size: int | None) -> int:
     return default if size is None else size
 
 
-def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
+def _refuse(request: CheckRequest, checks: Sequence[Check], extent: Extent) -> None:
     """Raise, before any model runs, what the checks would raise for their arguments and the text."""
     check_counts(batch_size=(request.given["batch_size"], 1))
     for check in checks:
@@ -257,7 +257,9 @@ def _refuse(request: Request, checks: Sequence[Check], extent: Extent) -> None:
         _ = request.text.documents  # a text that cannot be read, or holds none
 
 
-def _measure(request: Request, checks: Sequence[Check], extent: Extent, progress: Progress) -> dict[str, Any]:
+def _measure(
+    request: CheckRequest, checks: Sequence[Check], extent: Extent, progress: Progress
+) -> dict[str, Any]:
     """The figures of all checks: by role, and beside them those of the pair."""
     figures: dict[str, Any] = {role: {} for role in request.models}
     for check in checks:

@@ -28,6 +28,7 @@ __all__ = [
     "environment",
     "joined_metrics",
     "name_for_record",
+    "with_error",
 ]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\\]*){0,2}")
@@ -156,3 +157,8 @@ def joined_metrics(files: Iterable[tuple[str, Path]]) -> str:
             for line in path.read_text(encoding="utf-8").splitlines():
                 lines.append(json.dumps({"stage": stage, **json.loads(line)}))
     return "".join(line + "\n" for line in lines)
+
+
+def with_error(value: float, error: float | None, digits: int = 3) -> str:
+    """A figure, and its standard error if there is one (a single block has none)."""
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -21,7 +21,7 @@ GROUPS = 3
 _EXHAUSTIVE_LAYERS = 6
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
-Found = tuple[float, tuple[int, ...], tuple[int, ...]]  # error, option of each group, group of each layer
+Grouping = tuple[float, tuple[int, ...], tuple[int, ...]]  # error, option of each group, group of each layer
 
 
 def group_layers(errors: Array, costs: Sequence[int], room: int) -> list[int]:
@@ -48,7 +48,7 @@ def group_layers(errors: Array, costs: Sequence[int], room: int) -> list[int]:
     return [int(order[options[group]]) for group in groups]
 
 
-def _solve(errors: Array, costs: Counts, groups: tuple[int, ...], room: int) -> Found:
+def _solve(errors: Array, costs: Counts, groups: tuple[int, ...], room: int) -> Grouping:
     """The best options of a grouping; costs ascend."""
     last = np.flatnonzero(np.append(np.diff(costs), 1))  # where each cost occurs last
     members = np.array(groups) == np.arange(GROUPS)[:, None]
@@ -82,11 +82,11 @@ def _groupings(errors: Array) -> Iterator[list[tuple[int, ...]]]:
         yield [tuple((rank >= low) + (rank >= high) for rank in ranks) for low, high in cuts]
 
 
-def _move_layers(errors: Array, costs: Counts, best: Found, room: int) -> Found:
+def _move_layers(errors: Array, costs: Counts, best: Grouping, room: int) -> Grouping:
     """Move a layer to another group, or let two layers change places, as long as that lowers the error."""
     while True:
         solved = (_solve(errors, costs, groups, room) for groups in _neighbours(best[2]))
-        better = next((found for found in solved if found[0] < best[0] * (1 - 1e-6)), None)
+        better = next((one for one in solved if one[0] < best[0] * (1 - 1e-6)), None)
         if better is None:
             return best
         best = better

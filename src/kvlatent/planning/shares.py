@@ -12,10 +12,10 @@ from typing import Any
 from kvlatent.engines.facts import check_engine
 from kvlatent.jobs.recipe import Conversion
 from kvlatent.model.families import family_of, head_dim_of
-from kvlatent.model.widths import width_per_layer
+from kvlatent.model.widths import Widths, width_per_layer
 from kvlatent.planning.candidates import candidates_for, share_at_least
 from kvlatent.selection.choices import BY_PAIRS, Choices
-from kvlatent.selection.latent_config import check_widths, choose
+from kvlatent.selection.latent_config import build_latent_config, check_widths
 from kvlatent.selection.pairs import check_shared_width
 
 __all__ = ["check_latent", "share_without_widths"]
@@ -33,8 +33,8 @@ def check_latent(
     *,
     kv: float | None,
     given: bool,
-) -> None:
-    """Raise `ValueError` unless the model, the choices and the engine can have the widths.
+) -> Widths | None:
+    """The widths, checked (None while they are open), once the model, the choices and the engine can have them.
 
     Args:
         config: of the original.
@@ -42,14 +42,18 @@ def check_latent(
         choices: of the conversion, `conversion` the recipe's section that they follow from.
         engine: that must run the result, or None.
         kv: share of the cache that the widths came from, None by default; given: they did not, users gave them.
+
+    Raises:
+        ValueError: the model, the choices or the engine cannot have the widths.
     """
     try:
-        _check(config, widths, choices, conversion.qk_norm, engine)
+        checked = _check(config, widths, choices, conversion.qk_norm, engine)
     except ValueError as error:
         sentence = None if given or kv == 1 else _share_refused(config, kv, choices, conversion, engine)
         if sentence is None:
             raise
         raise ValueError(sentence) from error
+    return None if widths is None else checked
 
 
 def _share_refused(
@@ -72,21 +76,22 @@ def _share_refused(
     return share_without_widths(what, kv, widths, head_dim, fits)
 
 
-def _check(config: Any, widths: Any, choices: Choices, qk_norm: str, engine: str | None) -> None:
-    """Raise `ValueError` unless the model, the choices and the engine can have the widths (None: still open)."""
-    d_qk, d_vo = check_widths(config, *(widths or [head_dim_of(config)] * 2))
-    each = width_per_layer(d_qk, config.num_hidden_layers)
+def _check(config: Any, widths: Any, choices: Choices, qk_norm: str, engine: str | None) -> Widths:
+    """The checked widths; raises `ValueError` unless model, choices and engine can have them (None: open, so all)."""
+    checked = check_widths(config, *(widths or [head_dim_of(config)] * 2))
+    each = width_per_layer(checked.d_qk, config.num_hidden_layers)
     if choices.keys in BY_PAIRS:
         check_shared_width(each, choices.table)
     pairs = tuple((tuple(range(width // 2)),) for width in each)  # any will do: only their number is checked
-    choose(config, d_qk, d_vo, choices, qk_norm=qk_norm, pairs=pairs)
+    build_latent_config(config, checked, choices, qk_norm=qk_norm, pairs=pairs)
     if qk_norm == "sliced" and family_of(config).qk_norm and choices.table == "head":
         raise ValueError(
             "a sliced QK-norm has one weight for all heads, so they must keep the same channels: got a rotary table per "
             "head; use --table layer or model, or qk_norm=full"
         )
     if engine is not None and widths is not None:
-        check_engine(engine, d_qk, d_vo, choices.table, model_type=str(config.model_type))
+        check_engine(engine, *checked, choices.table, model_type=str(config.model_type))
+    return checked
 
 
 def share_without_widths(

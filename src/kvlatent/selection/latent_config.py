@@ -19,7 +19,7 @@ from kvlatent.selection.paper_rules import (
     stride_pairs,
 )
 
-__all__ = ["check_widths", "choose"]
+__all__ = ["build_latent_config", "check_widths", "choose"]
 
 
 def choose(
@@ -44,11 +44,25 @@ def choose(
     Raises:
         ValueError: a width is impossible for this model or these choices.
     """
+    family_of_original(config)
+    return build_latent_config(
+        config, check_widths(config, d_qk, d_vo), choices, qk_norm=qk_norm, pairs=pairs
+    )
+
+
+def build_latent_config(
+    config: Any, widths: Widths, choices: Choices, *, qk_norm: str = "full", pairs: Pairs | None = None
+) -> LatentConfig:
+    """What `choose` returns, at widths that `check_widths` has checked.
+
+    Raises:
+        ValueError: the widths are impossible for these choices, or the choices for this model.
+    """
     family = family_of_original(config)
     if qk_norm not in ("full", "sliced"):
         raise ValueError(f"unknown qk_norm {qk_norm!r}; choose one of full, sliced")
     head_dim = head_dim_of(config)
-    key_width, value_width = check_widths(config, d_qk, d_vo)
+    key_width, value_width = widths
     for name, width, rule in (("d_qk", key_width, choices.keys), ("d_vo", value_width, choices.values)):
         if rule == FULL and width != head_dim:
             raise ValueError(

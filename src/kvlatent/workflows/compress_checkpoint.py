@@ -130,7 +130,7 @@ def _decisions(plan: Plan) -> dict[str, Any]:
     if plan.widths is None:
         widths |= {"kv": plan.kv, "per_layer": plan.per_layer}
     else:
-        widths |= dict(zip(("d_qk", "d_vo"), plan.widths, strict=True))
+        widths |= plan.widths.to_dict()
     return {
         "stages": list(plan.stages),
         "device": plan.device,

@@ -22,6 +22,7 @@ from kvlatent.jobs.recipe import Conversion, Recipe
 from kvlatent.model.cache_bytes import layer_cache_bytes
 from kvlatent.model.families import family_of_original, head_dim_of
 from kvlatent.model.time_estimate import estimate_seconds, layer_size, stage_settings
+from kvlatent.model.widths import Widths
 from kvlatent.planning.candidates import candidates_for, equal_widths
 from kvlatent.planning.shares import check_latent
 from kvlatent.selection.choices import (
@@ -47,7 +48,7 @@ class Plan:
     Args:
         choices: of the conversion.
         kv: share of the cache to keep; it decides only where `widths` is None.
-        widths: (d_qk, d_vo), or None where the statistics will decide the split.
+        widths: checked, or None where the statistics will decide the split.
         engine: that must be able to run the result, or None.
         per_layer: layers may differ in width where the split is open.
         head_dim, num_layers, num_key_value_heads: of the model.
@@ -62,7 +63,7 @@ class Plan:
 
     choices: Choices
     kv: float
-    widths: tuple[Width, Width] | None
+    widths: Widths | None
     head_dim: int
     num_layers: int
     num_key_value_heads: int
@@ -86,13 +87,11 @@ class Plan:
         measured_in = working_dtype(self.recipe.dtype, self.device)
         sizes = (self.num_layers, self.num_key_value_heads, getattr(torch, measured_in).itemsize)
         original = int(sum(layer_cache_bytes(self.head_dim, self.head_dim, *sizes)))
-        keys, values = self.widths or (None, None)
         reduced = int(self.kv * original)
-        if keys is not None and values is not None:
-            reduced = int(sum(layer_cache_bytes(keys, values, *sizes)))
+        if self.widths is not None:
+            reduced = int(sum(layer_cache_bytes(*self.widths, *sizes)))
         return {
-            "d_qk": keys,
-            "d_vo": values,
+            **({"d_qk": None, "d_vo": None} if self.widths is None else self.widths.to_dict()),
             "head_dim": self.head_dim,
             "preset": self.recipe.conversion.preset,
             "choices": asdict(self.choices),
@@ -131,8 +130,8 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
     recipe = resolve_recipe(options, size=size, device=device, stages=stages)
     engine = options.get("engine")
     choices = choices_from_recipe(recipe.conversion, engine)
-    widths = _widths_from_options(config, choices, has_text, options)
-    full = widths == (head_dim_of(config), head_dim_of(config))
+    asked = _widths_from_options(config, choices, has_text, options)
+    full = asked == (head_dim_of(config), head_dim_of(config))
     notes: tuple[str, ...] = ()
     if not has_text and not full:
         notes = (NO_DATA if choices.needs_statistics else BLIND,)
@@ -148,7 +147,7 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
         )
     kv = options.get("kv")
     given = options.get("d_qk") is not None or options.get("d_vo") is not None
-    check_latent(config, widths, choices, recipe.conversion, engine, kv=kv, given=given)
+    widths = check_latent(config, asked, choices, recipe.conversion, engine, kv=kv, given=given)
     return Plan(
         choices=choices,
         kv=0.5 if kv is None else kv,

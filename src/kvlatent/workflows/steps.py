@@ -31,6 +31,7 @@ from kvlatent.model.assembly import assemble
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import family_of
+from kvlatent.model.widths import Widths
 from kvlatent.planning.width_plan import plan as plan_widths
 from kvlatent.selection.calibrate import calibrate
 from kvlatent.selection.pairs import scope_errors
@@ -189,7 +190,7 @@ def resolve_widths(plan: Plan, statistics: Statistics | None) -> tuple[Plan, dic
         per_layer=plan.per_layer,
         aligned=plan.choices.align > 0,
     )
-    return replace(plan, widths=(best.d_qk, best.d_vo)), best.summary()
+    return replace(plan, widths=Widths(best.d_qk, best.d_vo)), best.summary()
 
 
 def convert_and_report(

@@ -80,7 +80,7 @@ def plan_training(
     return Plan(
         choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, _table_of(latent)),
         kv=1.0,
-        widths=(latent.d_qk, latent.d_vo),
+        widths=latent.widths,
         head_dim=latent.original_head_dim,
         num_layers=config.num_hidden_layers,
         num_key_value_heads=config.num_key_value_heads,

@@ -110,10 +110,10 @@ def conversion_cells(scale: Scale) -> list[Cell]:
     return list(cells.values())
 
 
-Variant = tuple[str, Sequence[Pair], Sequence[int], dict[str, Any], dict[str, Any]]
+VariantRow = tuple[str, Sequence[Pair], Sequence[int], dict[str, Any], dict[str, Any]]
 
 
-def _variants(scale: Scale) -> Iterator[Variant]:
+def _variants(scale: Scale) -> Iterator[VariantRow]:
     """(first words of the name, widths in 64ths of a head, seeds, choices, other arguments of a cell)."""
     every, first = scale.seeds, scale.seeds[:1]
     aligned, closed = zip(*BUDGETS.values(), strict=True)

@@ -22,7 +22,7 @@ from kvlatent_lab.study.rotary_grid import ROPE
 from kvlatent_lab.study.subject import Source, resolve_source
 from kvlatent_lab.study.training_grids import LORA_RANK, OBJECTIVE, STAGES
 
-__all__ = ["STUDIES", "Request", "resolve_request"]
+__all__ = ["STUDIES", "StudyRequest", "resolve_request"]
 
 STUDIES = {
     grid.name: grid for grid in (WIDTHS, LORA_RANK, STAGES, OBJECTIVE, ROPE, EVICTION, CONVERSION, CHOICES)
@@ -32,7 +32,7 @@ _OWN = ("align", "qk_norm")  # of the recipe's conversion; the rest is what stud
 
 
 @dataclass(frozen=True)
-class Request:
+class StudyRequest:
     """A call that makes sense.
 
     Args:
@@ -84,7 +84,7 @@ def resolve_request(
     threads: int | None,
     device: str,
     python: str | None,
-) -> Request:
+) -> StudyRequest:
     """Check a call of `study`; the arguments are its own.
 
     Raises:
@@ -121,7 +121,7 @@ def resolve_request(
         "python": None if python is None else Path(python),
     }
     wanted = _match_cells(grid, possible, cells)
-    return Request(grid, source, base, scale, wanted, impossible, eval_tokens, device, options)
+    return StudyRequest(grid, source, base, scale, wanted, impossible, eval_tokens, device, options)
 
 
 def _find_grid(name: str) -> Grid:

@@ -16,7 +16,7 @@ from kvlatent.jobs.record import environment
 from kvlatent_lab.study.folder import StudyFolder
 from kvlatent_lab.study.grid_cells import Cell
 from kvlatent_lab.study.measure_cell import forget
-from kvlatent_lab.study.request import Request, resolve_request
+from kvlatent_lab.study.request import StudyRequest, resolve_request
 from kvlatent_lab.study.study_cell import StudyCell, numeric
 from kvlatent_lab.study.subject import Subject
 
@@ -102,12 +102,12 @@ def study(
     folder = StudyFolder(out, asked.grid.name, asked.decides(tools), inputs)
     run = Run(asked, folder, tools, Progress.of(progress))
     if not dry_run:
-        made = folder.join()
+        created = folder.join()
         try:
             with _threads(threads):
                 run.until_done(limit)
         except BaseException:
-            if made and not run.begun:
+            if created and not run.begun:
                 folder.abandon()
             raise
     return run.report()
@@ -138,7 +138,7 @@ class Run:
     """
 
     def __init__(
-        self, asked: Request, folder: StudyFolder, tools: dict[str, Any] | None, progress: Progress
+        self, asked: StudyRequest, folder: StudyFolder, tools: dict[str, Any] | None, progress: Progress
     ) -> None:
         self.asked, self.folder, self.tools, self.progress = asked, folder, tools, progress
         self.subject: Subject | None = None

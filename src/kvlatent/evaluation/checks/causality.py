@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.load import check_block_size
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Request, Settings
+from kvlatent.evaluation.check import CheckRequest, Levels, Settings
 from kvlatent.evaluation.evidence import Figures, Sign, figure, figure_of
 from kvlatent.evaluation.sequences import evaluation_mode
 from kvlatent.jobs.progress import Step
@@ -58,15 +58,15 @@ def causality(model: PreTrainedModel, *, length: int = _TOKENS, seed: int = 0) -
     return float((readings[0] - readings[1])[past.to(model.device)].float().abs().max())
 
 
-def _length(request: Request) -> int:
+def _length(request: CheckRequest) -> int:
     return min(_TOKENS, request.limit or _TOKENS)
 
 
-def _measure(model: PreTrainedModel, request: Request, _: Step, options: Settings) -> float:
+def _measure(model: PreTrainedModel, request: CheckRequest, _: Step, options: Settings) -> float:
     return causality(model, length=_length(request), **options)
 
 
-def _extents(request: Request) -> Levels:
+def _extents(request: CheckRequest) -> Levels:
     return [({}, request.seconds(_length(request), _ROWS))]
 
 

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.load import check_block_size
 from kvlatent.checkpoints.source import check_same_vocabulary
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Request, Settings
+from kvlatent.evaluation.check import CheckRequest, Levels, Settings
 from kvlatent.evaluation.checks.layerwise import LayerSums, as_latent, in_lockstep, sampled_rows
 from kvlatent.evaluation.evidence import FORGETTING_NATS, Figures, Sign, figure
 from kvlatent.evaluation.perplexity import ratio_error
 from kvlatent.evaluation.sequences import check_counts, counter, evaluation_mode
 from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.record import with_error
 from kvlatent.model.head import IGNORED, Head
 from kvlatent.model.time_estimate import rows_at_once
 
@@ -165,18 +166,18 @@ def _compare_tokens(pair: tuple[Any, Any], hidden: list[Tensor]) -> tuple[float,
     return total, agreed
 
 
-def _split(request: Request, options: Settings) -> tuple[Any, Settings]:
+def _split(request: CheckRequest, options: Settings) -> tuple[Any, Settings]:
     """The blocks, and the other options."""
     size, others = request.models["latent"].config.vocab_size, dict(options)
     return request.text.blocks(request.tokenizer, size, request.window, others.pop("blocks")), others
 
 
-def _refuse(request: Request, options: Settings) -> None:
+def _refuse(request: CheckRequest, options: Settings) -> None:
     _, others = _split(request, options)
     check_fidelity(request.models["original"], request.models["latent"], **others)
 
 
-def _run(request: Request, options: Settings, progress: Progress) -> Figures:
+def _run(request: CheckRequest, options: Settings, progress: Progress) -> Figures:
     """Distance of the latent model from its original."""
     step = progress.step("fidelity")
     blocks, others = _split(request, options)
@@ -184,7 +185,7 @@ def _run(request: Request, options: Settings, progress: Progress) -> Figures:
     return {"fidelity": fidelity(*pair, blocks, progress=step.to, **others)}
 
 
-def _extents(request: Request) -> Levels:
+def _extents(request: CheckRequest) -> Levels:
     return [({"blocks": n}, _PASSES * request.seconds(request.window, n, scored=True)) for n in _BLOCKS]
 
 
@@ -192,7 +193,7 @@ def _lines(figures: Figures) -> list[str]:
     if "fidelity" not in figures:
         return []
     distance = figures["fidelity"]
-    kl = check.with_error(distance["kl"], distance["kl_standard_error"], 4)
+    kl = with_error(distance["kl"], distance["kl_standard_error"], 4)
     return [
         f"KL from the original: {kl} nats a token; same likeliest token: {distance['top1_agreement']:.1%}"
     ]

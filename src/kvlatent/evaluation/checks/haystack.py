@@ -13,7 +13,7 @@ import numpy as np
 
 from kvlatent.evaluation.sequences import ordinary_ids
 
-__all__ = ["Needle", "planted_rows", "random_needles", "written_needles"]
+__all__ = ["PlantedNeedle", "planted_rows", "random_needles", "written_needles"]
 
 _ADJECTIVES = (
     *("old", "small", "quiet", "red", "cold", "gentle", "clever", "tired"),
@@ -25,7 +25,7 @@ _NOUNS = (
 )
 
 
-class Needle(NamedTuple):
+class PlantedNeedle(NamedTuple):
     """Token ids of what is planted (`planted`, which contains the value), asked (`question`) and answered (`value`)."""
 
     planted: list[int]
@@ -40,7 +40,7 @@ class Needle(NamedTuple):
 
 def random_needles(
     tokenizer: Any, vocab_size: int, trials: int, length: int, cue_length: int, seed: int
-) -> list[Needle]:
+) -> list[PlantedNeedle]:
     """A needle a trial of random ordinary tokens: `cue_length` that the question repeats, then `length` of value.
 
     Raises:
@@ -53,11 +53,13 @@ def random_needles(
     ids, needles = ordinary_ids(tokenizer, vocab_size), []
     for trial in range(trials):
         tokens = np.random.default_rng([seed, trial]).choice(ids, size=cue_length + length).tolist()
-        needles.append(Needle(tokens, tokens[:cue_length], tokens[cue_length:]))
+        needles.append(PlantedNeedle(tokens, tokens[:cue_length], tokens[cue_length:]))
     return needles
 
 
-def written_needles(tokenizer: Any, trials: int, digits: int, template: str, seed: int) -> list[Needle]:
+def written_needles(
+    tokenizer: Any, trials: int, digits: int, template: str, seed: int
+) -> list[PlantedNeedle]:
     """A needle a trial in words: {key} becomes an adjective and a noun, {value} a number of so many digits.
 
     Raises:
@@ -85,12 +87,12 @@ def written_needles(tokenizer: Any, trials: int, digits: int, template: str, see
                 f"the value must begin a token of its own: in {template!r} it joins the text before it; "
                 "put a space before {value}"
             )
-        needles.append(Needle(whole + tail, question, value))
+        needles.append(PlantedNeedle(whole + tail, question, value))
     return needles
 
 
 def planted_rows(
-    needles: Sequence[Needle],
+    needles: Sequence[PlantedNeedle],
     stream: np.ndarray,
     lead: list[int],
     context: int,

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Request, Settings
+from kvlatent.evaluation.check import CheckRequest, Levels, Settings
 from kvlatent.evaluation.checks.haystack import (
-    Needle,
+    PlantedNeedle,
     planted_rows,
     random_needles,
     written_needles,
@@ -55,7 +55,7 @@ class Grid(NamedTuple):
     """What is asked: the contexts, the needles of each, and the settings that the figures are given with."""
 
     contexts: list[int]
-    needles: list[Needle]
+    needles: list[PlantedNeedle]
     settings: Settings
 
 
@@ -210,16 +210,16 @@ def _hits_and_ranks(logits: Tensor, target: Tensor) -> Tensor:
     return torch.stack([hits.float(), 1 / (1 + above + level / 2)], dim=1)
 
 
-def _refuse(request: Request, options: Settings) -> None:
+def _refuse(request: CheckRequest, options: Settings) -> None:
     for model in request.models.values():
         check_needle(model.config, request.tokenizer, **options)
 
 
-def _measure(model: Any, request: Request, step: Step, options: Settings) -> dict[str, Any]:
+def _measure(model: Any, request: CheckRequest, step: Step, options: Settings) -> dict[str, Any]:
     return needle(model, request.tokenizer, haystack=request.text.documents, progress=step.to, **options)
 
 
-def _extents(request: Request) -> Levels:
+def _extents(request: CheckRequest) -> Levels:
     """The short and one longer context, the longest the model's own; fewer trials where that is too much."""
     most, contexts, limit = _TRIALS[-1], request.given["contexts"], request.limit
     if contexts is not None or limit is None:

@@ -15,11 +15,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Request, Settings
+from kvlatent.evaluation.check import CheckRequest, Settings
 from kvlatent.evaluation.checks.task_loading import import_lm_eval, loaded_tasks
 from kvlatent.evaluation.evidence import Figures
 from kvlatent.evaluation.sequences import check_counts, context_limit, evaluation_mode
 from kvlatent.jobs.progress import Step
+from kvlatent.jobs.record import with_error
 
 __all__ = ["CHECK", "check_tasks", "compare_tasks", "run_tasks"]
 
@@ -176,12 +177,12 @@ def _samples(results: dict[str, Any], name: str) -> int:
     return sum(_samples(results, child) for child in results["group_subtasks"].get(name, ()))
 
 
-def _refuse(request: Request, options: Settings) -> None:
+def _refuse(request: CheckRequest, options: Settings) -> None:
     shortest = min((model.config for model in request.models.values()), key=lambda c: context_limit(c) or 0)
     check_tasks(shortest, request.tokenizer, request.given["tasks"], **options)
 
 
-def _measure(model: PreTrainedModel, request: Request, _: Step, options: Settings) -> dict[str, Any]:
+def _measure(model: PreTrainedModel, request: CheckRequest, _: Step, options: Settings) -> dict[str, Any]:
     return run_tasks(model, request.tokenizer, request.given["tasks"], **options)
 
 
@@ -191,7 +192,7 @@ def _rows(latent: Figures) -> dict[str, Callable[[Figures], str]]:
     def show(task: str, metric: str) -> Callable[[Figures], str]:
         def cell(figures: Figures) -> str:
             row = figures["tasks"]["tasks"][task]
-            return check.with_error(row[metric], row.get(f"{metric}_stderr"))
+            return with_error(row[metric], row.get(f"{metric}_stderr"))
 
         return cell
 

@@ -21,12 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Request, Settings
+from kvlatent.evaluation.check import CheckRequest, Levels, Settings
 from kvlatent.evaluation.evidence import FORGETTING_NATS, Figures, Sign, figure, figure_of
 from kvlatent.evaluation.perplexity import Perplexity, Rows, score_rows, summarise
 from kvlatent.evaluation.quality import cache_figures, measure_models
 from kvlatent.evaluation.sequences import context_limit, counter
 from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.record import with_error
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.head import IGNORED
 from kvlatent.model.time_estimate import rows_at_once
@@ -233,12 +234,12 @@ def measure_text(
     return figures | cache_figures(model, ids), result
 
 
-def _refuse(request: Request, options: Settings) -> None:
+def _refuse(request: CheckRequest, options: Settings) -> None:
     for model in request.models.values():
         check_window(model.config, window=request.window, **options)
 
 
-def _run(request: Request, options: Settings, progress: Progress) -> Figures:
+def _run(request: CheckRequest, options: Settings, progress: Progress) -> Figures:
     """Perplexity and cache bytes of each, and what one is over the other."""
 
     def measure(role: str, model: Any) -> tuple[dict[str, Any], Perplexity]:
@@ -250,7 +251,7 @@ def _run(request: Request, options: Settings, progress: Progress) -> Figures:
     return measure_models(request.models, measure)
 
 
-def _extents(request: Request) -> Levels:
+def _extents(request: CheckRequest) -> Levels:
     tokens = request.given["max_tokens"]
     if tokens is None and request.given["data"] is not None:
         return [({"max_tokens": None}, 0.0)]  # all of the user's text
@@ -261,7 +262,7 @@ def _extents(request: Request) -> Levels:
 def _lines(figures: Figures) -> list[str]:
     if "ratio" not in figures:
         return []
-    ratio = check.with_error(figures["ratio"], figures["ratio_standard_error"])
+    ratio = with_error(figures["ratio"], figures["ratio_standard_error"])
     return [f"perplexity over the original's: {ratio}; cache: {figures['cache_ratio']:.1%}"]
 
 
@@ -287,7 +288,7 @@ CHECK = check.Check(
     is_random=False,
     more=lambda _: f"--max-tokens {_TOKENS[-1]} for all tokens",
     rows=lambda _: {
-        "perplexity": lambda f: check.with_error(f["perplexity"], f["standard_error"]),
+        "perplexity": lambda f: with_error(f["perplexity"], f["standard_error"]),
         "bits per byte": lambda f: f"{f['bits_per_byte']:.4f}",
         "cache bytes/token": lambda f: f"{f['cache_bytes_per_token']:,.0f}",
     },

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
-from kvlatent.evaluation.check import Levels, Request, Settings
+from kvlatent.evaluation.check import CheckRequest, Levels, Settings
 from kvlatent.evaluation.evidence import score_sign
 from kvlatent.evaluation.sequences import (
     at_the_ends,
@@ -298,16 +298,16 @@ def _other_orders(tokens: np.ndarray, number: int, rng: np.random.Generator) -> 
     return list(others)
 
 
-def _refuse(request: Request, options: Settings) -> None:
+def _refuse(request: CheckRequest, options: Settings) -> None:
     for model in request.models.values():
         check_order(model.config, request.text.documents, request.tokenizer, **options)
 
 
-def _measure(model: Any, request: Request, step: Step, options: Settings) -> dict[str, Any]:
+def _measure(model: Any, request: CheckRequest, step: Step, options: Settings) -> dict[str, Any]:
     return order(model, request.text.documents, request.tokenizer, progress=step.to, **options)
 
 
-def _extents(request: Request) -> Levels:
+def _extents(request: CheckRequest) -> Levels:
     levels: dict[tuple[int, int], float] = {}
     for length, trials in _EXTENTS:
         length = min(length, request.window)

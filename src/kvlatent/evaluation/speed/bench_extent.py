@@ -20,7 +20,7 @@ from kvlatent.model.time_estimate import (
     listed,
 )
 
-__all__ = ["CONTEXTS", "NEW_TOKENS", "REPEATS", "Extent", "extent_of"]
+__all__ = ["CONTEXTS", "NEW_TOKENS", "REPEATS", "BenchExtent", "extent_of"]
 
 CONTEXTS = (256, 1024, 4096)
 NEW_TOKENS, REPEATS = 16, 5
@@ -33,7 +33,7 @@ _LAYER_S, _COPIED_S, _UNPACKED_S = 5e-4, 2e-9, 2e-8  # the latter two a number o
 
 
 @dataclass(frozen=True)
-class Extent:
+class BenchExtent:
     """What is measured.
 
     Args:
@@ -58,7 +58,7 @@ def extent_of(
     new_tokens: int | None,
     repeats: int | None,
     limit: int | None,
-) -> Extent:
+) -> BenchExtent:
     """Contexts, new tokens and rounds, where they are None; all of them as they are for a small model if contexts are given.
 
     Args:
@@ -77,8 +77,8 @@ def extent_of(
         ]
         costs.append((runs + UNTIMED) * sum(each))
     at = affordable({"bench": costs}, DEFAULT_SECONDS)["bench"]
-    chosen = Extent(*grid[at], costs[at])
-    return chosen if grid[at] == grid[-1] else Extent(*grid[at], costs[at], _sentence(chosen, grid[-1]))
+    chosen = BenchExtent(*grid[at], costs[at])
+    return chosen if grid[at] == grid[-1] else BenchExtent(*grid[at], costs[at], _sentence(chosen, grid[-1]))
 
 
 def _grid(
@@ -106,7 +106,7 @@ def _run_seconds(model: Any, cache: str, batch: int, context: int, new_tokens: i
     return batch * forward_operations(model, context) / speed + new_tokens * step
 
 
-def _sentence(chosen: Extent, full: tuple[tuple[int, ...], int, int]) -> str:
+def _sentence(chosen: BenchExtent, full: tuple[tuple[int, ...], int, int]) -> str:
     contexts, new_tokens, repeats = full
     parts = []
     if chosen.contexts != contexts:

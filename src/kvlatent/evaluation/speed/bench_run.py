@@ -19,13 +19,13 @@ from kvlatent.checkpoints.source import ModelSource, name_and_fingerprint, resol
 from kvlatent.engines.roofline import maximum_context
 from kvlatent.evaluation.result_models import Bench
 from kvlatent.evaluation.sequences import shortest_context
-from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, Extent, extent_of
+from kvlatent.evaluation.speed.bench_extent import NEW_TOKENS, BenchExtent, extent_of
 from kvlatent.evaluation.speed.caches import CACHES, PACKAGES, cached_widths, group_size, working_caches
 from kvlatent.evaluation.speed.memory import PEAK_METHODS, read_bytes, weight_bytes
 from kvlatent.evaluation.speed.ratios import cell_rows, largest_contexts, ratio_rows, stacked_rows
 from kvlatent.evaluation.speed.variants import (
     UNTIMED,
-    Measured,
+    MeasuredCell,
     Variant,
     attention_of,
     measure_cell,
@@ -139,7 +139,7 @@ def _chosen(
     sizes: dict[str, Any],
     compiled: bool,
     say: Callable[[str], None] | None,
-) -> tuple[list[str], Extent, dict[str, Any]]:
+) -> tuple[list[str], BenchExtent, dict[str, Any]]:
     """Caches and extent, given or by default, known to be possible; and what the record says of them."""
     each, device, limit = (
         list(models.values()),
@@ -167,12 +167,12 @@ def _chosen(
 def _measured(
     variants: Sequence[Variant],
     batches: Sequence[int],
-    extent: Extent,
+    extent: BenchExtent,
     seed: int,
     progress: Progress,
-) -> tuple[list[Measured], list[dict[str, Any]]]:
+) -> tuple[list[MeasuredCell], list[dict[str, Any]]]:
     """All cells, and what ran out of memory."""
-    cells: list[Measured] = []
+    cells: list[MeasuredCell] = []
     skipped: list[dict[str, Any]] = []
     grid = list(itertools.product(batches, extent.contexts))
     runs = len(variants) * (extent.repeats + UNTIMED)

@@ -13,7 +13,7 @@ from typing import Any
 
 from kvlatent.engines.roofline import decode_speedup, maximum_context
 from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
-from kvlatent.evaluation.speed.variants import Measured
+from kvlatent.evaluation.speed.variants import MeasuredCell
 from kvlatent.model.families import family_of
 
 __all__ = ["Spread", "cell_rows", "largest_contexts", "ratio_rows", "ratios", "spread", "stacked_rows"]
@@ -39,7 +39,7 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread
     return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
-def cell_rows(cells: Sequence[Measured], new_tokens: int) -> list[dict[str, Any]]:
+def cell_rows(cells: Sequence[MeasuredCell], new_tokens: int) -> list[dict[str, Any]]:
     """One row for each batch, context, cache and model.
 
     Times are medians, with quartiles beside them: "prefill_s" (seconds for the prompts), "decode_ms_per_token" (of one
@@ -69,7 +69,7 @@ def cell_rows(cells: Sequence[Measured], new_tokens: int) -> list[dict[str, Any]
     return rows
 
 
-def ratio_rows(cells: Sequence[Measured], models: Mapping[str, Any]) -> list[dict[str, Any]]:
+def ratio_rows(cells: Sequence[MeasuredCell], models: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The latent model against the original with the same cache.
 
     "prefill" and "decode": how many times faster, with quartiles; "cache_bytes": the share; "predicted_decode": how
@@ -86,7 +86,7 @@ def ratio_rows(cells: Sequence[Measured], models: Mapping[str, Any]) -> list[dic
     return rows
 
 
-def stacked_rows(cells: Sequence[Measured], models: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stacked_rows(cells: Sequence[MeasuredCell], models: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every model with every cache against one of them: the first model (the original) with the first cache.
 
     So a quantised cache, narrower heads and both together stand side by side. The figures are those of `ratio_rows`.
@@ -103,7 +103,7 @@ def stacked_rows(cells: Sequence[Measured], models: Mapping[str, Any]) -> list[d
     return rows
 
 
-def _against(cell: Measured, reference: Measured, models: Mapping[str, Any]) -> dict[str, Any]:
+def _against(cell: MeasuredCell, reference: MeasuredCell, models: Mapping[str, Any]) -> dict[str, Any]:
     """How many times faster a cell is than a reference, its share of the bytes, and the bound by bytes."""
     prefill = _faster(cell, reference, "prefill")
     decode = _faster(cell, reference, "decode")
@@ -120,14 +120,14 @@ def _against(cell: Measured, reference: Measured, models: Mapping[str, Any]) -> 
     }
 
 
-def _faster(cell: Measured, reference: Measured, figure: str) -> Spread:
+def _faster(cell: MeasuredCell, reference: MeasuredCell, figure: str) -> Spread:
     return ratios(
         [getattr(run, figure) for run in reference.runs], [getattr(run, figure) for run in cell.runs]
     )
 
 
 def largest_contexts(
-    cells: Sequence[Measured], models: Mapping[str, Any], memory: float
+    cells: Sequence[MeasuredCell], models: Mapping[str, Any], memory: float
 ) -> list[dict[str, Any]]:
     """Longest contexts at which weights and caches fit a memory, by batch, cache and model.
 
@@ -135,7 +135,7 @@ def largest_contexts(
     newest tokens that upstream's group-wise quantised caches keep unquantised. "tokens" is null where a window keeps the
     cache from growing, and 0 where the weights alone do not fit.
     """
-    longest: dict[tuple[int, str, str], Measured] = {}
+    longest: dict[tuple[int, str, str], MeasuredCell] = {}
     for cell in cells:
         key = (cell.batch, cell.cache, cell.role)
         if key not in longest or cell.context > longest[key].context:

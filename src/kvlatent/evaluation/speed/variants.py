@@ -23,7 +23,7 @@ from kvlatent.evaluation.speed.memory import held_bytes, memory_rise, token_byte
 
 __all__ = [
     "ATTENTIONS",
-    "Measured",
+    "MeasuredCell",
     "Run",
     "Variant",
     "attention_of",
@@ -61,7 +61,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCell:
     """What a cell found of one model with one cache.
 
     Args:
@@ -87,7 +87,7 @@ class Variant:
     """A model with a kind of cache, ready to run.
 
     Args:
-        role, cache: as in `Measured`.
+        role, cache: as in `MeasuredCell`.
         model: in evaluation mode.
         compiled: compile the decoding step.
     """
@@ -193,7 +193,7 @@ def measure_cell(
     new_tokens: int,
     repeats: int,
     progress: Callable[[], None],
-) -> tuple[list[Measured], list[Variant]]:
+) -> tuple[list[MeasuredCell], list[Variant]]:
     """Measure variants on one prompt, and name those that ran out of the GPU's memory.
 
     Args:
@@ -224,7 +224,7 @@ def measure_cell(
     runs = interleaved({index: partial(timed, variant) for index, variant in enumerate(fits)}, repeats)
     batch, context = prompt.shape
     measured = [
-        Measured(variant.role, variant.cache, batch, context, tuple(runs[index]), *peaks[index])
+        MeasuredCell(variant.role, variant.cache, batch, context, tuple(runs[index]), *peaks[index])
         for index, variant in enumerate(fits)
     ]
     for variant in fits:
