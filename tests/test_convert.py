@@ -214,6 +214,13 @@ def test_widths_per_layer():
     assert latent(tokens()).logits.isfinite().all()
 
 
+def test_a_config_of_a_model_with_other_layers_is_refused():
+    config = latent_config_of(convert(tiny_model("llama"), d_qk=[16, 32, 8], preset="paper").config)
+    shallow = tiny_model("llama", num_hidden_layers=2)
+    with pytest.raises(ValueError, match="a list of d_qk needs one width per layer: got 3 for 2 layers"):
+        convert(shallow, config)
+
+
 def test_converting_copies_only_what_it_changes():
     script = Path(__file__).parent.parent / "benchmarks" / "conversion_memory.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
