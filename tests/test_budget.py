@@ -54,6 +54,7 @@ def test_widths_that_are_given_are_kept(model):
     assert made.widths == (6, 10) and made.calibrates
     assert made.summary()["cache_bytes_per_token"]["latent"] == 256
     assert plan(model, d_qk=[8, 6]).widths == ((8, 6), 16)
+    assert plan(model, d_qk=[8, 8]).widths == (8, 16)  # as the config of the result has it
 
 
 def test_full_width_needs_no_text(model):
