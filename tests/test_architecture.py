@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvlatent.checkpoints.remote_code import remote_code
 from kvlatent_cli.main import app
 from tiny import tiny_model
 
@@ -73,6 +74,7 @@ def test_the_walkthrough_is_in_the_order_of_the_calls(tmp_path, tiny_tokenizer, 
     tiny_model("llama", vocab_size=300).save_pretrained(tmp_path / "m")
     tiny_tokenizer.save_pretrained(tmp_path / "m")
     called: dict[str, None] = {}
+    remote_code.cache_clear()  # an earlier test may have asked for it
 
     def see(frame, event, _):
         if event == "call" and str(frame.f_globals.get("__name__")).startswith("kvlatent"):
