@@ -9,8 +9,9 @@ from calibration_setup import realistic_model, short_descent, text
 from kvlatent.conversion import tuning
 from kvlatent.conversion.alignment import TunedLayer, align_attention, align_output, copy_for_tuning
 from kvlatent.conversion.convert_model import convert
+from kvlatent.conversion.refinement import layer_streams, pass_original
 from kvlatent.model.assembly import full_width
-from kvlatent.model.hidden_states import HiddenStateFile, isolate_layer
+from kvlatent.model.hidden_states import isolate_layer
 from kvlatent.selection.attention_rows import row_logits
 from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, HEAD_DIM, SWITCH
@@ -48,22 +49,21 @@ def pair_of(name, folder, index=1, held_out=HELD, batch=BATCH, d_qk=8, d_vo=8):
     ours, theirs = seen[key] if key in seen else (states(latent.model, batch), states(model.model, batch))
     if key is not None:
         seen[key] = ours, theirs
-    streams = {}
-    size = batch["input_ids"].shape[1], model.config.hidden_size
-    for file, blocks in (("in", theirs[index]), ("out", theirs[index + 1]), ("latent", ours[index])):
-        streams[file] = HiddenStateFile(folder / file, size, model.dtype, model.device)
-        streams[file].write(blocks)
-    return TunedLayer(
+    blocks, size = batch["input_ids"].shape
+    streams = layer_streams(folder, model, blocks, size, "float32")
+    streams["inputs"].write(theirs[index])
+    streams["latent"].write(ours[index])
+    tuned = TunedLayer(
         index,
         model.model,
         latent.model,
         copy_for_tuning(latent.model.layers[index].self_attn),
-        streams["in"],
-        streams["latent"],
-        streams["out"],
+        streams,
         batch["position_ids"],
         list(held_out),
     )
+    pass_original(tuned, with_attention=True)
+    return tuned
 
 
 def states(decoder, batch):
@@ -86,7 +86,7 @@ def weights_of(decoder, pair, block):
     hook = module.register_forward_hook(lambda *call: caught.append(call[-1][1]))
     with torch.no_grad():
         isolate_layer(decoder, pair.index)(
-            inputs_embeds=pair.inputs.read([block]),
+            inputs_embeds=pair.streams["inputs"].read([block]),
             position_ids=pair.positions[block, None],
             use_cache=False,
         )
@@ -135,12 +135,12 @@ def test_output_alignment_measures_and_lowers_the_error_behind_the_next_norm(nam
     pair = pair_of(name, tmp_path)
     norm, blocks = pair.original.layers[2].input_layernorm, list(range(8))
     with torch.no_grad():
-        wanted = norm(pair.outputs.read(blocks))
+        wanted = norm(pair.streams["outputs"].read(blocks))
         energy = wanted[: tuning.BLOCKS].square().mean()
         given = torch.cat(
             [
                 isolate_layer(pair.latent, 1)(
-                    inputs_embeds=pair.latent_inputs.read([b]),
+                    inputs_embeds=pair.streams["latent"].read([b]),
                     position_ids=pair.positions[b, None],
                     use_cache=False,
                 ).last_hidden_state
@@ -255,10 +255,8 @@ def test_long_and_short_blocks_together_are_each_turned_by_their_own_table(tmp_p
         (pair.latent, pair.attention),
     ):
         with torch.no_grad():
-            normed = norm(pair.inputs.read(range(8)))
-            together = row_logits(attention, decoder, normed, pair.positions, rows)[0]
+            normed = norm(pair.streams["inputs"].read(range(8)))
+            together = row_logits(attention, decoder, normed, pair.positions, rows)
             for b in range(8):
-                one = row_logits(attention, decoder, normed[b, None], pair.positions[b, None], rows[b, None])[
-                    0
-                ]
+                one = row_logits(attention, decoder, normed[b, None], pair.positions[b, None], rows[b, None])
                 assert_close_to_scale(together[b, None], one, 1e-4)

@@ -11,8 +11,9 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
-from kvlatent.evaluation.quality import cache_bytes_per_token, measure, precision
+from kvlatent.evaluation.quality import cache_bytes_per_token, measure
 from kvlatent.evaluation.standard import evaluate, standard_evaluation
+from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.text.corpus import evaluation_blocks
 from on_disk import write_checkpoint, write_text

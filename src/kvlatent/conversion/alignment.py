@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, softmax
 
 from kvlatent.conversion.tuning import BLOCKS, TunableRows, tune
+from kvlatent.jobs.devices import precision
 from kvlatent.model.families import parts_of
-from kvlatent.model.hidden_states import HiddenStateFile
-from kvlatent.selection.attention_rows import row_logits
+from kvlatent.model.hidden_states import HiddenStates
+from kvlatent.selection.attention_rows import masked_logits, row_logits
 
 __all__ = ["TunedLayer", "align_attention", "align_output", "copy_for_tuning"]
 
@@ -34,21 +35,22 @@ class TunedLayer:
         index: of the layer.
         original, latent: the two decoders.
         attention: float32 copy of the latent attention, which is tuned.
-        inputs, latent_inputs: hidden states before the layer, of the original and of the converted model.
-        outputs: of the original layer.
+        streams: what flows, each [blocks, T, ...]: "inputs" and "latent", hidden states before the layer, of the original and
+            of the converted model; "outputs" of the original layer and "wanted", its input plus its attention's output;
+            "queries" [N d] and "keys" [K d] of the original, rotated, where the attention is aligned.
         positions: [blocks, T].
         held_out: indices of the blocks that only measure; the others are learnt from.
+        dtype: of the products, "float32" or "bfloat16".
     """
 
     index: int
     original: Any
     latent: Any
     attention: Any
-    inputs: HiddenStateFile
-    latent_inputs: HiddenStateFile
-    outputs: HiddenStateFile
+    streams: dict[str, HiddenStates]
     positions: Tensor
     held_out: list[int]
+    dtype: str = "float32"
 
 
 def copy_for_tuning(attention: Any) -> Any:
@@ -66,15 +68,21 @@ def align_attention(
     """
     original = parts_of(tuned.original, tuned.index)
 
+    def targets(blocks: list[int], rows: Tensor) -> Tensor:
+        query, key = (
+            tuned.streams[name].read(blocks).unflatten(-1, (-1, original.attention.d_qk)).transpose(1, 2)
+            for name in ("queries", "keys")
+        )
+        query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
+        return masked_logits(original.attention, query, key, tuned.positions[blocks], rows)
+
     def loss(blocks: list[int], rows: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden, positions = tuned.inputs.read(blocks), tuned.positions[blocks]
-            normed = original.attention_norm(hidden)
-            target = log_softmax(
-                row_logits(original.attention, tuned.original, normed, positions, rows)[0], dim=-1
-            )
-        logits, _ = row_logits(tuned.attention, tuned.latent, normed.float(), positions, rows)
-        return (target.exp() * (target - log_softmax(logits, dim=-1))).sum(-1).mean()
+            normed = original.attention_norm(tuned.streams["inputs"].read(blocks)).float()
+            target = targets(blocks, rows)
+            attention, target = softmax(target, dim=-1), log_softmax(target, dim=-1)
+        logits = row_logits(tuned.attention, tuned.latent, normed, tuned.positions[blocks], rows)
+        return (attention * (target - log_softmax(logits, dim=-1))).sum(-1).mean()
 
     return _tune(tuned, _key_parameters(tuned.attention), loss, steps, seed, progress)
 
@@ -95,7 +103,7 @@ def align_output(
     following = _next_norm(tuned)
     with torch.no_grad():
         energy = (
-            following(tuned.outputs.read(list(range(min(BLOCKS, len(tuned.positions))))))
+            following(tuned.streams["outputs"].read(list(range(min(BLOCKS, len(tuned.positions))))))
             .float()
             .square()
             .mean()
@@ -103,16 +111,18 @@ def align_output(
 
     def loss(blocks: list[int], rows: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden, positions = tuned.latent_inputs.read(blocks), tuned.positions[blocks]
+            hidden, positions = tuned.streams["latent"].read(blocks), tuned.positions[blocks]
             normed = layer.attention_norm(hidden).float()
             index = rows[..., None].expand(-1, -1, hidden.shape[-1])
-            wanted = tuned.outputs.read(blocks).gather(1, index)
+            wanted = following(tuned.streams["outputs"].read(blocks).gather(1, index))
             hidden = hidden.gather(1, index)
-        logits, value = row_logits(tuned.attention, tuned.latent, normed, positions, rows)
-        mixed = softmax(logits, dim=-1) @ value.repeat_interleave(tuned.attention.num_key_value_groups, dim=1)
+        logits = row_logits(tuned.attention, tuned.latent, normed, positions, rows)
+        value = tuned.attention.project_one("v", normed)
+        grouped = softmax(logits, dim=-1).unflatten(1, (value.shape[1], -1))  # [B, K, G, R, T]
+        mixed = (grouped.flatten(2, 3) @ value.to(grouped.dtype)).view(*logits.shape[:3], -1)
         middle = hidden + tuned.attention.o_proj(mixed.transpose(1, 2).flatten(2)).to(dtype)
         given = middle + layer.ffn(layer.ffn_norm(middle))
-        return (following(given) - following(wanted)).float().square().mean() / energy
+        return (following(given) - wanted).float().square().mean() / energy
 
     chosen = (_key_parameters(tuned.attention) if keys else []) + (
         _value_parameters(tuned.attention) if values else []
@@ -129,9 +139,14 @@ def _tune(
     progress: Callable[[], None],
 ) -> dict[str, float]:
     width = tuned.attention.o_proj.out_features
+
+    def in_precision(blocks: list[int], rows: Tensor) -> Tensor:
+        with precision(rows.device, tuned.dtype):
+            return loss(blocks, rows)
+
     return tune(
         chosen,
-        loss,
+        in_precision,
         tuned.positions,
         tuned.held_out,
         fan_in=width,

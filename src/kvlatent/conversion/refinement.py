@@ -18,16 +18,20 @@ from torch import Tensor
 
 from kvlatent.conversion.alignment import TunedLayer, align_attention, align_output, copy_for_tuning
 from kvlatent.conversion.refit import refit_outputs
+from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress, Step
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import parts_of
-from kvlatent.model.hidden_states import HiddenStateFile, isolate_layer
+from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hidden_states, isolate_layer
+from kvlatent.model.rotary import apply_rotary
+from kvlatent.selection.attention_rows import recorded_projections, rotary_of
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 
-__all__ = ["refine"]
+__all__ = ["layer_streams", "pass_original", "refine"]
 
-_HELD_OUT = 16  # one block in so many only measures
+_HELD_OUT = 16  # one block in so many only measures,
+_MEASURING = 8  # and about so many are enough
 
 
 def refine(
@@ -38,6 +42,7 @@ def refine(
     choices: Choices,
     *,
     seed: int,
+    dtype: str,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Align and refit `latent` in place, as `choices` say; sides at full width are left alone, bit for bit.
@@ -46,7 +51,7 @@ def refine(
         twin: the original as its full-width latent twin; latent: the converted model, with its closed-form start.
         config: of the latent model.
         statistics: the text to look at.
-        seed: of the sampling.
+        seed: of the sampling; dtype: of the products, "float32" or "bfloat16".
         progress: told after every step of every layer; steps that a layer does not need count as done.
 
     Returns:
@@ -58,34 +63,35 @@ def refine(
     each = 2 * choices.align + 1
     steps = progress.step("refine layers", each * len(twin.model.layers))
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
-        streams = {
-            name: HiddenStateFile(
-                Path(folder) / name, (size, twin.config.hidden_size), twin.dtype, twin.device
-            )
-            for name in ("inputs", "outputs", "latent")
-        }
+        streams = layer_streams(Path(folder), twin, blocks, size, dtype)
         for name in ("inputs", "latent"):
             streams[name].write(twin.model.embed_tokens(ids[b, None]) for b in range(blocks))
-        held = list(range(blocks))[_HELD_OUT - 1 :: _HELD_OUT] or ([blocks - 1] if blocks > 1 else [])
+        stride = max(_HELD_OUT, blocks // _MEASURING)
+        held = list(range(blocks))[stride - 1 :: stride] or ([blocks - 1] if blocks > 1 else [])
         for index in range(len(twin.model.layers)):
             steps.to(each * index)
-            tuned = TunedLayer(
-                index,
-                twin.model,
-                latent.model,
-                copy_for_tuning(parts_of(latent.model, index).attention),
-                streams["inputs"],
-                streams["latent"],
-                streams["outputs"],
-                positions,
-                held,
-            )
+            attention = copy_for_tuning(parts_of(latent.model, index).attention)
+            tuned = TunedLayer(index, twin.model, latent.model, attention, streams, positions, held, dtype)
             report.append(_refine_layer(tuned, config, choices, seed, steps))
             latent_layer = isolate_layer(latent.model, index)
-            streams["latent"].write(_pass(latent_layer, streams["latent"], positions))
-            streams["outputs"].path.replace(streams["inputs"].path)
+            streams["latent"].write(
+                output for _, _, output in _pass(tuned, latent.model, latent_layer, "latent")
+            )
+            streams["inputs"], streams["outputs"] = streams["outputs"], streams["inputs"]
     steps.to(steps.total)
     return report
+
+
+def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -> dict[str, HiddenStates]:
+    """Room for what flows between layers, and for the queries and keys of the original, in the dtype of the products."""
+    attention, hidden = parts_of(twin.model, 0).attention, twin.config.hidden_size
+    widths = dict.fromkeys(("inputs", "outputs", "wanted", "latent"), (hidden, twin.dtype))
+    for name, heads in (("queries", attention.num_heads), ("keys", attention.num_key_value_heads)):
+        widths[name] = (heads * attention.d_qk, getattr(torch, dtype))
+    return {
+        name: hidden_states(folder / name, (size, width), kind, twin.device, blocks, len(widths))
+        for name, (width, kind) in widths.items()
+    }
 
 
 def _refine_layer(
@@ -94,16 +100,13 @@ def _refine_layer(
     """Align, refit, align; returns what alignment measured."""
     keys = config.d_qk_at(tuned.index) < config.original_head_dim
     values = config.d_vo_at(tuned.index) < config.original_head_dim
-    wanted = HiddenStateFile(
-        tuned.inputs.path.with_name("wanted"), tuned.inputs.shape, tuned.inputs.dtype, tuned.inputs.device
-    )
-    tuned.outputs.write(_original_pass(tuned, wanted))
+    pass_original(tuned, with_attention=bool(choices.align and keys))
     measured: dict[str, Any] = {"layer": tuned.index}
     if choices.align and keys:
         measured["attention_divergence"] = align_attention(tuned, choices.align, seed, steps.advance)
         _put_back(tuned)
     if choices.refit and values:
-        measured["refit_ridge"] = refit_outputs(tuned, wanted)
+        measured["refit_ridge"] = refit_outputs(tuned)
         _put_back(tuned)
     if choices.align and (keys or values):
         measured["output_error"] = align_output(
@@ -114,28 +117,41 @@ def _refine_layer(
 
 
 @torch.no_grad()
-def _pass(layer: Any, inputs: HiddenStateFile, positions: Tensor) -> Iterator[Tensor]:
-    """The outputs of one layer, block by block."""
-    for block in range(len(positions)):
-        output = layer(
-            inputs_embeds=inputs.read([block]), position_ids=positions[block, None], use_cache=False
-        )
-        yield output.last_hidden_state
+def _pass(tuned: TunedLayer, decoder: Any, layer: Any, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs [b, T, D] from a stream, positions [b, T] and the outputs of one isolated layer, some blocks at a time."""
+    blocks, size = tuned.positions.shape
+    for some in torch.arange(blocks).split(blocks_at_once(decoder, size)):
+        inputs, positions = tuned.streams[name].read(some.tolist()), tuned.positions[some]
+        with precision(inputs.device, tuned.dtype):
+            output = layer(inputs_embeds=inputs, position_ids=positions, use_cache=False)
+        yield inputs, positions, output.last_hidden_state
 
 
-def _original_pass(tuned: TunedLayer, wanted: HiddenStateFile) -> Iterator[Tensor]:
-    """The outputs of the original layer; `wanted` gets its input plus its attention's output, o + h, on the way."""
+def pass_original(tuned: TunedLayer, *, with_attention: bool) -> None:
+    """Fill the streams with what the original layer gives on its own inputs; queries and keys if they are looked at."""
+    decoder, attention = tuned.original, parts_of(tuned.original, tuned.index).attention
+    filled = ("wanted", "queries", "keys") if with_attention else ("wanted",)
+    for name in filled:
+        tuned.streams[name].clear()
     caught: list[Tensor] = []
-    hook = parts_of(tuned.original, tuned.index).attention.register_forward_hook(
-        lambda module, args, output: caught.append(output[0])
-    )
-    wanted.path.unlink(missing_ok=True)
+    hook = attention.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+
+    def outputs() -> Iterator[Tensor]:
+        with recorded_projections(attention) as projected:
+            for hidden, positions, output in _pass(
+                tuned, decoder, isolate_layer(decoder, tuned.index), "inputs"
+            ):
+                tuned.streams["wanted"].append(hidden + caught.pop())
+                query, key, _ = projected.pop()
+                if with_attention:
+                    cos, sin = rotary_of(attention, decoder, hidden, positions)
+                    for name, x in (("queries", query), ("keys", key)):
+                        turned = apply_rotary(x.float(), cos.float(), sin.float())
+                        tuned.streams[name].append(turned.transpose(1, 2).flatten(2))
+                yield output
+
     try:
-        for block, output in enumerate(
-            _pass(isolate_layer(tuned.original, tuned.index), tuned.inputs, tuned.positions)
-        ):
-            wanted.append(tuned.inputs.read([block]) + caught.pop())
-            yield output
+        tuned.streams["outputs"].write(outputs())
     finally:
         hook.remove()
 

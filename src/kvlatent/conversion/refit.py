@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kvlatent.conversion.alignment import TunedLayer
+from kvlatent.jobs.devices import precision
 from kvlatent.model.families import parts_of
-from kvlatent.model.hidden_states import HiddenStateFile, isolate_layer
+from kvlatent.model.hidden_states import blocks_at_once, isolate_layer
 
 __all__ = ["refit_outputs"]
 
@@ -44,7 +45,7 @@ class _Moments:
 
 
 @torch.no_grad()
-def refit_outputs(tuned: TunedLayer, wanted: HiddenStateFile) -> float | None:
+def refit_outputs(tuned: TunedLayer) -> float | None:
     """Regress W_O towards itself: W_O + (sum r y^T)(sum y y^T + l I)^-1, in place in `tuned.attention`.
 
     y is what enters the converted W_O on the converted stream h', r what is then missing from o + h - h', so that the
@@ -53,14 +54,14 @@ def refit_outputs(tuned: TunedLayer, wanted: HiddenStateFile) -> float | None:
     W_O stays as it is where none helps there: little text fits itself only.
 
     Args:
-        tuned: with `latent` holding what was tuned so far; wanted: o + h, the original's stream behind its attention.
+        tuned: with `latent` holding what was tuned so far; its stream "wanted" is o + h.
 
     Returns:
         The ridge chosen, over the mean diagonal; None where W_O stayed.
     """
     module = parts_of(tuned.latent, tuned.index).attention.o_proj
     learnt, held = (_empty(module) for _ in range(2))
-    for block, y, r in _missing(tuned, wanted, module):
+    for block, y, r in _missing(tuned, module):
         (held if block in tuned.held_out else learnt).add(y, r)
     ridge: float | None = _RIDGES[0]
     if tuned.held_out:
@@ -84,18 +85,20 @@ def _empty(module: Any) -> _Moments:
     )
 
 
-def _missing(tuned: TunedLayer, wanted: HiddenStateFile, module: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _missing(tuned: TunedLayer, module: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For every block: its number, y [T, F] and r [T, D] in float32."""
     seen: list[Tensor] = []
     hook = module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output)))
-    layer = isolate_layer(tuned.latent, tuned.index)
+    layer = isolate_layer(tuned.latent, tuned.index, attention_only=True)
+    size = blocks_at_once(tuned.latent, tuned.positions.shape[1])
     try:
-        for block in range(len(tuned.positions)):
-            hidden = tuned.latent_inputs.read([block])
-            layer(inputs_embeds=hidden, position_ids=tuned.positions[block, None], use_cache=False)
-            y, given = (t.float().flatten(0, -2) for t in seen)
+        for blocks in torch.arange(len(tuned.positions)).split(size):
+            hidden, wanted = (tuned.streams[name].read(blocks.tolist()) for name in ("latent", "wanted"))
+            with precision(hidden.device, tuned.dtype):
+                layer(inputs_embeds=hidden, position_ids=tuned.positions[blocks], use_cache=False)
+            y, given = (t.float() for t in seen)
             seen.clear()
-            target = (wanted.read([block]).float() - hidden.float()).flatten(0, -2)
-            yield block, y, target - given
+            missing = wanted.float() - hidden.float() - given
+            yield from zip(blocks.tolist(), y, missing, strict=True)
     finally:
         hook.remove()

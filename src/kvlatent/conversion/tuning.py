@@ -68,7 +68,7 @@ def tune(
         before = best = last = measured()
         kept, waited = [p.detach().clone() for p in parameters], 0
         groups = [{"params": [p], "lr": _rate_of(p, fan_in)} for p in parameters]
-        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
         order: list[int] = []
         every = max(1, steps // _EVALUATIONS)

@@ -8,7 +8,6 @@ small difference is not drowned by the spread that both models share.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,17 +25,9 @@ __all__ = [
     "compare",
     "measure",
     "measure_models",
-    "precision",
 ]
 
 _CACHE_POSITIONS = 64
-
-
-def precision(device: str | torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """The autocast context in which a model with fp32 trained and narrower frozen weights is run."""
-    if dtype == "float32":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
 
 
 def cache_bytes_per_token(model: PreTrainedModel, input_ids: torch.Tensor) -> float:

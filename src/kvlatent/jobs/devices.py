@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
-__all__ = ["check_precision", "choose_device", "has_bfloat16_units", "working_dtype"]
+__all__ = [
+    "PRECISIONS",
+    "check_precision",
+    "choose_device",
+    "choose_precision",
+    "has_bfloat16_units",
+    "precision",
+    "working_dtype",
+]
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+_WIDE = 512  # of a model: below it, casting costs what the products save
 
 # As torch names them: AVX-512's products, Intel's tiles, Arm's two.
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -49,6 +63,32 @@ def check_precision(name: str, device: str | torch.device) -> None:
         f"dtype bfloat16 needs a {kind} device with units for it ({units}), and this one has none and would run slower "
         "than in float32; use --dtype float32"
     )
+
+
+def choose_precision(asked: str, model: Any) -> str:
+    """Dtype of the products while a model is calibrated or converted: "float32" or "bfloat16"; sums stay in float32.
+
+    Args:
+        asked: one of `PRECISIONS`; "auto" is bfloat16 where the device has units for it, the model is at least 512 wide
+            and is not held in float16, whose range bfloat16 shares but whose digits it lacks.
+
+    Raises:
+        ValueError: an unknown precision, or bfloat16 on a device without units for it.
+    """
+    if asked not in PRECISIONS:
+        raise ValueError(f"unknown precision {asked!r}; choose one of {', '.join(PRECISIONS)}")
+    if asked != "auto":
+        check_precision(asked, model.device)
+        return asked
+    fitting = model.config.hidden_size >= _WIDE and model.dtype != torch.float16
+    return "bfloat16" if fitting and has_bfloat16_units(model.device) else "float32"
+
+
+def precision(device: str | torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """The autocast context in which products run in `dtype` and weights stay as they are."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
 
 
 def working_dtype(dtype: str, device: str) -> str:

@@ -10,11 +10,70 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HiddenStateFile", "isolate_layer"]
+from kvlatent.model.families import parts_of
+from kvlatent.model.rotary import LatentRotary
+
+__all__ = [
+    "HiddenStateFile",
+    "HiddenStateTensor",
+    "HiddenStates",
+    "blocks_at_once",
+    "hidden_states",
+    "isolate_layer",
+]
+
+
+_TOKENS = {"cpu": 2048, "cuda": 16384}  # read together: more is not faster and takes more memory
+_SHARE = 0.4  # of a GPU's free memory that hidden states may take
+
+
+def blocks_at_once(decoder: Any, length: int) -> int:
+    """How many blocks of `length` tokens a latent decoder or full-width twin reads together, each as if it were alone."""
+    if any(isinstance(module, LatentRotary) and module.switches for module in decoder.modules()):
+        return 1
+    return max(1, _TOKENS[decoder.device.type] // length)
+
+
+def hidden_states(
+    path: Path, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, blocks: int, streams: int
+) -> HiddenStates:
+    """Room for `blocks` blocks: on the GPU where all of so many streams fit beside the model, else in a file at `path`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if streams * blocks * shape[0] * shape[1] * dtype.itemsize < _SHARE * free:
+            return HiddenStateTensor(dtype, device)
+    return HiddenStateFile(path, shape, dtype, device)
+
+
+class HiddenStateTensor:
+    """As `HiddenStateFile`, in the memory of the device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._blocks: list[Tensor] = []
+
+    def write(self, blocks: Iterable[Tensor]) -> None:
+        """Replace what is held by these blocks, each [b, T, D] or [T, D]; the old ones can be read until the end."""
+        sibling = HiddenStateTensor(self.dtype, self.device)
+        for block in blocks:
+            sibling.append(block)
+        self._blocks = sibling._blocks
+
+    def append(self, block: Tensor) -> None:
+        """Add blocks [b, T, D], or one, at the end."""
+        held = block.detach().to(self.device, self.dtype, copy=True)
+        self._blocks += held.unbind() if held.dim() == 3 else [held]
+
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        self._blocks = []
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Blocks [len(indices), T, D]."""
+        return torch.stack([self._blocks[index] for index in indices])
 
 
 class HiddenStateFile:
@@ -30,7 +89,7 @@ class HiddenStateFile:
         self._bytes = shape[0] * shape[1] * dtype.itemsize
 
     def write(self, blocks: Iterable[Tensor]) -> None:
-        """Replace the file by these blocks, each [1, T, D] or [T, D]; the old one can be read until the end."""
+        """Replace the file by these blocks, each [b, T, D] or [T, D]; the old one can be read until the end."""
         sibling = HiddenStateFile(self.path.with_suffix(".new"), self.shape, self.dtype, self.device)
         sibling.path.unlink(missing_ok=True)
         for block in blocks:
@@ -38,30 +97,44 @@ class HiddenStateFile:
         sibling.path.replace(self.path)
 
     def append(self, block: Tensor) -> None:
-        """Add one block at the end."""
+        """Add blocks [b, T, D], or one, at the end."""
         raw = block.detach().to("cpu", self.dtype).contiguous().flatten().view(torch.uint8)
         with self.path.open("ab") as file:
-            file.write(raw.numpy().tobytes())
+            file.write(raw.numpy())
+
+    def clear(self) -> None:
+        """Hold nothing any more."""
+        self.path.unlink(missing_ok=True)
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Blocks [len(indices), T, D]."""
-        with self.path.open("rb") as file:
-            return torch.stack([self._one(file, index) for index in indices]).to(self.device)
+        found = torch.empty(len(indices), *self.shape, dtype=self.dtype)
+        room = found.flatten(1).view(torch.uint8).numpy()
+        with self.path.open("rb", buffering=0) as file:
+            for row, index in enumerate(indices):
+                file.seek(index * self._bytes)
+                if file.readinto(room[row]) != self._bytes:
+                    raise ValueError(f"{self.path} ends before block {index}; the disk may be full")
+        return found.to(self.device)
 
-    def _one(self, file: Any, index: int) -> Tensor:
-        file.seek(index * self._bytes)
-        raw = np.frombuffer(bytearray(file.read(self._bytes)), dtype=np.uint8)
-        return torch.from_numpy(raw).view(self.dtype).view(self.shape)
+
+HiddenStates = HiddenStateFile | HiddenStateTensor
 
 
-def isolate_layer(decoder: Any, index: int) -> Any:
+def isolate_layer(decoder: Any, index: int, *, attention_only: bool = False) -> Any:
     """`decoder` with layer `index` alone and no final norm, sharing its modules; call it with `inputs_embeds`.
 
-    So upstream makes the masks and the rotary embedding, for every family.
+    So upstream makes the masks and the rotary embedding, for every family. With `attention_only` what comes out means
+    nothing: the feed-forward part is left out for those who look at the attention with hooks.
     """
+    layer = decoder.layers[index]
+    if attention_only:
+        ffn = parts_of(decoder, index).ffn
+        layer = copy.copy(layer)
+        layer._modules = {name: nn.Identity() if m is ffn else m for name, m in layer._modules.items()}
     shell = copy.copy(decoder)
     shell._modules = dict(decoder._modules)
-    shell.layers = nn.ModuleList([decoder.layers[index]])
+    shell.layers = nn.ModuleList([layer])
     shell.norm = nn.Identity()
     shell.config = copy.copy(decoder.config)
     shell.config.num_hidden_layers = 1

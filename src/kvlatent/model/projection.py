@@ -88,19 +88,34 @@ class Projections(nn.Module):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, T, d_qk], keys [B, K, T, d_qk] before the rotation, and values [B, K, T, d_vo]."""
-        heads = (*hidden_states.shape[:-1], -1)
         if hasattr(self, "qkv_proj"):
             query, key, value = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
         else:
             query, key, value = (linear(hidden_states) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        query = query.view(*heads, self.widths[0] // self.num_heads)
-        key = key.view(*heads, self.widths[1] // self.num_key_value_heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if self.kept is not None and self.q_map is not None:
-            query = torch.einsum("btnh,nqh->btnq", query, self.q_map.to(query.dtype))
-            key = self.kept(key)
-        return query.transpose(1, 2), key.transpose(1, 2), value.view(*heads, self.d_vo).transpose(1, 2)
+        return self._heads("q", query), self._heads("k", key), self._heads("v", value)
+
+    def project_one(self, part: str, hidden_states: Tensor) -> Tensor:
+        """What `project` gives as "q", "k" or "v", alone."""
+        if hasattr(self, "qkv_proj"):
+            flat = nn.functional.linear(
+                hidden_states, *(parameter[rows] for parameter, rows in self.parameters_of(part))
+            )
+        else:
+            flat = getattr(self, f"{part}_proj")(hidden_states)
+        return self._heads(part, flat)
+
+    def _heads(self, part: str, flat: Tensor) -> Tensor:
+        """Projected [B, T, H x width] to [B, H, T, width], normalised and cut down where that is done."""
+        heads = self.num_heads if part == "q" else self.num_key_value_heads
+        x = flat.view(*flat.shape[:-1], heads, -1)
+        norm = {"q": self.q_norm, "k": self.k_norm, "v": None}[part]
+        if norm is not None:
+            x = norm(x)
+        if part == "q" and self.q_map is not None:
+            x = torch.einsum("btnh,nqh->btnq", x, self.q_map.to(x.dtype))
+        if part == "k" and self.kept is not None:
+            x = self.kept(x)
+        return x.transpose(1, 2)
 
     def parameters_of(self, part: str) -> list[tuple[nn.Parameter, slice]]:
         """Weight and, where there is one, bias that project to "q", "k" or "v", each with the rows that do."""

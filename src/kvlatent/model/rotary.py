@@ -99,6 +99,11 @@ class LatentRotary(nn.Module):
         self.tables = tables
         self._on_device: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
+    @property
+    def switches(self) -> bool:
+        """Whether the table goes by the longest of the sequences that are given together (longrope)."""
+        return any(table.long is not None for table in self.tables)
+
     def inv_freq(self, device: torch.device, length: Tensor) -> Tensor:
         """Frequencies for sequences of `length` tokens (a scalar tensor): [P], or [K, 1, P] for tables per head."""
         if device not in self._on_device:

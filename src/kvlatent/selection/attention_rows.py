@@ -5,6 +5,8 @@ Shapes: B batch, T positions, R sampled rows, N query heads, K key-value heads.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,15 @@ from torch import Tensor
 
 from kvlatent.model.rotary import apply_rotary
 
-__all__ = ["allowed", "document_ids", "pair_layout", "row_logits"]
+__all__ = [
+    "allowed",
+    "document_ids",
+    "masked_logits",
+    "pair_layout",
+    "recorded_projections",
+    "rotary_of",
+    "row_logits",
+]
 
 
 def pair_layout(x: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
@@ -50,18 +60,53 @@ def allowed(position_ids: Tensor, rows: Tensor, window: int | None) -> Tensor:
 _MASKED = -1e30
 
 
-def row_logits(
-    attention: Any, decoder: Any, normed: Tensor, positions: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Masked logits [B, N, R, T] in float32 of sampled query rows [B, R], and the values [B, K, T, d_vo]."""
-    query, key, value = attention.project(normed)
+@contextmanager
+def recorded_projections(attention: Any) -> Generator[list[tuple[Tensor, Tensor, Tensor]]]:
+    """A list that gets what `attention.project` gives at every forward inside: queries, keys and values."""
+    recorded: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def project(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        recorded.append(type(attention).project(attention, hidden_states))
+        return recorded[-1]
+
+    attention.project = project
+    try:
+        yield recorded
+    finally:
+        del attention.project
+
+
+def rotary_of(attention: Any, decoder: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a layer at positions [B, T], each as if its block were alone.
+
+    A table that goes by the length of what it is given (longrope) is asked block by block.
+    """
     rotary = decoder.rotary_emb if attention.rotary is None else attention.rotary
-    # A block at a time: longrope chooses its table by the length of what it is given.
-    turned = [rotary(normed[b, None], positions[b, None]) for b in range(len(normed))]
+    if not rotary.switches:
+        return rotary(like, positions)
+    turned = [rotary(like, positions[b, None]) for b in range(len(positions))]
     cos, sin = (torch.cat(parts) for parts in zip(*turned, strict=True))
-    query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-    query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
-    key = key.repeat_interleave(attention.num_key_value_groups, dim=1)
-    logits = (query @ key.transpose(-1, -2)).float() * attention.scaling
+    return cos, sin
+
+
+def row_logits(attention: Any, decoder: Any, normed: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Masked logits [B, N, R, T] in float32 of sampled query rows [B, R] of normed hidden states [B, T, D]."""
+    cos, sin = rotary_of(attention, decoder, normed, positions)
+    index = rows[..., None]
+    query = attention.project_one("q", normed.gather(1, index.expand(-1, -1, normed.shape[-1])))
+    key = apply_rotary(attention.project_one("k", normed), cos, sin)
+    if cos.dim() == 4:
+        index = index[:, None].expand(-1, cos.shape[1], -1, -1)
+    query = apply_rotary(
+        query, *(t.gather(-2, index.expand(*index.shape[:-1], t.shape[-1])) for t in (cos, sin))
+    )
+    return masked_logits(attention, query, key, positions, rows)
+
+
+def masked_logits(attention: Any, query: Tensor, key: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Masked logits [B, N, R, T] in float32 of rotated queries [B, N, R, d] of rows [B, R] and keys [B, K, T, d]."""
+    grouped = query.float().unflatten(1, (key.shape[1], -1))  # [B, K, G, R, d]
+    with torch.autocast(query.device.type, enabled=False):
+        logits = grouped.flatten(2, 3) * attention.scaling @ key.float().transpose(-1, -2)
     seen = allowed(positions, rows, attention.sliding_window)
-    return logits.masked_fill(~seen[:, None], _MASKED), value
+    return logits.view(*query.shape[:3], -1).masked_fill(~seen[:, None], _MASKED)

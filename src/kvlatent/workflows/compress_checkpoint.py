@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.load import check_block_size
 from kvlatent.evaluation.perplexity import Perplexity
-from kvlatent.evaluation.quality import compare, measure, precision
+from kvlatent.evaluation.quality import compare, measure
 from kvlatent.jobs.atomic import prepare_output
-from kvlatent.jobs.devices import working_dtype
+from kvlatent.jobs.devices import precision, working_dtype
 from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import joined_metrics

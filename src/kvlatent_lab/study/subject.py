@@ -20,9 +20,9 @@ from datasets import Dataset
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.perplexity import Perplexity
-from kvlatent.evaluation.quality import measure, precision
+from kvlatent.evaluation.quality import measure
 from kvlatent.jobs.atomic import write_text
-from kvlatent.jobs.devices import working_dtype
+from kvlatent.jobs.devices import precision, working_dtype
 from kvlatent.jobs.fingerprints import fingerprint, identity
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import name_for_record

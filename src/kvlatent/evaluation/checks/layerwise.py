@@ -71,7 +71,7 @@ def _attention_rows(
     for decoder, states in zip(decoders, hidden, strict=True):
         attention, attention_norm, *_ = parts_of(decoder, index)
         normed = attention_norm(states)
-        yield log_softmax(row_logits(attention, decoder, normed, positions, rows)[0][0], dim=-1)
+        yield log_softmax(row_logits(attention, decoder, normed, positions, rows)[0], dim=-1)
     window = parts_of(decoders[0], index).attention.sliding_window
     yield allowed(positions, rows, window)[0].sum(-1)
 
