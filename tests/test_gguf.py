@@ -126,7 +126,11 @@ COMMANDS = {
         *["--kv", "0.5", "--set", "data.block_size=32", "--set", "calibration.blocks=8"],
     ],
     "eval": ["eval", "MODEL", "--data", "TEXT", *["--checks", "perplexity", "--block-size", "32", "--json"]],
-    "bench": ["bench", "MODEL", *["--contexts", "8", "--batches", "1", "--new-tokens", "2", "--repeats", "3", "--json"]],
+    "bench": [
+        "bench",
+        "MODEL",
+        *["--contexts", "8", "--batches", "1", "--new-tokens", "2", "--repeats", "3", "--json"],
+    ],
     "generate": ["generate", "MODEL", "--prompt", "The cat", "--max-new-tokens", "2"],
     "compress": ["compress", "MODEL", "--data", "TEXT", "--out", "OUT", "--dry-run"],
     "study": ["study", "widths", "--model", "MODEL", "--data", "TEXT", "--out", "OUT", "--dry-run"],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .measured_listings import evaluation_listing, study_listing
+from .named_models import read_model
 from .options import (
     DEVICE,
     DRY_RUN,
@@ -87,7 +88,7 @@ STUDY = (
         "Study to run: conversion, choices, widths, lora-rank, stages, objective, rope or token-eviction.",
     ),
     Option("out", "Folder of results, one file a cell.", "DIR", Path, REQUIRED),
-    Option("model", "The original; the embedded model by default.", "MODEL"),
+    Option("model", "The original, or smollm2; the embedded model by default.", "MODEL", read=read_model),
     Option("data", "Text to calibrate and train on.", "FILE"),
     EVAL_DATA,
     Option("seeds", "Random seeds, one cell each.", "N,...", read=read_numbers),
