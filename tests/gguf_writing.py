@@ -1,5 +1,6 @@
 """GGUF files of tiny models, written as llama.cpp's converter does: names, permuted queries and keys, metadata, tokens."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,31 +12,31 @@ CONTROL, NORMAL = 3, 1
 TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
 
 
-def write_gguf(path: Path, model, tokenizer, kind=F32, *, settings=(), tensors=()) -> Path:
+def write_gguf(path: Path, model, tokenizer, kind=F32, *, arch=None, settings=(), tensors=()) -> Path:
     """A model of the families Llama, Qwen or Phi-3 in a GGUF file.
 
     Args:
-        kind: of the matrices; norms and biases stay F32. Rows that do not divide into its blocks stay F32, too.
-        settings: (method of the writer, arguments) or (key, value) of further metadata; keys without the architecture
-            get it put before.
+        arch: that the file names instead of the model's.
+        kind: of the matrices; norms and biases stay F32.
+        settings: (method of the writer, arguments) for further metadata.
         tensors: (name, array, type or None) of further tensors; an array with a type is raw bytes.
     """
     config = model.config
-    arch = {"mistral": "llama"}.get(config.model_type, config.model_type)
-    writer = GGUFWriter(path, arch)
+    own = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    writer = GGUFWriter(path, arch or own)
     writer.add_name("tiny")
     _add_sizes(writer, config)
     _add_tokens(writer, tokenizer, config.vocab_size)
     for key, value in settings:
         getattr(writer, key)(*value)
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == arch)
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == own)
     names = get_tensor_name_map(number, config.num_hidden_layers)
     tied = bool(config.tie_word_embeddings)
     for name, tensor in model.state_dict().items():
         if tied and name == "lm_head.weight":
             continue
         stem, _, ending = name.rpartition(".")
-        values = _arranged(name, tensor.detach().float().numpy(), config, arch)
+        values = _arranged(name, tensor.detach().float().numpy(), config, own)
         _add(writer, f"{names.get_name(stem)}.{ending}", values, kind)
     for name, array, raw in tensors:
         writer.add_tensor(name, array, raw_dtype=raw)
@@ -80,8 +81,6 @@ def _add_sizes(writer: GGUFWriter, config) -> None:
 
 def _add_tokens(writer: GGUFWriter, tokenizer, size: int) -> None:
     """A byte-level BPE as GPT-2's, its end-of-text token, and a chat template."""
-    import json
-
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(model["vocab"], key=model["vocab"].get)
     special = set(tokenizer.all_special_tokens)

@@ -27,7 +27,9 @@ from .options import (
 )
 from .session import Session
 
-CHECKPOINT = positional("model", "DIR", "A latent or an original checkpoint: a directory or a hub id.")
+CHECKPOINT = positional(
+    "model", "DIR", "A latent or an original checkpoint: a directory, a hub id or a GGUF file."
+)
 AGAINST = Option("against", "The original, to compare with.", "MODEL")
 
 EVALUATION = (

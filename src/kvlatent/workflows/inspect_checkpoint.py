@@ -19,7 +19,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     """Family, widths, selection, cache bytes per token (computed), and the figures of the run that made it.
 
     Args:
-        model: directory or hub id, of a latent checkpoint or of a supported original.
+        model: directory or hub id of a latent checkpoint, or of a supported original; or its GGUF file.
 
     Returns:
         A JSON-able dict. `cache_bytes_per_token` is for the checkpoint's own dtype. "figures" is there when a local
