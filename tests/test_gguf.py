@@ -49,6 +49,14 @@ def test_another_dtype_where_it_is_asked_for(make_gguf):
     assert load_model(make_gguf(), dtype="bfloat16").dtype == torch.bfloat16
 
 
+def test_it_is_saved_as_a_plain_checkpoint(make_gguf, tmp_path):
+    """transformers refuses to save what it holds for quantised."""
+    loaded = load_model(make_gguf(kind=TYPES.Q8_0))
+    loaded.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(logits(load_model(tmp_path / "plain"), tokens()), logits(loaded, tokens()))
+
+
 def test_where_the_weights_come_from(make_gguf, tmp_path):
     assert describe_weights(make_gguf(kind=TYPES.Q4_1)) == "dequantised from m.gguf (Q4_1)"
     assert describe_weights(tmp_path) == "dequantised from m.gguf (Q4_1)"

@@ -30,7 +30,6 @@ __all__ = [
     "describe_weights",
     "find_gguf",
     "gguf_config",
-    "make_plain",
     "open_gguf",
 ]
 
@@ -130,7 +129,12 @@ def describe_weights(source: str | Path) -> str | None:
     if gguf is None:
         try:
             said = json.loads(Path(source, "run.json").read_text(encoding="utf-8")).get("weights")
-        except (OSError, ValueError, AttributeError):  # made otherwise, or damaged, which its readers say
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ):  # none, or damaged, which its readers say
             return None
         return said if isinstance(said, str) else None
     how = "read" if gguf.quantisation in _FLOATS else "dequantised"
@@ -156,18 +160,6 @@ def check_tensors_read(gguf: Gguf, model: Any) -> None:
             f"transformers' reader of GGUF leaves out {len(unread)} of the {len(gguf.tensors)} tensors of {gguf.path}, "
             f"e.g. {unread[0]}, so it would be another model; take the model's safetensors checkpoint"
         )
-
-
-def make_plain(model: Any) -> None:
-    """Take off what marks a model as quantised, in place: its weights are floats, and are saved as such."""
-    model.is_quantized = False
-    for owner, names in (
-        (model.config, ("quantization_config",)),
-        (model, ("hf_quantizer", "quantization_method")),
-    ):
-        for name in names:
-            if hasattr(owner, name):
-                delattr(owner, name)
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-from kvlatent.checkpoints.gguf_files import Gguf, check_tensors_read, gguf_config, make_plain, open_gguf
+from kvlatent.checkpoints.gguf_files import Gguf, check_tensors_read, gguf_config, open_gguf
 from kvlatent.checkpoints.remote_code import MODULE_NAME, remote_code
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.checkpoints.weight_files import check_weights, first_line, weights_dtype
@@ -72,7 +72,6 @@ def load_model(
             )
     if gguf is not None:
         check_tensors_read(gguf, model)
-        make_plain(model)
         model.config._name_or_path = path
     check_finite_weights(model, path)
     # What is saved from it later must be tied or not as it was loaded, whatever the file said.
@@ -85,6 +84,7 @@ def _read_weights(path: str, gguf: Gguf | None, config: Any, dtype: Any) -> tupl
     place, more = path, {}
     if gguf is not None:
         place, name = gguf.loading()
+        # Without it what is loaded counts as quantised, although it is not, and cannot be saved.
         more = {"gguf_file": name, "quantization_config": GgufConfig(dequantize=True)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -71,7 +71,7 @@ _PROSE = _Scene(
     text="the docstrings and the language reference of this Python",
     held_out="held-out docstrings",
     prompt="The most important thing to know about the sea is",
-    evaluation_tokens=16_384,
+    evaluation_tokens=8_192,
     copy_trials=10,
     documents=prose_documents,
 )
