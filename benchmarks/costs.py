@@ -4,7 +4,7 @@
     python benchmarks/costs.py memory [--calibrated]                 peak of a conversion over the size of the original
     python benchmarks/costs.py stage1 [--model DIR] [--data FILE]    a step over a forward and a backward of the layers
 
-Without --model it is the embedded model, without --data the standard library's held-out modules. One JSON document goes to
+Without --model it is the embedded model (smollm2: a real one, see real_model.py), without --data the standard library's held-out modules. One JSON document goes to
 stdout. Memory is the largest resident size of this process over that after the imports, of a Llama with constant weights
 (1.05 GiB in fp32), so it needs a process of its own.
 """
@@ -35,6 +35,7 @@ from kvlatent.selection.choices import PAPER
 from kvlatent.text.standard_library import model_path
 from kvlatent.training.layer_loss import capture, layer_losses
 from kvlatent.training.trainable import prepare_for_training
+from kvlatent_cli.named_models import resolve_model
 
 LONG = 2048
 
@@ -174,7 +175,7 @@ def main() -> None:
     )
     measures = {"seconds": measure_seconds, "memory": measure_memory, "stage1": measure_stage1}
     parser.add_argument("what", choices=measures)
-    parser.add_argument("--model", default=str(model_path()))
+    parser.add_argument("--model", type=resolve_model, default=str(model_path()), help="or smollm2")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--blocks", type=int, default=128, help="of calibration")
     parser.add_argument("--block-size", type=int, default=512)

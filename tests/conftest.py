@@ -97,3 +97,22 @@ def make_corpus(tiny_tokenizer, tmp_path):
         )
 
     return call
+
+
+@pytest.fixture
+def gguf_original():
+    """The model that `make_gguf` writes unless it is told of another."""
+    from tiny import tiny_model
+
+    return tiny_model("llama-mha", vocab_size=300, num_key_value_heads=2)
+
+
+@pytest.fixture
+def make_gguf(tmp_path, tiny_tokenizer, gguf_original):
+    """Write a GGUF file, F32 unless another type is given, into the test's own folder."""
+    from gguf_writing import F32, write_gguf
+
+    def call(name="m.gguf", kind=F32, of=gguf_original, **more):
+        return write_gguf(tmp_path / name, of, tiny_tokenizer, kind, **more)
+
+    return call

@@ -43,7 +43,7 @@ FLAGS = {
     "report": ["PATH...", "--out", "--overwrite", "--json"],
     "generate": ["DIR", "--prompt", "--max-new-tokens", "--temperature", "--seed", *SHARED],
     "inspect": ["DIR", "--json"],
-    "demo": ["--out", "--preset", "--tokens", "--overwrite", "--json"],
+    "demo": ["--out", "--model", "--preset", "--tokens", "--overwrite", "--json"],
 }  # fmt: skip
 
 

@@ -70,7 +70,12 @@ def study() -> dict:
 def demo() -> dict:
     side = {"cache_bytes_per_token": BYTES, "perplexity": LONG, "copy_accuracy": {BYTES: LONG}}
     both = {"original": side | {"continuation": "a"}, "latent": side | {"continuation": "b"}}
-    return {**both, "prompt": "p", "out": "o", "minutes": 1.0}
+    about = {
+        "model": "m" * 60,
+        "weights": "dequantised from m.gguf (Q4_1)",
+        "held_out": "held-out docstrings",
+    }
+    return {**both, **about, "prompt": "p", "out": "o", "minutes": 1.0}
 
 
 FACTS = {

@@ -168,7 +168,7 @@ def demo_listing(report: Mapping[str, Any]) -> list[Any]:
     listing.add_row(
         "cache bytes per token (measured)", *(f"{side['cache_bytes_per_token']:,.0f}" for side in sides)
     )
-    listing.add_row("perplexity on held-out modules", *(f"{side['perplexity']:.3f}" for side in sides))
+    listing.add_row(f"perplexity on {report['held_out']}", *(f"{side['perplexity']:.3f}" for side in sides))
     for distance in report["original"]["copy_accuracy"]:
         shares = (f"{side['copy_accuracy'][distance]:.1%}" for side in sides)
         listing.add_row(f"copies a random string, {distance} tokens back", *shares)
@@ -176,4 +176,9 @@ def demo_listing(report: Mapping[str, Any]) -> list[Any]:
         f"\n{name} continues {report['prompt']!r}:\n{side['continuation']}"
         for name, side in zip(("original", "latent"), sides, strict=True)
     ]
-    return [listing, *lines, f"\nsaved in {report['out']} ({report['minutes']:.1f} min)"]
+    about = (
+        [f"{report['model']}{', ' if report['weights'] else ''}{report['weights'] or ''}"]
+        if report["model"]
+        else []
+    )
+    return [*about, listing, *lines, f"\nsaved in {report['out']} ({report['minutes']:.1f} min)"]

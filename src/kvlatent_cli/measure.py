@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .measured_listings import evaluation_listing, study_listing
+from .named_models import read_model
 from .options import (
     DEVICE,
     DRY_RUN,
@@ -26,7 +27,9 @@ from .options import (
 )
 from .session import Session
 
-CHECKPOINT = positional("model", "DIR", "A latent or an original checkpoint: a directory or a hub id.")
+CHECKPOINT = positional(
+    "model", "DIR", "A latent or an original checkpoint: a directory, a hub id or a GGUF file."
+)
 AGAINST = Option("against", "The original, to compare with.", "MODEL")
 
 EVALUATION = (
@@ -87,7 +90,7 @@ STUDY = (
         "Study to run: conversion, choices, widths, lora-rank, stages, objective, rope or token-eviction.",
     ),
     Option("out", "Folder of results, one file a cell.", "DIR", Path, REQUIRED),
-    Option("model", "The original; the embedded model by default.", "MODEL"),
+    Option("model", "The original, or smollm2; the embedded model by default.", "MODEL", read=read_model),
     Option("data", "Text to calibrate and train on.", "FILE"),
     EVAL_DATA,
     Option("seeds", "Random seeds, one cell each.", "N,...", read=read_numbers),

@@ -148,7 +148,7 @@ def read_bytes(flag: str, text: str) -> float:
     return size
 
 
-MODEL = positional("model", "MODEL", "The original checkpoint: a directory or a hub id.")
+MODEL = positional("model", "MODEL", "The original checkpoint: a directory, a hub id or a GGUF file.")
 LATENT = positional("model", "DIR", "A latent checkpoint: a directory or a hub id.")
 DATA = Option(
     "data",

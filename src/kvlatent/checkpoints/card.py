@@ -77,8 +77,9 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 
 def _describe_conversion(record: Mapping[str, Any]) -> str:
-    """Sentences on what the conversion looked at, and what it warned of."""
-    notes = [f"{note[0].upper()}{note[1:]}." for note in record["plan"].get("notes", ())]
+    """Sentences on what the weights were, what the conversion looked at, and what it warned of."""
+    notes = [f"The original's weights were {record['weights']}."] if record.get("weights") else []
+    notes += [f"{note[0].upper()}{note[1:]}." for note in record["plan"].get("notes", ())]
     calibration = record.get("calibration")
     if calibration:
         align = record["plan"]["choices"]["align"]

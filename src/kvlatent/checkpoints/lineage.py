@@ -16,10 +16,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from kvlatent.checkpoints.gguf_files import Gguf, open_gguf
+
 __all__ = ["lineage"]
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _CACHED = re.compile(r"models--(.+)")  # folder of a model in the cache of the hub
+_HUB_LINK = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/?")
 _STEP = re.compile(
     r"checkpoint-\d+"
 )  # folder of a training run: "output/checkpoint-500" is no name on the hub
@@ -29,13 +32,23 @@ def lineage(model: str | Path) -> dict[str, Any]:
     """Metadata of a card for what is made from `model`; what is not known is left out. JSON-able.
 
     Args:
-        model: directory or hub id. Of a directory the hub's name is known where it lies in the cache of the hub, or its
-            config says it; else the base model that its own card names is taken.
+        model: directory, hub id or GGUF file. Of what is local the hub's name is known where it lies in the cache of the
+            hub, or its config says it; else the base model that its own card names is taken, or its GGUF file.
     """
-    card = _metadata(model)
+    gguf = open_gguf(model)
+    card = ({} if gguf is None else _said_by(gguf)) | _metadata(model)
     carried = {name: card[name] for name in _CARRIED if _is_text(card.get(name))}
     base = next(_names(model), None) or _hub_names(card.get("base_model"))
     return {"base_model": base, **carried} if base else carried
+
+
+def _said_by(gguf: Gguf) -> dict[str, Any]:
+    """What a GGUF file says of its model, in the words of a card."""
+    said = {name: gguf.settings.get(f"general.{name.replace('_', '.')}") for name in _CARRIED}
+    said["language"] = gguf.settings.get("general.languages")
+    links = (gguf.settings.get(f"general.{of}.repo_url") for of in ("source", "base_model.0"))
+    named = (_HUB_LINK.fullmatch(link) for link in links if isinstance(link, str))
+    return said | {"base_model": next((match[1] for match in named if match), None)}
 
 
 def _metadata(model: str | Path) -> dict[str, Any]:
@@ -43,7 +56,7 @@ def _metadata(model: str | Path) -> dict[str, Any]:
     try:
         local = Path(model, constants.REPOCARD_NAME)
         metadata = metadata_load(
-            local if Path(model).is_dir() else hf_hub_download(str(model), constants.REPOCARD_NAME)
+            local if Path(model).exists() else hf_hub_download(str(model), constants.REPOCARD_NAME)
         )
     except (OSError, ValueError, YAMLError):
         return {}
@@ -52,7 +65,7 @@ def _metadata(model: str | Path) -> dict[str, Any]:
 
 def _names(model: str | Path) -> Iterator[str]:
     """Names on the hub of a model, the surest first."""
-    if not Path(model).is_dir():
+    if not Path(model).exists():
         yield str(model)
         return
     for part in reversed(Path(model).resolve().parts):

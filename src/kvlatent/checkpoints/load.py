@@ -1,6 +1,6 @@
 """Where checkpoints come from and go to: registration with transformers, loading, atomic saving.
 
-safetensors only. What is written appears whole or not at all (see `output`).
+safetensors, or a GGUF file dequantised. What is written appears whole or not at all (see `output`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from kvlatent.checkpoints.gguf_files import Gguf, check_tensors_read, gguf_config, open_gguf
 from kvlatent.checkpoints.remote_code import MODULE_NAME, remote_code
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.checkpoints.weight_files import check_weights, first_line, weights_dtype
@@ -43,14 +44,14 @@ def load_model(
     """Load an original or latent causal language model of a supported family, in eval mode.
 
     Args:
-        path_or_id: a local directory or a hub id.
-        dtype: "float32", "bfloat16", ...; None keeps the checkpoint's.
+        path_or_id: a local directory, a hub id, or a GGUF file, or a directory that holds one and no safetensors.
+        dtype: "float32", "bfloat16", ...; None keeps the checkpoint's, and is float32 for a GGUF file.
         device: "cpu", "cuda", ...
 
     Raises:
         FileNotFoundError: no such directory or hub id.
         ValueError: unsupported architecture; weights missing, truncated, pickled, not finite, or with missing or
-            unexpected names.
+            unexpected names; a GGUF file of which transformers would make another model.
     """
     register()
     path = str(path_or_id)
@@ -58,22 +59,10 @@ def load_model(
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
     config = load_config(path)
     family_of(config)
-    if Path(path).is_dir():
+    gguf = open_gguf(path)
+    if gguf is None and Path(path).is_dir():
         check_weights(Path(path), config)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        model, info = loaded
-    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
-        raise ValueError(
-            f"cannot load the weights of {path}: {first_line(error)}; download the checkpoint again"
-        ) from error
+    model, info = _read_weights(path, gguf, config, "auto" if dtype is None else dtype)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info.get(kind) or ())
         if names:
@@ -81,22 +70,47 @@ def load_model(
                 f"the weights of {path} do not fit its config: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; "
                 "download or convert the checkpoint again"
             )
+    if gguf is not None:
+        check_tensors_read(gguf, model)
+        model.config._name_or_path = path
     check_finite_weights(model, path)
     # What is saved from it later must be tied or not as it was loaded, whatever the file said.
     model.config.tie_word_embeddings = has_tied_head(model)
     return model.to(device).eval()
 
 
-def load_config(path: str) -> Any:
-    """The transformers config of a local directory or hub id; where it names no dtype, with the weights' own."""
-    local = Path(path)
-    if local.exists() and not local.is_dir():
-        raise ValueError(
-            f"{path} is a file, not a model directory; give the directory that holds config.json"
+def _read_weights(path: str, gguf: Gguf | None, config: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """The model as transformers loads it, and what it says of the names of the weights."""
+    place, more = path, {}
+    if gguf is not None:
+        place, name = gguf.loading()
+        # Without it what is loaded counts as quantised, although it is not, and cannot be saved.
+        more = {"gguf_file": name, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            **more,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(
+            f"cannot load the weights of {path}: {first_line(error)}; download the checkpoint again"
+        ) from error
+    return loaded
+
+
+def load_config(path: str) -> Any:
+    """The transformers config of a model (see `load_model`); where it names no dtype, with the weights' own."""
+    local, gguf = Path(path), open_gguf(path)
+    if gguf is not None:
+        return gguf_config(gguf)
     if local.is_dir() and not (local / "config.json").is_file():
         raise ValueError(
-            f"{path} holds no config.json, so it is no model directory; give a checkpoint's directory"
+            f"{path} holds no config.json and no .gguf file, so it is no model directory; give a checkpoint's directory"
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)

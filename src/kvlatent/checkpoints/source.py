@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from kvlatent.checkpoints.gguf_files import describe_weights
 from kvlatent.checkpoints.load import load_model
 from kvlatent.jobs.fingerprints import identity, model_fingerprint
 from kvlatent.jobs.record import name_for_record
@@ -22,12 +23,17 @@ def resolve_model(source: ModelSource, dtype: str | None, device: str) -> PreTra
 
 
 def name_and_fingerprint(model: PreTrainedModel, source: ModelSource) -> dict[str, str]:
-    """Name (see `record.name_for_record`) and fingerprint: of the files where there are files, else of the weights."""
+    """Name (see `record.name_for_record`) and fingerprint: of the files where there are files, else of the weights.
+
+    And "weights" for a GGUF file, see `describe_weights`.
+    """
     loaded = isinstance(source, PreTrainedModel)
     name = getattr(model.config, "_name_or_path", "") if loaded else str(source)
+    weights = None if loaded else describe_weights(source)
     return {
         "name": name_for_record(name) if name else type(model).__name__,
         "fingerprint": model_fingerprint(model) if loaded else identity(source),
+        **({} if weights is None else {"weights": weights}),
     }
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kvlatent.checkpoints.gguf_files import open_gguf
 from kvlatent.checkpoints.weight_files import first_line
 from kvlatent.jobs.fingerprints import tokenizer_state
 
@@ -42,13 +44,18 @@ _HARD_STRINGS = (
 
 
 def load_tokenizer(path_or_id: str | Path, config: Any) -> Any:
-    """Load a tokenizer, and warn where it knows tokens that the embedding lacks.
+    """Load a tokenizer, a GGUF file's own where that is the model; warn where it knows tokens that the embedding lacks.
 
     Raises:
         FileNotFoundError: there is none, or none that loads; where a package is missing, the sentence names it.
     """
+    gguf = open_gguf(path_or_id)
+    place, more = str(path_or_id), {}
+    if gguf is not None:
+        place, name = gguf.loading()
+        more = {"gguf_file": name}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path_or_id), trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **more)
     except _LOADING_FAILS as error:
         lacking = _lacking_packages(str(path_or_id))
         if lacking:
@@ -57,6 +64,9 @@ def load_tokenizer(path_or_id: str | Path, config: Any) -> Any:
                 f"{'is' if len(lacking) == 1 else 'are'} not installed; pip install {' '.join(lacking)}"
             ) from error
         raise FileNotFoundError(f"{path_or_id} has no tokenizer that loads: {first_line(error)}") from error
+    if gguf is not None:
+        tokenizer = _without_tokens_from(gguf.num_tokens, tokenizer)
+        tokenizer.name_or_path = str(gguf.path)  # not its directory, whose files may be another tokenizer's
     if len(tokenizer) > config.vocab_size:
         warnings.warn(
             f"the tokenizer knows {len(tokenizer)} tokens and the embedding has {config.vocab_size} rows: a text that "
@@ -64,6 +74,17 @@ def load_tokenizer(path_or_id: str | Path, config: Any) -> Any:
             stacklevel=1,
         )
     return tokenizer
+
+
+def _without_tokens_from(number: int, tokenizer: Any) -> Any:
+    """The tokenizer without added tokens from an id on: transformers gives every GPT-2 vocabulary an <|endoftext|>."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in state["added_tokens"] if token["id"] < number]
+    if len(kept) == len(state["added_tokens"]):
+        return tokenizer
+    backend = Tokenizer.from_str(json.dumps(state | {"added_tokens": kept}))
+    special = tokenizer.special_tokens_map
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **special)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:

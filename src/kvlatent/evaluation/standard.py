@@ -57,10 +57,10 @@ def evaluate(
     On a text they are those of `kvlatent eval --checks perplexity`, to the bit.
 
     Args:
-        model: a directory, a hub id or a loaded model.
+        model: a directory, a hub id, a GGUF file or a loaded model.
         data: a text file or hub data set, all of which is scored; or blocks made by `text.corpus.evaluation_blocks`.
         against: the original.
-        tokenizer: of the text; None takes the model's own (then `model` is a directory or hub id).
+        tokenizer: of the text; None takes the model's own (then `model` is no loaded one).
         block_size: tokens a window of the text; None takes 512, or the context where that is shorter.
         batch_size: windows or blocks read together; None takes 8, of a text fewer of a large model.
         max_tokens: score no more than so many tokens, from the start of the text; None scores all.
@@ -125,9 +125,9 @@ def standard_evaluation(
     nobody chose is as much as two minutes on two cores hold, by the models' size (see `extent`).
 
     Args:
-        model, against: directories, hub ids or loaded models.
+        model, against: directories, hub ids, GGUF files or loaded models.
         data: a text file or hub data set; None: the standard library text.
-        tokenizer: of the text; None takes the model's own (then `model` is a directory or hub id).
+        tokenizer: of the text; None takes the model's own (then `model` is no loaded one).
         checks: by name; None takes them all, without `against` those that need no original, and of a very large model
             those that end in time.
         dtype, device: to load with.

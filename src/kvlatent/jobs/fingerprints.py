@@ -26,7 +26,7 @@ __all__ = [
     "weights_fingerprints",
 ]
 
-_MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+_MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.gguf")
 
 
 def fingerprint(plan: Any) -> str:

@@ -32,7 +32,17 @@ __all__ = [
 ]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[^:/\\]*){0,2}")
-_PACKAGES = ("kvlatent", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+_PACKAGES = (
+    "kvlatent",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "gguf",
+    "numpy",
+)
 
 
 class Result(BaseModel):

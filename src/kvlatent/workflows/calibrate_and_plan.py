@@ -45,7 +45,7 @@ def calibrate_checkpoint(
     """Collect the statistics of `model` over a sample of `data` and save them in one file, for any widths.
 
     Args:
-        model: directory or hub id of the original.
+        model: directory, hub id or GGUF file of the original.
         data: text; nothing of it is held out, so measure on another one.
         out: file to write, safetensors.
         overwrite: replace it.
@@ -81,7 +81,7 @@ def plan_checkpoint(
     """The widths that a budget is best spent on, what they are worth, and the error at other budgets.
 
     Args:
-        model: directory or hub id of the original.
+        model: directory, hub id or GGUF file of the original.
         data: text to calibrate on; statistics: file of an earlier calibration instead.
         memory_bytes: of the device that serves, for the longest context.
         figure: picture of error against budget to write (.svg, .png or .pdf); overwrite: replace it.

@@ -71,7 +71,7 @@ def compress(
     A call that was killed continues when it is repeated with the same arguments.
 
     Args:
-        model: directory or hub id of the original.
+        model: directory, hub id or GGUF file of the original.
         data: training text: .txt, .jsonl, .json, .parquet or a hub data set. The calibration looks at a sample of it.
         out: directory to write; `out.partial` beside it holds unfinished work.
         eval_data: text to measure on; None takes the part of `data` that is held out from training.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kvlatent.checkpoints.gguf_files import describe_weights
 from kvlatent.checkpoints.load import load_config
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import table_scope
@@ -18,7 +19,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     """Family, widths, selection, cache bytes per token (computed), and the figures of the run that made it.
 
     Args:
-        model: directory or hub id, of a latent checkpoint or of a supported original.
+        model: directory or hub id of a latent checkpoint, or of a supported original; or its GGUF file.
 
     Returns:
         A JSON-able dict. `cache_bytes_per_token` is for the checkpoint's own dtype. "figures" is there when a local
@@ -38,6 +39,8 @@ def describe(model: str | Path) -> dict[str, Any]:
         "family": family.model_type,
         "is_latent": saved is not None,
     }
+    if (weights := describe_weights(model)) is not None:
+        document["weights"] = weights
     document |= {
         "num_hidden_layers": layers,
         "num_key_value_heads": heads,

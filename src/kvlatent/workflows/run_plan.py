@@ -111,7 +111,7 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
     """What `compress` would do with these arguments; reads the model's config, not its weights.
 
     Args:
-        model: directory or hub id of the original.
+        model: directory, hub id or GGUF file of the original.
         has_text: there is text, or statistics of a text, to calibrate on; otherwise choices that need them give way.
         is_measured: there is text to measure the result on.
         options: see `RUN_OPTIONS`.

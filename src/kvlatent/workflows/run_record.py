@@ -64,12 +64,14 @@ class EarlierRun(Result):
 class RunRecord(Provenance):
     """`run.json`; the first of `earlier` is the conversion, where a later stage was trained on its result.
 
+    `weights` says where the original's came from if not from a checkpoint of floats ("dequantised from m.gguf (Q4_1)").
     `figures` are those of "original", "converted", "stage1" and "latent", `training` those of "stage1" and "stage2".
     """
 
     fingerprint: str | None = None
     plan: dict[str, Any] = Field(default_factory=dict)
     source: dict[str, Any] | None = None
+    weights: str | None = None
     sha256: dict[str, str | None] = Field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     conversion: ConversionFigures | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.card import model_card
+from kvlatent.checkpoints.gguf_files import describe_weights
 from kvlatent.checkpoints.lineage import lineage
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
@@ -97,6 +98,7 @@ def describe_run(
     return {
         "command": command_line(command, model, typed),
         "source": lineage(model),
+        "weights": describe_weights(model),
         "sha256": dict(sha256),
         **environment(device),
     }

@@ -124,7 +124,7 @@ def train(
         stage: 1 or 2.
         data: text, as for `corpus.prepare`.
         out: directory to write; not empty only with `overwrite`, or when it is `model` itself (in place).
-        teacher: directory or hub id of the original; stage II on next tokens does without.
+        teacher: directory, hub id or GGUF file of the original; stage II on next tokens does without.
         recipe: a `Recipe`, a YAML file, or None for the defaults.
         overrides: `section.key=value` on top of it; tokens, dtype, seed: of the stage, on top of both.
         device: "auto", "cpu" or "cuda".

@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvlatent.checkpoints.gguf_files import open_gguf
 from kvlatent.checkpoints.save import save
 from kvlatent.evaluation.perplexity import Perplexity, summarise
+from kvlatent.jobs.atomic import atomic_directory
 from kvlatent.jobs.progress import Progress
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, widths_of
 from kvlatent_lab.study.measure_cell import compare_losses, forget, train_cell
@@ -100,9 +102,9 @@ def check_context(subject: Subject) -> None:
 
 def measure_eviction(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
     """Perplexity of text behind a thinned context, beside the original's behind a whole one, and the bytes kept."""
-    original = subject.remembered("eviction-original", lambda: _score(subject, subject.source.model))
+    original = subject.remembered("eviction-original", lambda: _score(subject, _original(subject)))
     if cell.extra["model"] == "original":
-        checkpoint, on_the_way = subject.source.model, {}
+        checkpoint, on_the_way = _original(subject), {}
     else:
         checkpoint, on_the_way = _export(subject, cell, progress)
     progress.report(f"score, {cell.extra['press']}")
@@ -119,6 +121,22 @@ def measure_eviction(subject: Subject, cell: Cell, progress: Progress) -> dict[s
         "cache_ratio": size / whole,
         **on_the_way,
     }
+
+
+def _original(subject: Subject) -> Path | str:
+    """Where the worker finds the original: weights of a GGUF file are saved plain, since it need not read such files."""
+    if open_gguf(subject.source.model) is None:
+        return subject.source.model
+    path = subject.folder.work / "checkpoints" / "original"
+
+    def make() -> dict[str, Any]:
+        path.parent.mkdir(exist_ok=True)
+        with atomic_directory(path, overwrite=True) as folder:
+            subject.model.save_pretrained(folder)
+        return {}
+
+    subject.remembered("checkpoint-original", make)
+    return path
 
 
 def _export(subject: Subject, cell: Cell, progress: Progress) -> tuple[Path, dict[str, Any]]:
@@ -147,7 +165,7 @@ def _score(subject: Subject, checkpoint: Any, cell: Cell | None = None) -> dict[
     extra = {"press": "none", "evicted": 0.0} if cell is None else dict(cell.extra)
     job = {
         "checkpoint": str(checkpoint),
-        "latent": checkpoint != subject.source.model,
+        "latent": cell is not None and cell.extra["model"] != "original",
         "context": context,
         "dtype": str(subject.dtype).removeprefix("torch."),
         "device": subject.device,

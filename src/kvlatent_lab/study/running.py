@@ -53,7 +53,7 @@ def study(
 
     Args:
         name: of the study, see `STUDIES`.
-        model: directory or hub id of the original; None is the embedded model.
+        model: directory, hub id or GGUF file of the original; None is the embedded model.
         out: the results' directory.
         data: text to calibrate and train on; None, for the embedded model, is the standard library's.
         eval_data: text to measure on; None takes a part held out from `data`.

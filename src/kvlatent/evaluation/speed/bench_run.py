@@ -61,7 +61,7 @@ def bench(
     Without contexts, as much is measured as two minutes on two cores hold, by the models' size (see `extent`).
 
     Args:
-        model, original: a directory, a hub id or a loaded model.
+        model, original: a directory, a hub id, a GGUF file or a loaded model.
         batches: sequences at once.
         contexts: prompt lengths, tokens; None takes 256, 1024 and 4096 as far as the models' context and size allow.
         new_tokens: tokens that are added to a prompt; None takes 16, without contexts fewer of a large model.
