@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from kvlatent.evaluation.branches import additive_mask
 from kvlatent.evaluation.speed.caches import make_cache
 
 __all__ = ["read_through_cache"]
@@ -57,7 +58,7 @@ def read_through_cache(model: Any, kind: str) -> Generator[None]:
         cache = make_cache(kind, model.config, length)
         for layer in cache.layers:
             layer.residual_length = 1
-        mask = None if position_ids is None else document_mask(position_ids)
+        mask = None if position_ids is None else additive_mask(document_mask(position_ids), model.dtype)
         parts = []
         for start in range(0, length, size := stretch(length)):
             end = min(length, start + size)

@@ -104,17 +104,17 @@ class Columns:
         return found | {"order": self.order}
 
     def blocks(self, name: str) -> Any:
-        """Blocks of a text, documents apart."""
-        size = self.sizes.block_size
+        """Blocks of a text, documents apart, evenly spread over it: one long and odd document must not decide a figure."""
+        size, wanted = self.sizes.block_size, self.sizes.blocks
         blocks = evaluation_blocks(
             self.texts[name],
             self.tokenizer,
             size,
             cache_dir=self.work / "blocks",
             vocab_size=self.config.vocab_size,
-            max_tokens=(self.sizes.blocks + 1) * size,
         )
-        return blocks.select(range(min(self.sizes.blocks, len(blocks))))
+        step = max(1, len(blocks) // wanted)
+        return blocks.select(range(0, step * min(wanted, len(blocks)), step))
 
     def _states(self, model: Any, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """What the head reads [B, T, D] and the labels [B, T], a few blocks at a time."""
