@@ -100,6 +100,32 @@ def test_training_chooses_its_rate_and_says_so(place, call, monkeypatch):
     found = row(place, "paper-50-kl-0.3M")["figures"]
     assert found["training"]["learning_rate"] in (1e-4, 3e-4, 1e-3)
     assert found["training"]["tokens_trained"] >= 256
+    (place / "tasks" / "hellaswag.jsonl").write_text((place / "tasks" / "arc_easy_test.jsonl").read_text())
+    monkeypatch.setattr("kvlatent.training.stages._run", lambda *_: pytest.fail("trained anew"))
+    assert call("--only", "paper-50-kl-0.3M").split() == ["paper-50-kl-0.3M"]
+    later = row(place, "paper-50-kl-0.3M")["figures"]
+    assert {"task hellaswag"} == set(later) - set(found)
+    (place / "tasks" / "hellaswag.jsonl").unlink()
+
+
+def test_a_quantised_cache_is_read_by_every_column(place, call, monkeypatch):
+    module = importlib.import_module("kvlatent_lab.baseline.table_rows")
+    monkeypatch.setitem(module.QUANTISED, "int4", "quantized-fp8")
+    call("--only", "original,original-int4")
+    whole, quantised = (row(place, name)["figures"] for name in ("original", "original-int4"))
+    assert quantised["cache"]["bytes_per_token"] < whole["cache"]["bytes_per_token"]
+    assert 0 < quantised["text fineweb"]["kl"] < 1
+    assert quantised["order"]["margin"] != whole["order"]["margin"]
+    assert quantised["needle 512"]["rank"] != whole["needle 512"]["rank"]
+
+
+def test_a_cache_without_its_package_waits_for_it(place, call, monkeypatch, capsys):
+    def refuse(*_):
+        raise ValueError("cache quantized-int8-hqq needs the package hqq")
+
+    monkeypatch.setattr("kvlatent_lab.baseline.baseline_run.check_caches", refuse)
+    assert call("--only", "original-int8") == "\n"
+    assert not (place / "out" / "original-int8.json").exists()
 
 
 def test_a_row_that_cannot_be_is_a_result(place, call):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -145,7 +146,7 @@ class Baseline:
     def until_done(self, pattern: str | None = None) -> list[str]:
         """Measure every row that is not finished and that no other process is at; returns the names of those measured."""
         measured: list[str] = []
-        rows = pick_rows(self.rows, pattern)
+        rows = [row for row in pick_rows(self.rows, pattern) if self._has_cache(row)]
         while todo := [row for row in rows if self._lacks(row)]:
             before = len(measured)
             for row in todo:
@@ -156,6 +157,15 @@ class Baseline:
             if len(measured) == before:
                 break
         return measured
+
+    def _has_cache(self, row: TableRow) -> bool:
+        """Whether the row's cache works here; says why not, and leaves the row to a call that has the package."""
+        try:
+            check_caches([row.cache], [self.subject.model.config], self.subject.model.device)
+        except ValueError as error:
+            self.progress.report(f"{row.name} left out: {error}")
+            return False
+        return True
 
     def _lacks(self, row: TableRow) -> list[str]:
         """Columns that are still to be measured; none of a row that cannot be."""
@@ -173,7 +183,6 @@ class Baseline:
         figures, seconds = dict(old["figures"]), dict(old["seconds"])
         failed = {}
         try:
-            check_caches([row.cache], [self.subject.model.config], self.subject.model.device)
             model, made = self._model(row, told)
             seconds |= made.pop("seconds")
             figures |= made
@@ -201,8 +210,9 @@ class Baseline:
             "record": record,
         }
         write_text(self.folder.step_file(row.name), json.dumps(document) + "\n")
-        if row.cell is not None and not failed:
-            forget(self.subject, row.cell)
+        if row.cell is not None:  # the trained weights stay, for columns that are still to come
+            for checkpoint in (self.folder.work / "training" / row.cell.name).glob("stage*/checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _column(self, name: str, model: PreTrainedModel, cache: str) -> dict[str, Any]:
         if name == "cache":

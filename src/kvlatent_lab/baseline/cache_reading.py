@@ -49,16 +49,19 @@ def read_through_cache(model: Any, kind: str) -> Generator[None]:
         past_key_values: Any = None,
         **given: Any,
     ) -> Any:
-        if past_key_values is not None or attention_mask is not None:
+        if past_key_values is not None or (attention_mask is not None and attention_mask.dim() != 4):
             raise ValueError(
-                "a quantised cache is measured on whole texts without padding: got a mask or a cache; leave them out"
+                "a quantised cache is measured on whole texts without padding: got a mask of padding or a cache; leave "
+                "them out"
             )
         given.pop("use_cache", None)
         length = input_ids.shape[1]
         cache = make_cache(kind, model.config, length)
         for layer in cache.layers:
             layer.residual_length = 1
-        mask = None if position_ids is None else additive_mask(document_mask(position_ids), model.dtype)
+        mask = attention_mask  # [B, 1, T, T], from who lays several texts into one row
+        if mask is None and position_ids is not None:
+            mask = additive_mask(document_mask(position_ids), model.dtype)
         parts = []
         for start in range(0, length, size := stretch(length)):
             end = min(length, start + size)
