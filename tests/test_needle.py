@@ -160,6 +160,15 @@ def test_batch_size_and_repetition_change_nothing(tiny_llama, tiny_tokenizer):
     assert needle(tiny_llama, tiny_tokenizer, **options, seed=1)["rank"] != first["rank"]
 
 
+def test_a_template_repeats_what_it_names(tiny_tokenizer):
+    template = "The {key} holds {value}. So {value} is in the {key}."
+    (one,) = written_needles(tiny_tokenizer, 1, 3, template, seed=0)
+    planted = tiny_tokenizer.decode(one.planted)
+    number = tiny_tokenizer.decode(one.value).strip()
+    assert planted.count(number) == 2
+    assert "{" not in planted
+
+
 def test_a_template_is_written_and_asked(tiny_tokenizer):
     model = copying()
     needle(model, tiny_tokenizer, contexts=[200], depths=[0.5], trials=2, needle_tokens=5, template=TEMPLATE)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,6 +193,24 @@ def test_limit_shots_and_a_comparison(folder, tiny_llama, tiny_tokenizer):
     assert compare_tasks(one, one)["tasks"]["choice"]["acc_stderr"] is None
     with pytest.raises(ValueError, match="got {'choice': 6} and {'choice': 1}; run both alike"):
         compare_tasks(original, one)
+
+
+def test_answers_pair_two_models_question_by_question(folder, tiny_llama, tiny_tokenizer):
+    options = {"include_path": folder, "answers": True}
+    original = run_tasks(tiny_llama, tiny_tokenizer, ["choice", "rolling"], **options)
+    other = run_tasks(copy.deepcopy(tiny_llama), tiny_tokenizer, ["choice", "rolling"], **options)
+    scores = original["answers"]["choice"]["acc"]
+    assert len(scores) == len(QUESTIONS)
+    assert sum(scores) / len(scores) == original["tasks"]["choice"]["acc"]
+    assert original["answers"]["rolling"] == {}  # its metrics are sums over texts
+    same = compare_tasks(original, other)["tasks"]["choice"]
+    assert (same["acc"], same["acc_stderr"]) == (0, 0)
+    other["answers"]["choice"]["acc"] = [1 - scores[0], *scores[1:]]
+    differences = [1 - 2 * scores[0], *[0] * (len(scores) - 1)]
+    error = statistics.stdev(differences) / math.sqrt(len(scores))
+    assert compare_tasks(original, other)["tasks"]["choice"]["acc_stderr"] == pytest.approx(error)
+    del other["answers"]
+    assert compare_tasks(original, other)["tasks"]["choice"]["acc_stderr"] > error
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlatent.evaluation.branches import can_branch, read_branches
 from kvlatent.text.tokenise import check_token_ids
 
 __all__ = [
@@ -130,7 +131,8 @@ def at_the_ends(
 ) -> np.ndarray:
     """`score` of the predictions of the last `keep` tokens of every row, which are read under teacher forcing.
 
-    The model runs in evaluation mode, without a cache, in its own dtype and on its own device.
+    The model runs in evaluation mode, without a cache, in its own dtype and on its own device. Rows that begin alike are
+    read as branches of one beginning where the model's attention allows for it.
 
     Args:
         rows: int64 [R, T].
@@ -142,20 +144,49 @@ def at_the_ends(
     """
     for token in (int(rows.min()), int(rows.max())):
         check_token_ids(token, model.config.vocab_size)
-    scores = []
+    read = _read_whole
+    groups = list(torch.arange(len(rows)).split(batch_size))
+    if can_branch(model) and (families := _families(rows, keep)) is not None:
+        read, groups = _read_branched, list(families.split(max(1, batch_size // families.shape[1])))
+    scores: dict[int, np.ndarray] = {}
     with evaluation_mode(model):
-        for group in torch.from_numpy(rows).split(batch_size):
-            batch = group.to(model.device)
-            output = model(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=keep)
-            logits = output.logits[:, -keep:].float()
+        for places in groups:
+            batch = torch.from_numpy(rows[places.numpy()]).to(model.device)
+            logits = read(model, batch, keep).float()
             if not bool(torch.isfinite(logits).all()):
                 raise ValueError(
                     f"logits must be finite: got NaN or infinity within {rows.shape[1]} tokens; the model's "
                     "weights are broken or its dtype overflows, try float32"
                 )
-            scores.append(score(logits, batch[:, -keep:]).cpu().double())
-            advance(len(group))
-    return torch.cat(scores).numpy()
+            found = score(logits, batch.flatten(0, -2)[:, -keep:]).cpu().double().numpy()
+            scores.update(zip(places.flatten().tolist(), found, strict=True))
+            advance(places.numel())
+    return np.stack([scores[place] for place in range(len(rows))])
+
+
+def _read_whole(model: Any, rows: Tensor, keep: int) -> Tensor:
+    """Logits [B, keep, V] that predict the last tokens of rows [B, T]."""
+    output = model(input_ids=rows[:, :-1], use_cache=False, logits_to_keep=keep)
+    return output.logits[:, -keep:]
+
+
+def _read_branched(model: Any, rows: Tensor, keep: int) -> Tensor:
+    """The same, [G * n, keep, V], of rows [G, n, T] of which the n of a group begin alike."""
+    start = rows.shape[2] - keep - 1
+    return read_branches(model, rows[:, 0, :start], rows[:, :, start:-1]).flatten(0, 1)
+
+
+def _families(rows: np.ndarray, keep: int) -> Tensor | None:
+    """Places [G, n] of rows that are equal but for the last tokens; None where that would not save half of the work."""
+    start = rows.shape[1] - keep - 1
+    if start < keep:
+        return None
+    _, group = np.unique(rows[:, :start], axis=0, return_inverse=True)
+    places = np.argsort(group, kind="stable")
+    sizes = np.unique(np.bincount(group))
+    if len(sizes) > 1 or sizes[0] < 2 or start + sizes[0] * keep > sizes[0] * (start + keep) / 2:
+        return None
+    return torch.from_numpy(places.reshape(-1, sizes[0]))
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:

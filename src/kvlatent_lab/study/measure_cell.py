@@ -28,7 +28,16 @@ from kvlatent_lab.study.grid_cells import Cell, choices_of, recipe_of
 from kvlatent_lab.study.other_selections import SELECTIONS
 from kvlatent_lab.study.subject import Subject
 
-__all__ = ["compare_losses", "convert_cell", "forget", "measure_cell", "measure_model", "train_cell"]
+__all__ = [
+    "collect_cell_statistics",
+    "compare_losses",
+    "convert_cell",
+    "forget",
+    "measure_cell",
+    "measure_model",
+    "name_conversion",
+    "train_cell",
+]
 
 
 def measure_cell(subject: Subject, cell: Cell, progress: Progress) -> dict[str, Any]:
@@ -53,16 +62,16 @@ def convert_cell(subject: Subject, cell: Cell, progress: Progress) -> PreTrained
         return convert(subject.model, d_qk=cell.d_qk, d_vo=cell.d_vo, **shared, seed=cell.seed)
 
     def write(path: Path) -> None:
-        statistics = _statistics(subject, cell, progress)
+        statistics = collect_cell_statistics(subject, cell, progress)
         target = _target(subject, cell, statistics)
         shared.update(statistics=statistics, seed=cell.seed, progress=progress)
         write_attention(convert(subject.model, **target, **shared), path)
 
-    name = f"{_conversion(subject, cell)}.safetensors"
+    name = f"{name_conversion(subject, cell)}.safetensors"
     return restore_attention(subject.model, subject.folder.shared_file(name, write))
 
 
-def _statistics(subject: Subject, cell: Cell, progress: Progress) -> Statistics:
+def collect_cell_statistics(subject: Subject, cell: Cell, progress: Progress) -> Statistics:
     """Over the calibration blocks that the cell's seed draws, as many as the cell's recipe says."""
     recipe = recipe_of(cell, subject.recipe)
     blocks = recipe.calibration.blocks
@@ -94,7 +103,7 @@ def _target(subject: Subject, cell: Cell, statistics: Statistics) -> dict[str, A
     return {"config": choose(subject.model.config, cell.d_qk, cell.d_vo, choices, qk_norm=norm, pairs=pairs)}
 
 
-def _conversion(subject: Subject, cell: Cell) -> str:
+def name_conversion(subject: Subject, cell: Cell) -> str:
     """A name that cells with the same conversion share."""
     about = {"widths": [cell.d_qk, cell.d_vo], "seed": cell.seed, "extra": dict(cell.extra)}
     about |= {"per_layer": True} if cell.per_layer else {}
@@ -120,7 +129,7 @@ def train_cell(
     recipe = recipe_of(cell, subject.recipe)
     figures: dict[str, Any] = {
         "converted_ratio": subject.remembered(
-            f"ratio-{_conversion(subject, cell)}", lambda: _measure_ratio(subject, latent)
+            f"ratio-{name_conversion(subject, cell)}", lambda: _measure_ratio(subject, latent)
         ),
         "tokens_trained": 0,
         "training_seconds": 0.0,

@@ -6,7 +6,7 @@ Perplexity on one text can hold while a model changes; the divergence from the o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from kvlatent.jobs.record import with_error
 from kvlatent.model.head import IGNORED, Head
 from kvlatent.model.time_estimate import rows_at_once
 
-__all__ = ["CHECK", "ENTROPY_RATIO", "FOCUS_KEPT", "check_fidelity", "fidelity"]
+__all__ = ["CHECK", "ENTROPY_RATIO", "FOCUS_KEPT", "check_fidelity", "compare_tokens", "fidelity"]
 
 FOCUS_KEPT = 0.5
 """Share of a layer's focus that is kept; focus is how far attention is from uniform, 1 - entropy / log of keys seen.
@@ -91,6 +91,7 @@ def fidelity(
     divergences: list[float] = []
     counts: list[int] = []
     agreed = 0
+    heads = [Head.of(model.get_output_embeddings()) for model in pair]
     advance = counter(progress, len(blocks))
     with evaluation_mode(*pair):
         for ids, positions, labels in _batches(blocks, batch_size, original.device):
@@ -99,7 +100,7 @@ def fidelity(
             hidden = in_lockstep(pair, ids, positions, chosen, sums)
             for block in range(len(ids)):
                 counted = labels[block] != IGNORED
-                divergence, same = _compare_tokens(pair, [states[block, counted] for states in hidden])
+                divergence, same = compare_tokens(heads, [states[block, counted] for states in hidden])
                 divergences.append(divergence)
                 agreed += same
                 counts.append(int(counted.sum()))
@@ -148,9 +149,15 @@ def _batches(blocks: Any, size: int, device: torch.device) -> Iterator[list[Tens
         yield [torch.as_tensor(columns[name], device=device).long() for name in names]
 
 
-def _compare_tokens(pair: tuple[Any, Any], hidden: list[Tensor]) -> tuple[float, int]:
-    """Summed divergence in nats, and how many argmaxes agree, of tokens [n, D]; no more than a chunk of logits lives."""
-    heads = [Head.of(model.get_output_embeddings()) for model in pair]
+def compare_tokens(heads: Sequence[Head], hidden: Sequence[Tensor]) -> tuple[float, int]:
+    """Summed divergence in nats, and how many argmaxes agree, of tokens [n, D]; no more than a chunk of logits lives.
+
+    Args:
+        heads, hidden: of the original and of the latent model.
+
+    Raises:
+        ValueError: a logit is NaN or infinite.
+    """
     total, agreed = 0.0, 0
     for states in zip(*(h.split(_CHUNK_TOKENS) for h in hidden), strict=True):
         logits = [head.logits(part) for head, part in zip(heads, states, strict=True)]

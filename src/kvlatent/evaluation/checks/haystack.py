@@ -60,7 +60,7 @@ def random_needles(
 def written_needles(
     tokenizer: Any, trials: int, digits: int, template: str, seed: int
 ) -> list[PlantedNeedle]:
-    """A needle a trial in words: {key} becomes an adjective and a noun, {value} a number of so many digits.
+    """A needle a trial in words: {key} becomes an adjective and a noun, {value} a number of so many digits, wherever they stand.
 
     Raises:
         ValueError: the template lacks {key} before {value}, or its last token before the value depends on the value.
@@ -75,11 +75,16 @@ def written_needles(
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    tail, needles = encode(after) if after else [], []
+    needles = []
     for trial in range(trials):
         rng = np.random.default_rng([seed, trial])
-        asked = before.replace("{key}", f"{rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}")
-        whole = encode(asked + "".join(str(digit) for digit in rng.integers(0, 10, digits)))
+        key = f"{rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
+        asked, number = (
+            before.replace("{key}", key),
+            "".join(str(digit) for digit in rng.integers(0, 10, digits)),
+        )
+        whole = encode(asked + number)
+        rest = after.replace("{key}", key).replace("{value}", number)
         question = encode(asked.rstrip())
         value = whole[len(question) :]
         if whole[: len(question)] != question or not value:
@@ -87,7 +92,7 @@ def written_needles(
                 f"the value must begin a token of its own: in {template!r} it joins the text before it; "
                 "put a space before {value}"
             )
-        needles.append(PlantedNeedle(whole + tail, question, value))
+        needles.append(PlantedNeedle(whole + (encode(rest) if rest else []), question, value))
     return needles
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
 from kvlatent.evaluation.check import CheckRequest, Settings
 from kvlatent.evaluation.checks.task_loading import import_lm_eval, loaded_tasks
 from kvlatent.evaluation.evidence import Figures
-from kvlatent.evaluation.sequences import check_counts, context_limit, evaluation_mode
+from kvlatent.evaluation.sequences import check_counts, context_limit, evaluation_mode, mean_and_error
 from kvlatent.jobs.progress import Step
 from kvlatent.jobs.record import with_error
 
@@ -39,6 +40,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    answers: bool = False,
 ) -> dict[str, Any]:
     """Run lm-eval tasks, groups or tags on a loaded model, original or latent.
 
@@ -52,10 +54,11 @@ def run_tasks(
         limit: look at the first so many samples of a task; None looks at all.
         batch_size: requests run together; None takes 8.
         seed: of the examples drawn, and of whatever a task draws.
+        answers: keep the score of every question, by which two models are compared question by question.
 
     Returns:
         {"tasks": {name: {metric: value, metric + "_stderr": value or None, "samples": n, "shots": n}}, "lm_eval":
-        version}. Multiple choice always has "acc" and "acc_norm" (log-likelihood over the answer's characters), None
+        version}, and with `answers` "answers": {name: {metric: [score of each question]}}. Multiple choice always has "acc" and "acc_norm" (log-likelihood over the answer's characters), None
         where the task does not define one. A metric behind a named filter is "metric[filter]".
 
     Raises:
@@ -84,10 +87,11 @@ def run_tasks(
             task_manager=manager,
             limit=limit,
             bootstrap_iters=_RESAMPLES,
-            log_samples=False,
+            log_samples=answers,
             **{f"{what}_seed": seed for what in ("random", "numpy_random", "torch_random", "fewshot_random")},
         )
-    return {"tasks": _figures(results), "lm_eval": results["lm_eval_version"]}
+    figures = {"tasks": _figures(results), "lm_eval": results["lm_eval_version"]}
+    return figures | ({"answers": _answers(results)} if answers else {})
 
 
 def check_tasks(
@@ -113,7 +117,8 @@ def compare_tasks(original: dict[str, Any], latent: dict[str, Any]) -> dict[str,
 
     Returns:
         {"tasks": {name: {metric: difference, metric + "_stderr": combined error or None, "samples": n}}}. The error is
-        that of independent answers. Both models saw the same questions, so the true one is usually smaller.
+        that of the differences question by question where both results have "answers". Else it is that of independent
+        answers; both models saw the same questions, so the true one is usually smaller.
 
     Raises:
         ValueError: the two did not run the same tasks, or not on as many samples.
@@ -132,6 +137,10 @@ def compare_tasks(original: dict[str, Any], latent: dict[str, Any]) -> dict[str,
                 continue
             errors = [figures.get(f"{metric}_stderr") for figures in (reference, row)]
             combined = None if None in errors else math.hypot(*errors)
+            pairs = [result.get("answers", {}).get(name, {}).get(metric) for result in (original, latent)]
+            if all(pairs):
+                differences = np.subtract(pairs[1], pairs[0], dtype=float)
+                combined = mean_and_error(differences)[1]
             compared[name] |= {metric: value - reference[metric], f"{metric}_stderr": combined}
     return {"tasks": compared}
 
@@ -168,6 +177,24 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
             shots = results["n-shot"].get(name)
             figures[name] = metrics if shots is None else metrics | {"shots": int(shots)}
     return figures
+
+
+def _answers(results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """The scores of single questions, in their order, by task and metric, for the metrics that are a number a question."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, samples in results["samples"].items():
+        scores: dict[str, dict[int, Any]] = {}
+        for sample in samples:
+            kind = sample.get("filter", "none")
+            for metric in sample["metrics"]:
+                label = metric if kind == "none" else f"{metric}[{kind}]"
+                scores.setdefault(label, {})[sample["doc_id"]] = sample[metric]
+        found[name] = {
+            label: [float(rows[index]) for index in sorted(rows)]
+            for label, rows in scores.items()
+            if all(isinstance(score, int | float | np.number) for score in rows.values())
+        }
+    return found
 
 
 def _samples(results: dict[str, Any], name: str) -> int:

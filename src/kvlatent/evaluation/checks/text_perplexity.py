@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
+from kvlatent.evaluation.branches import table_switch
 from kvlatent.evaluation.check import CheckRequest, Levels, Settings
 from kvlatent.evaluation.evidence import FORGETTING_NATS, Figures, Sign, figure, figure_of
 from kvlatent.evaluation.perplexity import Perplexity, Rows, score_rows, summarise
@@ -28,7 +29,6 @@ from kvlatent.evaluation.quality import cache_figures, measure_models
 from kvlatent.evaluation.sequences import context_limit, counter
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.record import with_error
-from kvlatent.model.classes import latent_config_of
 from kvlatent.model.head import IGNORED
 from kvlatent.model.time_estimate import rows_at_once
 from kvlatent.text.tokenise import check_token_ids
@@ -208,17 +208,9 @@ def _windows(document: int, ids: int, window: int, stride: int) -> Iterator[Wind
         first = end
 
 
-def _switch(config: Any) -> float:
-    """Length beyond which longrope turns everything in a batch by its other table; infinity without longrope."""
-    if getattr(config, "kv_latent", None):
-        return latent_config_of(config).tables[0][0].switch or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
-
-
 def _batches(windows: list[Window], batch_size: int, config: Any) -> Iterator[list[Window]]:
     """Windows by length, the longest first: little padding, and a lack of memory shows at once."""
-    switch = _switch(config)
+    switch = table_switch(config)
     ordered = sorted(windows, key=Window.length, reverse=True)
     for _, group in groupby(ordered, key=lambda window: window.length() > switch):
         members = list(group)

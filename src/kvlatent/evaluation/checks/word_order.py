@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.evaluation import check
+from kvlatent.evaluation.branches import can_branch
 from kvlatent.evaluation.check import CheckRequest, Levels, Settings
 from kvlatent.evaluation.evidence import score_sign
 from kvlatent.evaluation.sequences import (
@@ -313,7 +314,11 @@ def _extents(request: CheckRequest) -> Levels:
         length = min(length, request.window)
         keep = max(SPANS) + AFTER
         read = [max(1, round(keep + depth * (length - keep))) for depth in DEPTHS]
-        levels[length, trials] = sum(request.seconds(n, trials * (1 + len(SPANS))) for n in read)
+        orders = 1 + len(SPANS)
+        if all(map(can_branch, request.models.values())):  # what stands before the span is read once
+            levels[length, trials] = sum(request.seconds(n + (orders - 1) * keep, trials) for n in read)
+        else:
+            levels[length, trials] = sum(request.seconds(n, trials * orders) for n in read)
     return [({"length": length, "trials": trials}, cost) for (length, trials), cost in levels.items()]
 
 

@@ -1,0 +1,5 @@
+"""The baseline of a method on one real model: a table with a row a model and every figure of quality in a column.
+
+Reading order: `table_rows` (what is measured), `columns` (how), `question_files` and `cache_reading` (by what means),
+`baseline_run` (all of it, resumable), `markdown_table`.
+"""

@@ -1,0 +1,307 @@
+"""Making the baseline tables: one JSON file a row, written whole, claimed by one process at a time.
+
+A row that was measured before a set of questions was there gets the columns that it lacks. Conversions, statistics and
+unfinished training lie in a work folder, so that rows share them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvlatent.evaluation.perplexity import perplexity
+from kvlatent.evaluation.speed.caches import check_caches
+from kvlatent.jobs.atomic import write_text
+from kvlatent.jobs.fingerprints import fingerprint, identity
+from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.record import environment, name_for_record
+from kvlatent.model.classes import latent_config_of
+from kvlatent.model.families import head_dim_of
+from kvlatent_lab.baseline.cache_reading import read_through_cache
+from kvlatent_lab.baseline.columns import TEXTS, Columns, Sizes
+from kvlatent_lab.baseline.table_rows import TOKENS, TableRow, table_rows
+from kvlatent_lab.study.folder import StudyFolder
+from kvlatent_lab.study.grid_cells import Cell
+from kvlatent_lab.study.measure_cell import (
+    collect_cell_statistics,
+    convert_cell,
+    forget,
+    name_conversion,
+    train_cell,
+)
+from kvlatent_lab.study.subject import Source, Subject
+
+__all__ = ["RATES", "Baseline", "Request", "pick_rows"]
+
+RATES = (1e-4, 3e-4, 1e-3)
+_CHOOSING_TOKENS = 8192  # held out from the text to train on, which rates are chosen by
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Args:
+        model: the original; texts, tasks: folders, see `columns`.
+        out: of the rows; work: of what is made on the way.
+        sizes: of the measurements; recipe: of calibration, conversion and training.
+        dtype: that models are measured in; they are converted in fp32.
+        pilot_tokens: that every rate is tried with before one is chosen.
+        rate: of training; None chooses among `RATES`.
+        device: "cpu" or "cuda".
+    """
+
+    model: str | Path
+    texts: Path
+    tasks: Path
+    out: Path
+    work: Path
+    sizes: Sizes
+    recipe: Recipe
+    dtype: str = "float32"
+    pilot_tokens: int = 32_768
+    rate: float | None = None
+    device: str = "cpu"
+
+    def decides(self) -> dict[str, Any]:
+        """Everything that decides the figures, but for the sets of questions, which may come later."""
+        texts = {
+            name: identity(self.texts / file) for name, file in TEXTS.items() if (self.texts / file).is_file()
+        }
+        return {
+            "model": identity(self.model),
+            "train": identity(self.train),
+            "texts": texts,
+            "sizes": asdict(self.sizes),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "dtype": self.dtype,
+            "rate": self.rate or [*RATES, self.pilot_tokens],
+        }
+
+    @property
+    def train(self) -> Path:
+        """The text of calibration and training."""
+        return self.texts / "fineweb_train.jsonl"
+
+
+def pick_rows(rows: list[TableRow], pattern: str | None) -> list[TableRow]:
+    """Rows whose name matches a shell pattern, or one of several separated by commas.
+
+    Raises:
+        ValueError: none does.
+    """
+    if pattern is None:
+        return rows
+    found = [row for row in rows if any(fnmatch(row.name, one) for one in pattern.split(","))]
+    if not found:
+        raise ValueError(f"--only matches none of {len(rows)} rows: got {pattern!r}; see --list")
+    return found
+
+
+class Baseline:
+    """The tables of one model in the making.
+
+    Args:
+        request: what is asked for.
+        progress: told of every step.
+    """
+
+    def __init__(self, request: Request, progress: Progress) -> None:
+        self.request, self.progress = request, progress
+        inputs = {"model": request.model, "texts": request.texts, "tasks": request.tasks}
+        decides = request.decides()
+        self.folder = StudyFolder(request.out, "real-tables", decides, inputs)
+        made_of = {name: decides[name] for name in ("model", "train", "recipe", "rate")}
+        self.folder.work = request.work.absolute() / fingerprint(made_of)[:12]
+        self.folder.join()
+        source = Source(request.model, name_for_record(request.model), request.train, None)
+        self.subject = Subject(
+            source, self.folder, request.recipe,
+            eval_tokens=_CHOOSING_TOKENS, tokens=max(TOKENS.values()), device=request.device,
+        )  # fmt: skip
+        model = self.subject.model
+        self.columns = Columns(
+            self.subject.tokenizer,
+            model.config,
+            request.texts,
+            request.tasks,
+            self.folder.work,
+            request.sizes,
+        )
+        self.measures = self.columns.measures(self._original_states)
+        self.rows = table_rows(head_dim_of(model.config), request.recipe.seed)
+
+    def until_done(self, pattern: str | None = None) -> list[str]:
+        """Measure every row that is not finished and that no other process is at; returns the names of those measured."""
+        measured: list[str] = []
+        rows = [row for row in pick_rows(self.rows, pattern) if self._has_cache(row)]
+        while todo := [row for row in rows if self._lacks(row)]:
+            before = len(measured)
+            for row in todo:
+                with self.folder.claim(row.name) as mine:
+                    if mine and self._lacks(row):
+                        self._measure(row)
+                        measured.append(row.name)
+            if len(measured) == before:
+                break
+        return measured
+
+    def _has_cache(self, row: TableRow) -> bool:
+        """Whether the row's cache works here; says why not, and leaves the row to a call that has the package."""
+        try:
+            check_caches([row.cache], [self.subject.model.config], self.subject.model.device)
+        except ValueError as error:
+            self.progress.report(f"{row.name} left out: {error}")
+            return False
+        return True
+
+    def _lacks(self, row: TableRow) -> list[str]:
+        """Columns that are still to be measured; none of a row that cannot be."""
+        found = self.folder.done(row.name)
+        if found is None:
+            return ["cache", *self.measures]
+        if "failed" in found["record"]:
+            return []
+        return [name for name in self.measures if name not in found["figures"]]
+
+    def _measure(self, row: TableRow) -> None:
+        """Measure the columns that a row lacks, and write it."""
+        told = self.progress.within(row.name)
+        old = self.folder.done(row.name) or {"figures": {}, "seconds": {}, "record": {}}
+        figures, seconds = dict(old["figures"]), dict(old["seconds"])
+        failed = {}
+        try:
+            model, made = self._model(row, told)
+            seconds |= made.pop("seconds")
+            figures |= made
+            for name in self._lacks(row):
+                told.report(name)
+                start = time.monotonic()
+                figures[name] = self._column(name, model, row.cache)
+                seconds[name] = round(time.monotonic() - start, 2)
+        except ValueError as error:
+            failed = {"failed": str(error).replace(f"{self.folder.work}/", "")}
+        record = {
+            **environment(self.request.device),
+            "commit": _commit(),
+            "seed": self.request.recipe.seed,
+            "dtype": self.request.dtype,
+            **failed,
+        }
+        document = {
+            "kind": "real-tables",
+            "row": row.name,
+            "model": self.subject.source.name,
+            "settings": row.settings,
+            "figures": figures,
+            "seconds": seconds,
+            "record": record,
+        }
+        write_text(self.folder.step_file(row.name), json.dumps(document) + "\n")
+        if row.cell is not None:  # the trained weights stay, for columns that are still to come
+            for checkpoint in (self.folder.work / "training" / row.cell.name).glob("stage*/checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _column(self, name: str, model: PreTrainedModel, cache: str) -> dict[str, Any]:
+        if name == "cache":
+            return self.columns.cache(model, cache)
+        with read_through_cache(model, cache):
+            return self.measures[name](model)
+
+    def _model(self, row: TableRow, told: Progress) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model of a row in the dtype of the measurements, and what its making took and chose."""
+        if row.cell is None:
+            return self._to_measure(self.subject.model), {"seconds": {}}
+        cell, made = row.cell, self._made(row.cell, told)
+        if not cell.stage2:
+            model = convert_cell(self.subject, cell, told)
+        else:
+            rate = self.request.rate or self._rate(cell, told)
+            cell = replace(cell, recipe={"stage2.learning_rate": rate})
+            model, trained = train_cell(self.subject, cell, told)
+            made["seconds"]["training"] = trained["training_seconds"]
+            made["training"] = trained | {"learning_rate": rate}
+        made["widths"] = latent_config_of(model.config).widths._asdict()
+        return self._to_measure(model.requires_grad_(False).eval()), made
+
+    def _made(self, cell: Cell, told: Progress) -> dict[str, Any]:
+        """Seconds that the calibration and the conversion of a cell took when they were made."""
+        seconds = {}
+
+        def timed(name: str, make: Callable[[], Any]) -> float:
+            def compute() -> float:
+                start = time.monotonic()
+                make()
+                return round(time.monotonic() - start, 2)
+
+            return self.subject.remembered(f"seconds-{name}", compute)
+
+        if cell.preset == "calibrated":
+            seconds["calibration"] = timed(
+                "statistics", lambda: collect_cell_statistics(self.subject, cell, told)
+            )
+        name = name_conversion(self.subject, replace(cell, stage2=0))
+        seconds["conversion"] = timed(name, lambda: convert_cell(self.subject, cell, told))
+        return {"seconds": seconds}
+
+    def _rate(self, cell: Cell, told: Progress) -> float:
+        """The rate with the least loss on text held out from that of training, of short runs from the same conversion."""
+
+        def compute() -> dict[str, float]:
+            losses = {}
+            for rate in RATES:
+                name = f"pilot-{name_conversion(self.subject, cell)}-{rate:g}"
+                pilot = replace(
+                    cell, name=name, stage2=self.request.pilot_tokens, recipe={"stage2.learning_rate": rate}
+                )
+                model, _ = train_cell(self.subject, pilot, told.within(f"rate {rate:g}"))
+                losses[f"{rate:g}"] = perplexity(model, self.subject.blocks()).loss
+                forget(self.subject, pilot)
+            return losses
+
+        losses = self.subject.remembered(f"rates-{name_conversion(self.subject, cell)}", compute)
+        return float(min(losses, key=losses.__getitem__))
+
+    def _to_measure(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model in the dtype of the measurements; the original that it shares tensors with stays as it is."""
+        wanted = self.request.dtype
+        if str(model.dtype) == f"torch.{wanted}":
+            return model
+        return copy.deepcopy(model).to(getattr(torch, wanted))
+
+    def _original_states(self) -> Path:
+        """What the original's head reads, measured once for a dtype and a number of blocks."""
+        sizes = self.request.sizes
+        name = f"states-{self.request.dtype}-{sizes.blocks}x{sizes.block_size}.safetensors"
+
+        def write(path: Path) -> None:
+            self.columns.write_states(self._to_measure(self.subject.model), path)
+
+        return self.folder.shared_file(name, write)
+
+
+def _commit() -> str | None:
+    """The commit of the code, where it is a checkout, with a plus behind it where files have changed."""
+    here = Path(__file__).parent
+    try:
+        told = [
+            subprocess.run(
+                ["git", *words], cwd=here, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told[0] + ("+" if told[1] else "")

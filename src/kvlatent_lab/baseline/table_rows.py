@@ -1,0 +1,95 @@
+"""The rows of the baseline tables: the original, its quantised caches, conversions, and what training makes of them.
+
+The most telling rows come first, so that a run that is cut short leaves the answer to the largest questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvlatent_lab.study.grid_cells import Cell
+
+__all__ = ["SHARES", "TableRow", "table_rows"]
+
+PLAIN = "dynamic"
+QUANTISED = {"int4": "quantized-int4", "int8": "quantized-int8-hqq"}
+SHARES: dict[str, tuple[int, int]] = {"75": (48, 48), "50": (32, 32), "28": (16, 20), "12.5": (8, 8)}
+"""Widths of keys and values in 64ths of a head, by the share of the cache that they keep in per cent."""
+PAPER_SHARES = {"50": (32, 32), "25": (16, 16), "12.5": (8, 8)}  # its widths divide a head's 64
+TOKENS = {"0.3M": 300_000, "1M": 1_000_000}
+_STATISTICS = {"align": 0}
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row: a model and the cache that it is measured with.
+
+    Args:
+        name: of its file.
+        cell: the conversion and its training; None is the original.
+        cache: a kind of `evaluation.speed.caches`.
+    """
+
+    name: str
+    cell: Cell | None = None
+    cache: str = PLAIN
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its figures beside the model and the texts."""
+        return {"cache": self.cache} | ({} if self.cell is None else self.cell.settings)
+
+
+def table_rows(head_dim: int, seed: int = 0) -> list[TableRow]:
+    """All rows for heads of so many channels, the most telling first."""
+    rows: dict[str, TableRow] = {}
+    for row in _in_order(head_dim, seed):
+        rows.setdefault(row.name, row)
+    return list(rows.values())
+
+
+def _in_order(head_dim: int, seed: int) -> Iterator[TableRow]:
+    def row(kind: str, share: str, cache: str = PLAIN, tokens: str | None = None) -> TableRow:
+        name = f"{kind}-{share}" + (f"-kl-{tokens}" if tokens else "")
+        cell = _conversion(kind, share, head_dim, seed, TOKENS[tokens] if tokens else 0)
+        return TableRow(name + ("" if cache == PLAIN else f"-{cache}"), cell, QUANTISED.get(cache, cache))
+
+    yield TableRow("original")
+    yield from (row(kind, "50") for kind in ("head-aligned", "head-statistics", "model-aligned", "paper"))
+    yield TableRow("original-int4", cache=QUANTISED["int4"])
+    yield TableRow("original-int8", cache=QUANTISED["int8"])
+    yield row("model-statistics", "50")
+    for share in ("28", "75", "12.5"):
+        yield from (row(kind, share) for kind in ("head-aligned", "head-statistics"))
+    yield row("paper", "25")
+    yield row("head-aligned", "50", tokens="0.3M")
+    yield row("paper", "50", tokens="0.3M")
+    for share in ("50", "28"):
+        yield from (row("head-aligned", share, cache) for cache in QUANTISED)
+    for share in SHARES:
+        yield from (row(kind, share) for kind in ("planned-aligned", "planned-statistics"))
+    for share in ("28", "75", "12.5"):
+        yield from (row(kind, share) for kind in ("model-aligned", "model-statistics"))
+    yield row("paper", "12.5")
+    for tokens in TOKENS:
+        for share in ("50", "28", "75", "12.5"):
+            yield row("head-aligned", share, tokens=tokens)
+        yield from (row("paper", share, tokens=tokens) for share in PAPER_SHARES)
+
+
+def _conversion(kind: str, share: str, head_dim: int, seed: int, tokens: int) -> Cell:
+    """Scope of the table or "planned" or "paper", then how the weights come about: `head-aligned`, `paper`, ..."""
+    scope, _, tuned = kind.partition("-")
+    parts = PAPER_SHARES[share] if kind == "paper" else SHARES[share]
+    d_qk, d_vo = (part * head_dim // 64 for part in parts)
+    shared: dict[str, Any] = {"seed": seed, "stage2": tokens}
+    if kind == "paper":
+        return Cell(f"{kind}-{share}-{tokens}", d_qk, d_vo, "paper", **shared)
+    choices: dict[str, Any] = {"table": "head" if scope == "planned" else scope}
+    choices |= _STATISTICS if tuned == "statistics" else {}
+    planned = scope == "planned"
+    return Cell(
+        f"{kind}-{share}-{tokens}", d_qk, d_vo, "calibrated", choices=choices, per_layer=planned, **shared
+    )

@@ -1,0 +1,206 @@
+"""The baseline tables end to end on a tiny checkpoint: rows, columns, sharing, and the markdown."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvlatent.checkpoints.load import load_model
+from kvlatent.evaluation.perplexity import perplexity
+from kvlatent.evaluation.speed.caches import make_cache
+from kvlatent_lab.baseline.baseline_run import pick_rows
+from kvlatent_lab.baseline.cache_reading import document_mask, read_through_cache
+from kvlatent_lab.baseline.question_files import write_tasks
+from kvlatent_lab.baseline.table_rows import table_rows
+from on_disk import write_checkpoint, write_text
+
+pytest.importorskip("lm_eval")
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+SMALL = ("--blocks", 4, "--block-size", 64, "--questions", 6, "--needle-tokens", 512, "--order-trials", 2)
+MADE = ("--calibration-blocks", 8, "--calibration-block-size", 32, "--align", 1, "--pilot-tokens", 256)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A checkpoint, texts and question sets."""
+    folder = tmp_path_factory.mktemp("tables")
+    write_checkpoint(folder / "model", tiny_tokenizer, max_position_embeddings=512)
+    (folder / "texts").mkdir()
+    (folder / "tasks").mkdir()
+    for seed, name in enumerate(("fineweb_train", "fineweb_valid")):
+        text = write_text(folder / "text.txt", 400, seed).read_text().split("<|endoftext|>")
+        lines = [json.dumps({"text": document}) + "\n" for document in text]
+        (folder / "texts" / f"{name}.jsonl").write_text("".join(lines))
+    write_text(folder / "texts" / "tinystories_valid.txt", 100, 3)
+    questions = [
+        {"id": i, "query": f"Question: is {i} even?\nAnswer:", "choices": [" yes", " no"], "label": i % 2}
+        for i in range(8)
+    ]
+    (folder / "tasks" / "arc_easy_test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    return folder
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """Run the script in this process; its standard output."""
+
+    def run(*words, out=place / "out"):
+        monkeypatch.syspath_prepend(str(FOLDER))
+        given = ("--model", place / "model", "--texts", place / "texts", "--tasks", place / "tasks")
+        given += ("--out", out, "--work", place / "work", *SMALL, *MADE)
+        monkeypatch.setattr(sys, "argv", ["real_tables", *map(str, (*given, *words))])
+        importlib.import_module("real_tables").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def row(place, name):
+    return json.loads((place / "out" / f"{name}.json").read_text())
+
+
+def test_rows_are_measured_once_completed_later_and_rendered(place, call):
+    names = ["original", "head-aligned-50", "paper-50"]
+    assert call("--only", ",".join(names)).split() == names
+    original, aligned = row(place, "original"), row(place, "head-aligned-50")
+    assert original["figures"]["text fineweb"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert original["figures"]["text fineweb"]["top1_agreement"] == 1
+    assert aligned["figures"]["text fineweb"]["kl"] > 1e-3
+    assert (
+        aligned["figures"]["cache"]["bytes_per_token"] == original["figures"]["cache"]["bytes_per_token"] / 2
+    )
+    assert len(aligned["figures"]["task arc_easy"]["answers"]["acc"]) == 6
+    assert {"calibration", "conversion", "text fineweb", "order"} <= set(aligned["seconds"])
+    assert {"commit", "seed", "machine", "versions", "dtype"} <= set(aligned["record"])
+    assert str(place) not in json.dumps(aligned)
+    assert call("--only", ",".join(names)) == "\n"
+
+    late = [{"text": f"one two three number {i}"} for i in range(6)]
+    (place / "tasks" / "lambada.jsonl").write_text("".join(json.dumps(one) + "\n" for one in late))
+    assert call("--only", "original").split() == ["original"]
+    assert row(place, "original")["figures"]["task lambada"]["samples"] == 6
+    assert row(place, "original")["figures"]["order"] == original["figures"]["order"]
+
+    assert call("--render").strip() == str(place / "out.md")
+    table = (place / "out.md").read_text()
+    assert "| head-aligned-50 | 8/8 |" in table
+    assert "no file of that name: wikitext." in table and "hellaswag, piqa, openbookqa." in table
+    lines = call("--list").splitlines()
+    assert lines[0] == "original (done)" and lines[2].strip() == "head-statistics-50"
+
+
+def test_training_chooses_its_rate_and_says_so(place, call, monkeypatch):
+    module = importlib.import_module("kvlatent_lab.baseline.table_rows")
+    monkeypatch.setitem(module.TOKENS, "0.3M", 256)
+    assert call("--only", "paper-50-kl-0.3M").split() == ["paper-50-kl-0.3M"]
+    found = row(place, "paper-50-kl-0.3M")["figures"]
+    assert found["training"]["learning_rate"] in (1e-4, 3e-4, 1e-3)
+    assert found["training"]["tokens_trained"] >= 256
+    (place / "tasks" / "hellaswag.jsonl").write_text((place / "tasks" / "arc_easy_test.jsonl").read_text())
+    monkeypatch.setattr("kvlatent.training.stages._run", lambda *_: pytest.fail("trained anew"))
+    assert call("--only", "paper-50-kl-0.3M").split() == ["paper-50-kl-0.3M"]
+    later = row(place, "paper-50-kl-0.3M")["figures"]
+    assert {"task hellaswag"} == set(later) - set(found)
+    (place / "tasks" / "hellaswag.jsonl").unlink()
+
+
+def test_a_quantised_cache_is_read_by_every_column(place, call, monkeypatch):
+    module = importlib.import_module("kvlatent_lab.baseline.table_rows")
+    monkeypatch.setitem(module.QUANTISED, "int4", "quantized-fp8")
+    call("--only", "original,original-int4")
+    whole, quantised = (row(place, name)["figures"] for name in ("original", "original-int4"))
+    assert quantised["cache"]["bytes_per_token"] < whole["cache"]["bytes_per_token"]
+    assert 0 < quantised["text fineweb"]["kl"] < 1
+    assert quantised["order"]["margin"] != whole["order"]["margin"]
+    assert quantised["needle 512"]["rank"] != whole["needle 512"]["rank"]
+
+
+def test_a_cache_without_its_package_waits_for_it(place, call, monkeypatch, capsys):
+    def refuse(*_):
+        raise ValueError("cache quantized-int8-hqq needs the package hqq")
+
+    monkeypatch.setattr("kvlatent_lab.baseline.baseline_run.check_caches", refuse)
+    assert call("--only", "original-int8") == "\n"
+    assert not (place / "out" / "original-int8.json").exists()
+
+
+def test_a_row_that_cannot_be_is_a_result(place, call):
+    call("--only", "paper-12.5")
+    assert "needs a rotated width divisible by 4: got 2" in row(place, "paper-12.5")["record"]["failed"]
+    call("--render")
+    assert "`paper-12.5` has no figures" in (place / "out.md").read_text()
+
+
+def test_other_sizes_do_not_mix(call):
+    with pytest.raises(ValueError, match="another sizes.questions"):
+        call("--only", "original", "--questions", 5)
+
+
+def test_a_pattern_without_rows():
+    with pytest.raises(ValueError, match="matches none of"):
+        pick_rows(table_rows(64), "nothing")
+
+
+def test_the_most_telling_rows_come_first():
+    names = [row.name for row in table_rows(64)]
+    assert names[:6] == ["original", "head-aligned-50", "head-statistics-50", "model-aligned-50", "paper-50", "original-int4"]  # fmt: skip
+    assert len(names) == len(set(names))
+    widths = {row.name: (row.cell.d_qk, row.cell.d_vo) for row in table_rows(64) if row.cell}
+    assert widths["head-aligned-28"] == (16, 20)
+
+
+def test_questions_that_are_none(tmp_path):
+    (tmp_path / "lambada.jsonl").write_text('{"text": "alone"}\n')
+    with pytest.raises(
+        ValueError, match="a text of two words or more: got \\['text'\\] in lambada.jsonl, line 1"
+    ):
+        write_tasks(tmp_path, tmp_path / "out", 3)
+
+
+def test_documents_do_not_see_each_other():
+    seen = document_mask(torch.tensor([[0, 1, 0, 1, 2]]))[0, 0].int().tolist()
+    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+
+
+def test_what_is_scored_was_read_from_the_cache(tiny_tokenizer, place, monkeypatch):
+    """A cache that gives back what it was given changes nothing; one that gives back nothing else than zeros does."""
+    model = load_model(place / "model", dtype="float32")
+    positions = torch.cat([torch.arange(30), torch.arange(34)]).expand(2, -1)
+    ids = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(0))
+    blocks = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions}
+
+    class Blocks:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, part):
+            return {name: column[part] for name, column in blocks.items()}
+
+    whole = perplexity(model, Blocks())
+    monkeypatch.setattr(
+        "kvlatent_lab.baseline.cache_reading.make_cache",
+        lambda kind, config, length: make_cache("dynamic", config, length),
+    )
+    with read_through_cache(model, "quantized-int4"):
+        same = perplexity(model, Blocks())
+    assert same.block_losses == pytest.approx(whole.block_losses, rel=1e-5)
+    assert perplexity(model, Blocks()) == whole
+
+    def rounded(kind, config, length):
+        cache = make_cache("dynamic", config, length)
+        for layer in cache.layers:
+            update = layer.update
+            layer.update = lambda k, v, *rest, update=update, **more: update(
+                k.round(), v.round(), *rest, **more
+            )
+        return cache
+
+    monkeypatch.setattr("kvlatent_lab.baseline.cache_reading.make_cache", rounded)
+    with read_through_cache(model, "quantized-int4"):
+        assert perplexity(model, Blocks()).loss != pytest.approx(whole.loss, rel=1e-4)
+    with read_through_cache(model, "quantized-int4"), pytest.raises(ValueError, match="without padding"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
