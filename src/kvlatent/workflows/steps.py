@@ -152,7 +152,14 @@ def collect_statistics(
     """
     blocks, start = calibration_blocks(text, recipe), time.monotonic()
     step = progress.step("calibrate", len(blocks), tokens=len(blocks[0]["input_ids"]))
-    statistics = calibrate(model, blocks, rows=recipe.calibration.rows, seed=recipe.seed, progress=step.to)
+    statistics = calibrate(
+        model,
+        blocks,
+        rows=recipe.calibration.rows,
+        seed=recipe.seed,
+        precision=recipe.dtype,
+        progress=step.to,
+    )
     return statistics, _figures(statistics, time.monotonic() - start)
 
 
@@ -221,6 +228,7 @@ def convert_and_report(
         qk_norm=plan.recipe.conversion.qk_norm,
         statistics=statistics,
         seed=plan.recipe.seed,
+        precision=plan.recipe.dtype,
         progress=progress,
     )
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - start, 2)}

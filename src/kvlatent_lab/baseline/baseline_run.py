@@ -6,7 +6,6 @@ unfinished training lie in a work folder, so that rows share them.
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from kvlatent.evaluation.perplexity import perplexity
 from kvlatent.evaluation.speed.caches import check_caches
 from kvlatent.jobs.atomic import write_text
+from kvlatent.jobs.devices import precision
 from kvlatent.jobs.fingerprints import fingerprint, identity
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
@@ -57,7 +57,7 @@ class Request:
         model: the original; texts, tasks: folders, see `columns`.
         out: of the rows; work: of what is made on the way.
         sizes: of the measurements; recipe: of calibration, conversion and training.
-        dtype: that models are measured in; they are converted in fp32.
+        dtype: of the products while models are measured; their weights are fp32.
         pilot_tokens: that every rate is tried with before one is chosen.
         rate: of training; None chooses among `RATES`.
         device: "cpu" or "cuda".
@@ -217,13 +217,13 @@ class Baseline:
     def _column(self, name: str, model: PreTrainedModel, cache: str) -> dict[str, Any]:
         if name == "cache":
             return self.columns.cache(model, cache)
-        with read_through_cache(model, cache):
+        with precision(self.request.device, self.request.dtype), read_through_cache(model, cache):
             return self.measures[name](model)
 
     def _model(self, row: TableRow, told: Progress) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model of a row in the dtype of the measurements, and what its making took and chose."""
+        """The model of a row, and what its making took and chose."""
         if row.cell is None:
-            return self._to_measure(self.subject.model), {"seconds": {}}
+            return self.subject.model, {"seconds": {}}
         cell, made = row.cell, self._made(row.cell, told)
         if not cell.stage2:
             model = convert_cell(self.subject, cell, told)
@@ -234,7 +234,7 @@ class Baseline:
             made["seconds"]["training"] = trained["training_seconds"]
             made["training"] = trained | {"learning_rate": rate}
         made["widths"] = latent_config_of(model.config).widths._asdict()
-        return self._to_measure(model.requires_grad_(False).eval()), made
+        return model.requires_grad_(False).eval(), made
 
     def _made(self, cell: Cell, told: Progress) -> dict[str, Any]:
         """Seconds that the calibration and the conversion of a cell took when they were made."""
@@ -274,20 +274,14 @@ class Baseline:
         losses = self.subject.remembered(f"rates-{name_conversion(self.subject, cell)}", compute)
         return float(min(losses, key=losses.__getitem__))
 
-    def _to_measure(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model in the dtype of the measurements; the original that it shares tensors with stays as it is."""
-        wanted = self.request.dtype
-        if str(model.dtype) == f"torch.{wanted}":
-            return model
-        return copy.deepcopy(model).to(getattr(torch, wanted))
-
     def _original_states(self) -> Path:
         """What the original's head reads, measured once for a dtype and a number of blocks."""
         sizes = self.request.sizes
         name = f"states-{self.request.dtype}-{sizes.blocks}x{sizes.block_size}.safetensors"
 
         def write(path: Path) -> None:
-            self.columns.write_states(self._to_measure(self.subject.model), path)
+            with precision(self.request.device, self.request.dtype):
+                self.columns.write_states(self.subject.model, path)
 
         return self.folder.shared_file(name, write)
 
