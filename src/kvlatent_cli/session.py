@@ -24,6 +24,7 @@ from rich.table import Table
 
 from .listings import duration
 from .printing import answer_console, print_listing, progress_bar
+from .threads import watch_processors
 
 _DISK = {errno.ENOSPC: "the disk is full", errno.EFBIG: "the file is larger than this system allows"}
 _DISK_SIGNS = (
@@ -51,7 +52,10 @@ def session(as_json: bool = False) -> Generator[Session]:
             warnings.filterwarnings("always", module="kvlatent")  # our own; a library's are not for users
             warnings.showwarning = current.say_warning  # ty: ignore[invalid-assignment]
             current.report(_START, 0, 0, "loading libraries")  # which can take longer than their work
+            settle_threads = watch_processors()
             _silence()
+            if (sentence := settle_threads()) is not None:
+                current.say(sentence)
             yield current
             current.close()
     except KeyboardInterrupt:
