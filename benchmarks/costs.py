@@ -1,12 +1,13 @@
 """What calibrating, converting and a step of stage I cost beside what they cannot do without: seconds and memory.
 
     python benchmarks/costs.py seconds [--model DIR] [--data FILE]   calibration and conversion to half the widths
+    python benchmarks/costs.py precision [--model DIR] [--data FILE] the same in bfloat16 and float32: figures and seconds
     python benchmarks/costs.py memory [--calibrated]                 peak of a conversion over the size of the original
     python benchmarks/costs.py stage1 [--model DIR] [--data FILE]    a step over a forward and a backward of the layers
 
-Without --model it is the embedded model (smollm2: a real one, see real_model.py), without --data the standard library's held-out modules. One JSON document goes to
-stdout. Memory is the largest resident size of this process over that after the imports, of a Llama with constant weights
-(1.05 GiB in fp32), so it needs a process of its own.
+Without --model it is the embedded model (smollm2: a real one, see real_model.py), without --data the standard library's
+held-out modules. One JSON document goes to stdout. Memory is the largest resident size of this process over that after
+the imports, of a Llama with constant weights (1.05 GiB in fp32), so it needs a process of its own.
 """
 
 import argparse
@@ -16,20 +17,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.evaluation.scored_text import ScoredText
+from kvlatent.jobs.devices import PRECISIONS, choose_precision, precision
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import environment
+from kvlatent.model.assembly import full_width
+from kvlatent.model.hidden_states import blocks_at_once
 from kvlatent.selection.calibrate import calibrate
 from kvlatent.selection.choices import PAPER
 from kvlatent.text.standard_library import model_path
@@ -37,42 +43,101 @@ from kvlatent.training.layer_loss import capture, layer_losses
 from kvlatent.training.trainable import prepare_for_training
 from kvlatent_cli.named_models import resolve_model
 
-LONG = 2048
+LONG, HELD_OUT = 2048, 32
 
 
 def measure_seconds(args: argparse.Namespace) -> dict[str, Any]:
     """Of a plain forward over the text, of calibration on it, and of conversion without and with alignment."""
     model, half = load(args)
-    blocks = read_blocks(args, model, args.blocks)
-    forward(model, {name: column[:1] for name, column in blocks.items()})
-    _, plain = timed(lambda: forward(model, blocks))
-    collected, calibration = timed(lambda: calibrate(model, blocks))
-    _, closed = timed(lambda: convert(model, d_qk=half, d_vo=half, statistics=collected, align=0))
-    _, aligned = timed(lambda: convert(model, d_qk=half, d_vo=half, statistics=collected, align=args.align))
+    blocks, before = read_blocks(args, model, args.blocks), resident_bytes("VmHWM")
+    one = {name: column[:1] for name, column in blocks.items()}
+    calibrate_once = partial(calibrate, precision=args.precision)
+    forward(model, one, args.precision)
+    _, plain = timed(lambda: forward(model, blocks, args.precision))
+    collected, calibration = timed(lambda: calibrate_once(model, blocks))
+    _, again = timed(lambda: forward(model, blocks, args.precision))
+    options: dict[str, Any] = {
+        "d_qk": half,
+        "d_vo": half,
+        "statistics": collected,
+        "precision": args.precision,
+    }
+    _, closed = timed(lambda: convert(model, **options, align=0))
+    _, aligned = timed(lambda: convert(model, **options, align=args.align))
     figures = {
         "tokens": collected.tokens,
-        "forward_seconds": plain,
+        "precision": args.precision,
+        "forward_seconds": [plain, again],
         "calibration_seconds": calibration,
+        "calibration_over_forward": round(2 * calibration / (plain + again), 3),
         "conversion_seconds": closed,
         "aligned_conversion_seconds": aligned,
         "total_seconds": round(calibration + closed, 2),
         "total_aligned_seconds": round(calibration + aligned, 2),
-        "limits_seconds": [60, 240],
+        "peak_bytes": resident_bytes("VmHWM") - before,
     }
     if whole := blocks["input_ids"].numel() // LONG:
         ids = blocks["input_ids"].flatten()[: whole * LONG].view(whole, LONG)
         long = {"input_ids": ids, "position_ids": torch.arange(LONG).expand_as(ids)}
-        _, plain = timed(lambda: forward(model, long))
-        _, calibration = timed(lambda: calibrate(model, long))
+        _, plain = timed(lambda: forward(model, long, args.precision))
+        _, calibration = timed(lambda: calibrate_once(model, long))
         figures["calibration_over_forward_at_2048"] = round(calibration / plain, 3)
+        figures["peak_bytes_at_2048"] = resident_bytes("VmHWM")
     return figures
 
 
+def measure_precision(args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of two conversions that differ in the dtype of their products alone, block by block on held-out text."""
+    model, half = load(args)
+    blocks = read_blocks(args, model, args.blocks + HELD_OUT)
+    text, held_out = (
+        {name: column[part] for name, column in blocks.items()}
+        for part in (slice(args.blocks), slice(args.blocks, None))
+    )
+    figures, losses = {}, {}
+    for dtype in ("bfloat16", "float32"):
+        collected, calibration = timed(lambda: calibrate(model, text, precision=dtype))  # noqa: B023
+        options: dict[str, Any] = {"statistics": collected, "align": args.align, "precision": dtype}
+        latent, conversion = timed(lambda: convert(model, d_qk=half, d_vo=half, **options))  # noqa: B023
+        losses[dtype] = block_losses(latent, held_out)
+        perplexity = float(losses[dtype].mean().exp())
+        figures[dtype] = {
+            "perplexity": perplexity,
+            "calibration_seconds": calibration,
+            "conversion_seconds": conversion,
+        }
+    difference = losses["bfloat16"] - losses["float32"]
+    error = float(difference.std() / len(difference) ** 0.5)
+    original = float(block_losses(model, held_out).mean().exp())
+    return {
+        "tokens": text["input_ids"].numel(),
+        "held_out_tokens": held_out["input_ids"].numel(),
+        "original_perplexity": original,
+        **figures,
+        "loss_difference": float(difference.mean()),
+        "loss_difference_standard_error": error,
+    }
+
+
 @torch.no_grad()
-def forward(model: Any, blocks: dict[str, Tensor]) -> None:
-    """The decoder over all blocks, one at a time, as calibration runs it."""
+def block_losses(model: Any, blocks: dict[str, Tensor]) -> Tensor:
+    """Mean loss of every block, in nats a token."""
+    found = []
     for ids, positions in zip(blocks["input_ids"], blocks["position_ids"], strict=True):
-        model.model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        logits = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0, :-1]
+        wanted = positions[1:] > 0  # the first token of a document has nothing to be predicted from
+        found.append(cross_entropy(logits[wanted].float(), ids[1:][wanted]))
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def forward(model: Any, blocks: dict[str, Tensor], dtype: str) -> None:
+    """The decoder over all blocks, as many at a time as calibration takes, in its precision."""
+    size = blocks_at_once(full_width(model).model, blocks["input_ids"].shape[1])
+    columns = (blocks[name].split(size) for name in ("input_ids", "position_ids"))
+    with precision("cpu", choose_precision(dtype, model)):
+        for ids, positions in zip(*columns, strict=True):
+            model.model(input_ids=ids, position_ids=positions, use_cache=False)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -173,7 +238,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    measures = {"seconds": measure_seconds, "memory": measure_memory, "stage1": measure_stage1}
+    measures = {
+        "seconds": measure_seconds,
+        "precision": measure_precision,
+        "memory": measure_memory,
+        "stage1": measure_stage1,
+    }
     parser.add_argument("what", choices=measures)
     parser.add_argument("--model", type=resolve_model, default=str(model_path()), help="or smollm2")
     parser.add_argument("--data", type=Path)
@@ -183,6 +253,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of stage1, after two for warm-up")
     parser.add_argument("--calibrated", action="store_true", help="memory with statistics and alignment")
     parser.add_argument("--layers", type=int, default=22, help="of memory's model")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of seconds")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
