@@ -1,6 +1,6 @@
 """The baseline tables of a method on a real model: one command, one JSON file a row, several processes at once.
 
-    python benchmarks/real_tables.py --model DIR --texts DIR --tasks DIR [--only PATTERN] [--list] [--render]
+    python benchmarks/real_tables.py --model smollm2 --texts DIR --tasks DIR [--only PATTERN] [--list] [--render]
 
 A call that was killed goes on when it is repeated, and several processes with the same --out share the rows. What the
 folders lack (of texts wikitext2_test.txt, tinystories_valid.txt, of tasks any) is an empty column, and is measured by a
@@ -18,6 +18,7 @@ from kvlatent.jobs.atomic import write_text
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.families import head_dim_of
+from kvlatent_cli.named_models import resolve_model
 from kvlatent_lab.baseline.baseline_run import Baseline, Request, pick_rows
 from kvlatent_lab.baseline.columns import Sizes
 from kvlatent_lab.baseline.markdown_table import render_table
@@ -29,7 +30,9 @@ RESULTS = Path(__file__).with_name("results")
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="directory or hub id of the original")
+    parser.add_argument(
+        "--model", type=resolve_model, required=True, help="directory or hub id of the original, or smollm2"
+    )
     parser.add_argument(
         "--texts", type=Path, help="folder of fineweb_train.jsonl, fineweb_valid.jsonl and other texts"
     )

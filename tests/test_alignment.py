@@ -12,7 +12,7 @@ from kvlatent.conversion.convert_model import convert
 from kvlatent.conversion.refinement import layer_streams, pass_original
 from kvlatent.model.assembly import full_width
 from kvlatent.model.hidden_states import isolate_layer
-from kvlatent.selection.attention_rows import row_logits
+from kvlatent.selection.attention_rows import masked_logits, recorded_projections, row_logits
 from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, HEAD_DIM, SWITCH
 from tolerances import assert_close_to_scale
@@ -260,3 +260,34 @@ def test_long_and_short_blocks_together_are_each_turned_by_their_own_table(tmp_p
             for b in range(8):
                 one = row_logits(attention, decoder, normed[b, None], pair.positions[b, None], rows[b, None])
                 assert_close_to_scale(together[b, None], one, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-window", "phi3-longrope"])
+def test_what_is_kept_of_the_original_gives_its_attention(tmp_path, name):
+    pair = pair_of(name, tmp_path)
+    rows = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(b))[:6] for b in range(2)])
+    original = pair.original.layers[1]
+    with torch.no_grad():
+        normed = original.input_layernorm(pair.streams["inputs"].read([0, 1]))
+        wanted = row_logits(original.self_attn, pair.original, normed, pair.positions[:2], rows)
+        query, key = (
+            pair.streams[part].read([0, 1]).unflatten(-1, (-1, 32)).transpose(1, 2)
+            for part in ("queries", "keys")
+        )
+        query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, 32))
+        found = masked_logits(original.self_attn, query, key, pair.positions[:2], rows)
+    assert_close_to_scale(found.softmax(-1), wanted.softmax(-1), 1e-5)
+    assert torch.equal(found < -1e29, wanted < -1e29)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("width", [32, 8])
+def test_each_projection_alone_is_that_of_all_three(name, width):
+    model, latent = converted(name, 8, 8)
+    attention = (model if width == 32 else latent).model.layers[1].self_attn
+    hidden = torch.randn(2, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with recorded_projections(attention) as recorded, torch.no_grad():
+        every = attention.project(hidden)
+        for part, expected in zip("qkv", every, strict=True):
+            assert_close_to_scale(attention.project_one(part, hidden), expected, 1e-6)
+    assert recorded == [every] and "project" not in vars(attention)

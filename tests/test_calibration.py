@@ -100,7 +100,7 @@ def test_the_gram_matrix_predicts_what_a_small_change_of_the_logits_does(name):
 def test_rows_a_few_at_a_time_change_nothing(monkeypatch):
     model, batch = realistic_model("qwen2-window"), text()
     expected = calibrate(model, batch, rows=7)
-    monkeypatch.setattr(moment_sums, "_CHUNK", {"cpu": 1})
+    monkeypatch.setattr(moment_sums, "_CHUNK_ON_CPU", 1)
     found = calibrate(model, batch, rows=7)
     for ours, theirs in zip(found.layers, expected.layers, strict=True):
         for name, tensor in vars(theirs).items():

@@ -22,7 +22,7 @@ from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress, Step
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import parts_of
-from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hidden_states, isolate_layer
+from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hold_hidden_states, isolate_layer
 from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.attention_rows import recorded_projections, rotary_of
 from kvlatent.selection.choices import Choices
@@ -89,7 +89,7 @@ def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -
     for name, heads in (("queries", attention.num_heads), ("keys", attention.num_key_value_heads)):
         widths[name] = (heads * attention.d_qk, getattr(torch, dtype))
     return {
-        name: hidden_states(folder / name, (size, width), kind, twin.device, blocks, len(widths))
+        name: hold_hidden_states(folder / name, (size, width), kind, twin.device, blocks, len(widths))
         for name, (width, kind) in widths.items()
     }
 

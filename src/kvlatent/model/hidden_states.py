@@ -21,12 +21,12 @@ __all__ = [
     "HiddenStateTensor",
     "HiddenStates",
     "blocks_at_once",
-    "hidden_states",
+    "hold_hidden_states",
     "isolate_layer",
 ]
 
 
-_TOKENS = {"cpu": 2048, "cuda": 16384}  # read together: more is not faster and takes more memory
+_TOKENS_ON_CPU, _TOKENS_ON_GPU = 2048, 16384  # read together: more is not faster and takes more memory
 _SHARE = 0.4  # of a GPU's free memory that hidden states may take
 
 
@@ -34,10 +34,10 @@ def blocks_at_once(decoder: Any, length: int) -> int:
     """How many blocks of `length` tokens a latent decoder or full-width twin reads together, each as if it were alone."""
     if any(isinstance(module, LatentRotary) and module.switches for module in decoder.modules()):
         return 1
-    return max(1, _TOKENS[decoder.device.type] // length)
+    return max(1, (_TOKENS_ON_CPU if decoder.device.type == "cpu" else _TOKENS_ON_GPU) // length)
 
 
-def hidden_states(
+def hold_hidden_states(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, blocks: int, streams: int
 ) -> HiddenStates:
     """Room for `blocks` blocks: on the GPU where all of so many streams fit beside the model, else in a file at `path`."""

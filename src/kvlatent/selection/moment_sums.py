@@ -24,10 +24,10 @@ from kvlatent.selection.value_bases import value_errors
 __all__ = ["MomentSums"]
 
 _ROUNDING = 1e-9  # of the output energy: less than this is the rounding of an output that does not vary
-_CHUNK = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 27,
-}  # logit contributions held at once: 4 MB, for a core's cache, or 512 MB
+_CHUNK_ON_CPU, _CHUNK_ON_GPU = (
+    1 << 20,
+    1 << 27,
+)  # logit contributions held at once: 4 MB, as a core caches, or 512 MB
 
 
 class MomentSums:
@@ -116,7 +116,8 @@ class MomentSums:
         `known` is `rows` on the CPU, so that nothing waits for the device.
         """
         groups, scaling = self.attention.num_key_value_groups, self.attention.scaling
-        size = max(1, _CHUNK[self.device.type] // (self.num_heads * seen.shape[1] * self.pairs))
+        chunk = _CHUNK_ON_CPU if self.device.type == "cpu" else _CHUNK_ON_GPU
+        size = max(1, chunk // (self.num_heads * seen.shape[1] * self.pairs))
         firsts, seconds = (
             half.transpose(1, 2).contiguous() for half in pair_layout(key, rotary_dim)
         )  # [K, P, T]
