@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["choose_device", "working_dtype"]
+__all__ = ["check_precision", "choose_device", "has_bfloat16_units", "working_dtype"]
+
+# As torch names them: AVX-512's products, Intel's tiles, Arm's two.
+_BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def choose_device(device: str) -> str:
@@ -18,6 +21,34 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for but torch sees no GPU here; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def has_bfloat16_units(device: str | torch.device) -> bool:
+    """Whether the device multiplies bfloat16 numbers itself; elsewhere torch imitates it, slower than float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _BFLOAT16_UNITS)
+
+
+def check_precision(name: str, device: str | torch.device) -> None:
+    """Raise where products are asked for in a dtype that the device only imitates.
+
+    Args:
+        name: "float32", "bfloat16", ...; only "bfloat16" needs units of its own.
+        device: where the products run.
+
+    Raises:
+        ValueError: bfloat16 on a device without units for it.
+    """
+    if name != "bfloat16" or has_bfloat16_units(device):
+        return
+    kind = torch.device(device).type
+    units = ", ".join(_BFLOAT16_UNITS) if kind == "cpu" else "compute capability 8.0"
+    raise ValueError(
+        f"dtype bfloat16 needs a {kind} device with units for it ({units}), and this one has none and would run slower "
+        "than in float32; use --dtype float32"
+    )
 
 
 def working_dtype(dtype: str, device: str) -> str:
