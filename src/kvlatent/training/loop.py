@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,10 @@ class StageTrainer(Trainer):
         if count is not None and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return batches, count
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """The teacher and the loss run in the model's precision, too: accelerate casts the model's forward alone."""
+        return self.accelerator.autocast()
 
     def compute_loss(
         self,
