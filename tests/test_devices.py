@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from kvlatent.jobs.devices import check_precision, has_bfloat16_units
+from kvlatent.jobs.devices import check_precision, has_bfloat16_units, resolve_precision
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint, plan_checkpoint
+from kvlatent.workflows.compress_checkpoint import compress
+from kvlatent.workflows.convert_checkpoint import convert_checkpoint
+from kvlatent.workflows.train_checkpoint import train
+from kvlatent_lab.study.running import study
+from on_disk import write_checkpoint, write_text
 
 
 @pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
@@ -35,3 +42,57 @@ def test_a_card_is_asked_for_its_own_units_not_the_processor(monkeypatch, suppor
     if not supported:
         with pytest.raises(ValueError, match=r"bfloat16 needs a cuda device.*compute capability 8\.0"):
             check_precision("bfloat16", "cuda")
+
+
+@pytest.mark.parametrize(("units", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_the_faster_precision_of_the_device(monkeypatch, units, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+    automatic = Recipe(dtype="auto", seed=3)
+    assert resolve_precision(automatic, "cpu") == Recipe(dtype=dtype, seed=3)
+    exact = Recipe(dtype="float32")
+    assert resolve_precision(exact, "cpu") is exact
+
+
+@pytest.fixture
+def place(tmp_path, tiny_tokenizer):
+    """A checkpoint and a text, and nothing else."""
+    write_checkpoint(tmp_path / "model", tiny_tokenizer)
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda place, **given: compress(place / "model", place / "text.txt", place / "out", **given),
+        lambda place, **given: convert_checkpoint(
+            place / "model", place / "out", data=place / "text.txt", **given
+        ),
+        lambda place, **given: calibrate_checkpoint(
+            place / "model", data=place / "text.txt", out=place / "out.safetensors", **given
+        ),
+        lambda place, **given: plan_checkpoint(place / "model", data=place / "text.txt", **given),
+        lambda place, dtype, **given: study(
+            "widths",
+            place / "model",
+            data=place / "text.txt",
+            out=place / "out",
+            overrides=[f"dtype={dtype}"],
+            **given,
+        ),
+        lambda place, **given: train(
+            place / "model",
+            stage=2,
+            data=place / "text.txt",
+            out=place / "out",
+            teacher=place / "model",
+            **given,
+        ),
+    ],
+    ids=["compress", "convert", "calibrate", "plan", "study", "train"],
+)
+def test_every_command_with_a_recipe_refuses_bfloat16_before_it_writes(monkeypatch, place, work):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ValueError, match=r"bfloat16 needs a cpu device with units for it.*float32$"):
+        work(place, dtype="bfloat16", device="cpu")
+    assert {path.name for path in place.iterdir()} == {"model", "text.txt"}

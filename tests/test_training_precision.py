@@ -100,3 +100,30 @@ def test_bfloat16_is_refused_where_the_processor_has_no_units(monkeypatch, tmp_p
     with pytest.raises(ValueError, match=r"bfloat16 needs a cpu device with units for it.*float32$"):
         run(student, teacher, stage, tmp_path / "stage", config)
     assert not (tmp_path / "stage").exists()
+
+
+def count_reads(monkeypatch):
+    """A list that grows with every number that is read from a tensor."""
+    reads, item = [], torch.Tensor.item
+
+    def read(tensor):
+        reads.append(tensor.shape)
+        return item(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "item", read)
+    monkeypatch.setattr(torch.Tensor, "__float__", read)
+    return reads
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_reads_its_loss_once_however_many_forwards_it_has(monkeypatch, tmp_path, stage):
+    """Every value that is read makes the processor wait for the card."""
+    counts = []
+    for forwards in (1, 4):
+        size = f"stage{stage}.gradient_accumulation={forwards}", f"stage{stage}.tokens={64 * forwards}"
+        teacher, student, config = prepared(*size)  # two steps
+        reads = count_reads(monkeypatch)
+        run(student, teacher, stage, tmp_path / str(forwards), config)
+        monkeypatch.undo()
+        counts.append(len(reads))
+    assert counts[0] == counts[1]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_precision", "choose_device", "has_bfloat16_units", "working_dtype"]
+from kvlatent.jobs.recipe import Recipe
+
+__all__ = ["check_precision", "choose_device", "has_bfloat16_units", "resolve_precision", "working_dtype"]
 
 # As torch names them: AVX-512's products, Intel's tiles, Arm's two.
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -49,6 +51,19 @@ def check_precision(name: str, device: str | torch.device) -> None:
         f"dtype bfloat16 needs a {kind} device with units for it ({units}), and this one has none and would run slower "
         "than in float32; use --dtype float32"
     )
+
+
+def resolve_precision(recipe: Recipe, device: str | torch.device) -> Recipe:
+    """The recipe with the dtype that `auto` stands for on the device: bfloat16 where it has units, else float32.
+
+    Raises:
+        ValueError: bfloat16 was asked for by name on a device without units for it.
+    """
+    check_precision(recipe.dtype, device)
+    if recipe.dtype != "auto":
+        return recipe
+    dtype = "bfloat16" if has_bfloat16_units(device) else "float32"
+    return recipe.model_copy(update={"dtype": dtype})
 
 
 def working_dtype(dtype: str, device: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvlatent.jobs.devices import check_precision
+from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe, Stage, Stage2
@@ -70,8 +70,8 @@ def train_stage(
             another run, a loss is not finite, or bfloat16 is asked of a device without units for it.
         OSError: a checkpoint cannot be written.
     """
+    recipe = resolve_precision(recipe, device)
     settings = settings_of(recipe, stage)
-    check_precision(recipe.dtype, device)
     compares = needs_teacher(settings)
     _check(model, train_blocks)
     if compares:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.recipe import Recipe, option_keys
 from kvlatent.model.time_estimate import stage_settings
 
@@ -73,7 +74,7 @@ def resolve_recipe(options: Mapping[str, Any], *, size: int, device: str, stages
             f"--tokens must be positive: got {tokens}; try 100000, or --stages none to skip training"
         )
     overrides = recipe_overrides(options)
-    recipe = Recipe.load(path, overrides)
+    recipe = resolve_precision(Recipe.load(path, overrides), device)
     said = path is not None or any(key.startswith(("stage1.tokens=", "stage2.tokens=")) for key in overrides)
     if not stages or (tokens is None and said):
         return recipe
@@ -82,7 +83,7 @@ def resolve_recipe(options: Mapping[str, Any], *, size: int, device: str, stages
     shares = [
         f"stage{s}.tokens={max(1, round(total * stage_settings(recipe, s).tokens / whole))}" for s in stages
     ]
-    return Recipe.load(path, [*overrides, *shares])
+    return Recipe.load(recipe, shares)
 
 
 def recipe_overrides(options: Mapping[str, Any]) -> list[str]:

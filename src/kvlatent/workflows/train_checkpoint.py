@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.load import check_block_size, load_config, load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.atomic import prepare_output
-from kvlatent.jobs.devices import choose_device
+from kvlatent.jobs.devices import choose_device, resolve_precision
 from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
@@ -65,8 +65,8 @@ def plan_training(
             blocks longer than its context.
         FileNotFoundError: no such model.
     """
-    recipe = Recipe.load(recipe, overrides)
     device = choose_device(device)
+    recipe = resolve_precision(Recipe.load(recipe, overrides), device)
     settings_of(recipe, stage)
     if _is_in_place(model, out) and not Path(model).is_dir():
         raise ValueError(
