@@ -8,6 +8,7 @@ from kvlatent.jobs.recipe import Recipe
 from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint, plan_checkpoint
 from kvlatent.workflows.compress_checkpoint import compress
 from kvlatent.workflows.convert_checkpoint import convert_checkpoint
+from kvlatent.workflows.run_plan import plan_run
 from kvlatent.workflows.train_checkpoint import train
 from kvlatent_lab.study.running import study
 from on_disk import write_checkpoint, write_text
@@ -96,3 +97,12 @@ def test_every_command_with_a_recipe_refuses_bfloat16_before_it_writes(monkeypat
     with pytest.raises(ValueError, match=r"bfloat16 needs a cpu device with units for it.*float32$"):
         work(place, dtype="bfloat16", device="cpu")
     assert {path.name for path in place.iterdir()} == {"model", "text.txt"}
+
+
+@pytest.mark.parametrize(("units", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_plan_names_the_precision_that_runs_not_auto(monkeypatch, place, units, dtype):
+    """The recipe is saved beside the weights, and a resume on another machine is another run."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+    for given in ({}, {"tokens": 5_000}):  # both ways to the number of tokens
+        plan = plan_run(place / "model", dtype="auto", device="cpu", stages="both", **given)
+        assert plan.recipe.dtype == plan.summary()["dtype"] == dtype
