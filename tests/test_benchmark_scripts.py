@@ -78,3 +78,21 @@ def test_quantised_caches_stand_beside_narrow_ones(place, call, tmp_path):
     assert (original["ratio"], latent["share"]) == (1, 0.5)
     assert latent["ratio"] != 1
     assert found["record"]["command"].startswith("python benchmarks/rival.py --model latent --against model")
+
+
+@pytest.mark.slow
+def test_stage_two_beside_a_plain_trainer(place, call, tmp_path):
+    """Both have the same losses, so both do the same work; each run is a process of its own."""
+    words = ("--model", place / "model", "--data", place / "text.txt", "--block-size", 32, "--batch-size", 2)
+    out = tmp_path / "speed.json"
+    found = json.loads(
+        call("training_speed", *words, "--rounds", 1, "--steps", 2, "--device", "cpu", "--out", out)
+    )
+    ours, plain = found["stage II"], found["plain Trainer"]
+    assert ours["first_and_last_loss"] == pytest.approx(plain["first_and_last_loss"], rel=1e-4)
+    assert ours["first_and_last_loss"][0] != ours["first_and_last_loss"][1]
+    assert [len(run) for run in ours["seconds"]] == [2] and found["tokens_a_step"] == 64
+    assert found["ratio"] == pytest.approx(ours["tokens_per_second"] / plain["tokens_per_second"], abs=1e-3)
+    assert min(ours["peak_bytes"], plain["peak_bytes"]) > 0
+    assert json.loads(out.read_text()) == {"float32": found}
+    assert str(place) not in json.dumps(found)

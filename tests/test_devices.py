@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from kvlatent.jobs.devices import check_precision, has_bfloat16_units
+from kvlatent.jobs import devices
+from kvlatent.jobs.devices import check_precision, has_bfloat16_units, resolve_precision
+from kvlatent.jobs.recipe import Recipe
+from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint, plan_checkpoint
+from kvlatent.workflows.compress_checkpoint import compress
+from kvlatent.workflows.convert_checkpoint import convert_checkpoint
+from kvlatent.workflows.run_plan import plan_run
+from kvlatent.workflows.train_checkpoint import train
+from kvlatent_lab.study.running import study
+from on_disk import write_checkpoint, write_text
 
 
 @pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
@@ -35,3 +45,69 @@ def test_a_card_is_asked_for_its_own_units_not_the_processor(monkeypatch, suppor
     if not supported:
         with pytest.raises(ValueError, match=r"bfloat16 needs a cuda device.*compute capability 8\.0"):
             check_precision("bfloat16", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("units", "width", "dtype"), [(True, 512, "bfloat16"), (True, 480, "float32"), (False, 512, "float32")]
+)
+def test_auto_is_the_faster_precision_of_the_device(monkeypatch, units, width, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+    automatic, config = Recipe(dtype="auto", seed=3), LlamaConfig(hidden_size=width)
+    assert resolve_precision(automatic, config, "cpu") == Recipe(dtype=dtype, seed=3)
+    exact = Recipe(dtype="float32")
+    assert resolve_precision(exact, config, "cpu") is exact
+
+
+@pytest.fixture
+def place(tmp_path, tiny_tokenizer):
+    """A checkpoint and a text, and nothing else."""
+    write_checkpoint(tmp_path / "model", tiny_tokenizer)
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda place, **given: compress(place / "model", place / "text.txt", place / "out", **given),
+        lambda place, **given: convert_checkpoint(
+            place / "model", place / "out", data=place / "text.txt", **given
+        ),
+        lambda place, **given: calibrate_checkpoint(
+            place / "model", data=place / "text.txt", out=place / "out.safetensors", **given
+        ),
+        lambda place, **given: plan_checkpoint(place / "model", data=place / "text.txt", **given),
+        lambda place, dtype, **given: study(
+            "widths",
+            place / "model",
+            data=place / "text.txt",
+            out=place / "out",
+            overrides=[f"dtype={dtype}"],
+            **given,
+        ),
+        lambda place, **given: train(
+            place / "model",
+            stage=2,
+            data=place / "text.txt",
+            out=place / "out",
+            teacher=place / "model",
+            **given,
+        ),
+    ],
+    ids=["compress", "convert", "calibrate", "plan", "study", "train"],
+)
+def test_every_command_with_a_recipe_refuses_bfloat16_before_it_writes(monkeypatch, place, work):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ValueError, match=r"bfloat16 needs a cpu device with units for it.*float32$"):
+        work(place, dtype="bfloat16", device="cpu")
+    assert {path.name for path in place.iterdir()} == {"model", "text.txt"}
+
+
+@pytest.mark.parametrize(("units", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_plan_names_the_precision_that_runs_not_auto(monkeypatch, place, units, dtype):
+    """The recipe is saved beside the weights, and a resume on another machine is another run."""
+    monkeypatch.setattr(devices, "_WIDE", 1)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+    for given in ({}, {"tokens": 5_000}):  # both ways to the number of tokens
+        plan = plan_run(place / "model", dtype="auto", device="cpu", stages="both", **given)
+        assert plan.recipe.dtype == plan.summary()["dtype"] == dtype

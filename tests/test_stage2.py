@@ -1,12 +1,14 @@
 """The chunked losses equal the dense textbook ones, value and gradient, and never hold all logits."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kvlatent.jobs.recipe import Stage2
-from kvlatent.model.head import token_losses
+from kvlatent.model.head import Head, token_losses, tokens_of_logits
 from kvlatent.training.logit_loss import stage2_loss
 from tolerances import ROUNDING, assert_close_to_scale
 
@@ -112,14 +114,72 @@ def test_no_tensor_of_all_tokens_by_vocabulary_is_ever_made(case):
     assert max(largest) == BATCH * POSITIONS * VOCABULARY
 
 
-def test_logits_are_recomputed_in_the_backward_pass(case):
-    hidden, head, *_, labels = case
+def test_nothing_of_the_vocabulary_is_kept_for_the_backward_pass(case):
+    hidden, head, *_ = case
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda item: (kept.append(item.numel()), item)[1], lambda x: x
+        lambda item: (kept.append(item.shape), item)[1], lambda x: x
     ):
-        next_token(hidden, head, labels, chunk_tokens=20)
-    assert VOCABULARY * 20 not in kept
+        loss = next_token(hidden, head, case[-1]) + kl(*case)
+    assert kept and not any(VOCABULARY in shape for shape in kept)
+    loss.backward()
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products that involve the vocabulary."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.count += any(VOCABULARY in item.shape for item in args if isinstance(item, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_chunk_costs_one_product_a_model_and_one_for_the_gradient(case):
+    with Products() as seen:
+        kl(*case, chunk_tokens=256).backward()
+    assert seen.count == 3  # dense: 3; with the logits computed again: 5
+    with Products() as seen, torch.no_grad():
+        kl(*case, chunk_tokens=256)
+    assert seen.count == 2
+
+
+@pytest.mark.parametrize("objective", ["next_token", "kl", "mix"])
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 10])
+def test_scaled_loss_has_the_dense_gradient(case, objective, chunk_tokens):
+    hidden, head, teacher_hidden, teacher_head, labels = case
+    settings = Stage2(objective=objective, kl_weight=0.3, temperature=2.5)
+    loss = 3 * stage2_loss(
+        hidden, head, labels, settings, teacher_hidden, teacher_head, chunk_tokens=chunk_tokens
+    )
+    tokens = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten())
+    divergence = dense_kl(*case[:4], labels, 2.5)
+    share = {"next_token": 0, "kl": 1, "mix": 0.3}[objective]
+    dense = 3 * (share * divergence + (1 - share) * tokens)
+    torch.testing.assert_close(loss, dense)
+    assert_close_to_scale(gradient(loss, hidden), gradient(dense, hidden), ROUNDING)
+
+
+def test_bfloat16_autocast_has_the_gradient_of_float32(case):
+    hidden = case[0]
+    exact = gradient(kl(*case), hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = kl(*case)
+    found = gradient(loss, hidden)
+    assert loss.dtype == found.dtype == torch.float32
+    assert_close_to_scale(found, exact, 2e-2)  # eight bits in each of two products
+    assert not torch.equal(found, exact)
+
+
+def test_logits_are_held_by_memory_not_by_a_number_of_tokens(monkeypatch):
+    small, large = (Head(torch.empty(size, 4, device="meta")) for size in (49_152, 2 * 49_152))
+    assert tokens_of_logits(small) == 2 * tokens_of_logits(large) == 128  # 24 MiB
+    assert tokens_of_logits(Head(torch.empty(10**9, 1, device="meta"))) == 1
+    card = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    weight = SimpleNamespace(device=torch.device("cuda"), shape=(128_256, 4096))
+    assert tokens_of_logits(Head(weight)) == (80 << 30) // 64 // (128_256 * 4) == 2616
 
 
 def test_mix_weighs_both_losses(case):

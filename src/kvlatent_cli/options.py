@@ -168,7 +168,7 @@ MEMORY = Option(
 )
 SEED = Option("seed", "Random seed.", "N", int)
 DEVICE = Option("device", "Device to run on.", "auto|cpu|cuda", default="auto")
-DTYPE = Option("dtype", "Precision to run in; the recipe's by default.", "float32|bfloat16")
+DTYPE = Option("dtype", "Precision to run in; the recipe's by default.", "auto|float32|bfloat16")
 LOAD_DTYPE = Option("dtype", "Precision to load in; the checkpoint's by default.", "float32|bfloat16|float16")
 
 RECIPE = (

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from kvlatent.jobs.recipe import Recipe
+
 __all__ = [
     "PRECISIONS",
     "check_precision",
@@ -14,6 +16,7 @@ __all__ = [
     "choose_precision",
     "has_bfloat16_units",
     "precision",
+    "resolve_precision",
     "working_dtype",
 ]
 
@@ -69,19 +72,42 @@ def choose_precision(asked: str, model: Any) -> str:
     """Dtype of the products while a model is calibrated or converted: "float32" or "bfloat16"; sums stay in float32.
 
     Args:
-        asked: one of `PRECISIONS`; "auto" is bfloat16 where the device has units for it, the model is at least 512 wide
-            and is not held in float16, whose range bfloat16 shares but whose digits it lacks.
+        asked: one of `PRECISIONS`; "auto" is bfloat16 where it is faster and the model is not held in float16, whose range
+            bfloat16 shares but whose digits it lacks.
 
     Raises:
         ValueError: an unknown precision, or bfloat16 on a device without units for it.
     """
     if asked not in PRECISIONS:
         raise ValueError(f"unknown precision {asked!r}; choose one of {', '.join(PRECISIONS)}")
-    if asked != "auto":
-        check_precision(asked, model.device)
-        return asked
-    fitting = model.config.hidden_size >= _WIDE and model.dtype != torch.float16
-    return "bfloat16" if fitting and has_bfloat16_units(model.device) else "float32"
+    if asked == "auto":
+        return (
+            "bfloat16"
+            if model.dtype != torch.float16 and _pays_off(model.config, model.device)
+            else "float32"
+        )
+    check_precision(asked, model.device)
+    return asked
+
+
+def resolve_precision(recipe: Recipe, config: Any, device: str | torch.device) -> Recipe:
+    """The recipe with the dtype that `auto` stands for: bfloat16 where it is faster on the device, else float32.
+
+    Args:
+        config: of the model, for its `hidden_size`.
+
+    Raises:
+        ValueError: bfloat16 was asked for by name on a device without units for it.
+    """
+    check_precision(recipe.dtype, device)
+    if recipe.dtype != "auto":
+        return recipe
+    return recipe.model_copy(update={"dtype": "bfloat16" if _pays_off(config, device) else "float32"})
+
+
+def _pays_off(config: Any, device: str | torch.device) -> bool:
+    """Whether products in bfloat16 are faster: units for them, and a model wide enough."""
+    return config.hidden_size >= _WIDE and has_bfloat16_units(device)
 
 
 def precision(device: str | torch.device, dtype: str) -> AbstractContextManager[Any]:

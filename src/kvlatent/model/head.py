@@ -1,4 +1,4 @@
-"""The language-model head without a tensor of tokens times vocabulary: logits and losses a few hundred tokens at a time.
+"""The language-model head without a tensor of tokens times vocabulary: logits and losses some tokens at a time.
 
 B batch, T positions, N tokens, D model width, V vocabulary.
 """
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["IGNORED", "Head", "token_losses"]
+__all__ = ["IGNORED", "Head", "token_losses", "tokens_of_logits"]
 
 IGNORED = -100  # torch's own default for targets that do not count
+PROCESSOR_LOGITS_BYTES = 24 << 20
 
 
 class Head(NamedTuple):
@@ -33,9 +34,33 @@ class Head(NamedTuple):
         linear: Any = head
         return cls(linear.weight, getattr(linear, "bias", None))
 
+    def in_autocast(self) -> Head:
+        """The frozen head in autocast's dtype where that is on: autocast would cast the weight at every product."""
+        kind = self.weight.device.type
+        if self.weight.requires_grad or not torch.is_autocast_enabled(kind):
+            return self
+        dtype = torch.get_autocast_dtype(kind)
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Return fp32 logits; the product runs in the head's dtype, or in autocast's."""
         return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+
+    def pull_back(self, slope: Float[Tensor, "N V"]) -> Float[Tensor, "N D"]:
+        """Return the gradient by `hidden` of what has the gradient `slope` by the logits."""
+        return slope.to(self.weight.dtype) @ self.weight
+
+
+def tokens_of_logits(head: Head) -> int:
+    """How many tokens' logits, in fp32, are worth holding at once on the head's device, at least 1.
+
+    A processor is fastest while they stay near its caches, a card while its units are filled: 1/64 of its memory.
+    """
+    if head.weight.device.type == "cuda":
+        budget = torch.cuda.get_device_properties(head.weight.device).total_memory // 64
+    else:
+        budget = PROCESSOR_LOGITS_BYTES
+    return max(1, budget // (head.weight.shape[0] * torch.float32.itemsize))
 
 
 def token_losses(

@@ -2,22 +2,24 @@
 
 The paper's equations 8 and 9 need the logits of every position. A batch of them is the largest tensor of
 a training step, so both losses take the decoder's output and the language-model head, and compute logits
-for a few hundred tokens at a time; the backward pass computes them again.
+for as many tokens at a time as memory is meant for. The head is frozen and the loss a mean, so the gradient of a chunk
+is known together with its loss: nothing of it is kept for the backward pass, and nothing computed there again.
 
-B batch, T positions, D model width, V vocabulary. Labels are shifted: `labels[b, t]` is the token to
+B batch, T positions, N tokens, D model width, V vocabulary. Labels are shifted: `labels[b, t]` is the token to
 predict at position t, or -100 where there is none; such positions cost nothing, in either loss.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kvlatent.jobs.recipe import Stage, Stage2
-from kvlatent.model.head import IGNORED, Head
+from kvlatent.model.head import IGNORED, Head, tokens_of_logits
 
 __all__ = ["needs_teacher", "stage2_loss"]
 
@@ -35,61 +37,97 @@ def stage2_loss(
     teacher_hidden: Float[Tensor, "B T D_teacher"] | None = None,
     teacher_head: nn.Module | Tensor | tuple[Tensor, Tensor | None] | None = None,
     *,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean loss in nats per token that counts, fp32; 0 where none does.
+    """Mean loss in nats per token that counts, fp32; 0 where none does. It can be differentiated once, by `hidden`.
 
     Of the objective: "next_token" is the cross-entropy (equation 8); "kl" is KL(original || student) x temperature^2
     (equation 9), both distributions softened by the temperature, whose square keeps the gradient's size; "mix" is
     `kl_weight` x KL + (1 - `kl_weight`) x cross-entropy, from one pass over the logits.
 
     Args:
-        hidden, head: of the student.
+        hidden, head: of the student; the head is frozen.
         labels: of "kl" alone they only say which positions count.
         settings: `objective`, `kl_weight` and `temperature` are read.
         teacher_hidden, teacher_head: of the original, without a graph; "next_token" does without.
-        chunk_tokens: logits of so many tokens are held at once.
+        chunk_tokens: logits of so many tokens are held at once; None: of as many as `tokens_of_logits` says.
     """
     share = {"next_token": 0.0, "kl": 1.0, "mix": settings.kl_weight}[settings.objective]
-    student, teacher, goals = Head.of(head), None, None
+    student, teacher, goals = Head.of(head).in_autocast(), None, None
+    assert not student.weight.requires_grad, "the head is frozen in every stage"
     if share:
         assert teacher_hidden is not None and teacher_head is not None
-        teacher, goals = Head.of(teacher_head), teacher_hidden.flatten(0, 1)
-    weights = (1 - share, share, settings.temperature)
+        teacher, goals = Head.of(teacher_head).in_autocast(), teacher_hidden.flatten(0, 1)
     counted = labels.flatten().ne(IGNORED).nonzero().squeeze(1)
     if counted.numel() == 0:
         return hidden.float().sum() * 0  # a graph for backward() to walk, with zero gradients
+    rows, wanted = hidden.flatten(0, 1)[counted], labels.flatten()[counted]
+    slopes = torch.empty_like(rows) if rows.requires_grad and torch.is_grad_enabled() else None
     total = hidden.new_zeros((), dtype=torch.float32)
-    for index in counted.split(chunk_tokens):
-        goal = None if goals is None else goals[index]
-        inputs = (hidden.flatten(0, 1)[index], student, labels.flatten()[index], goal, teacher, weights)
-        if torch.is_grad_enabled():
-            # The logits are dropped after the forward pass; nothing random happens in between.
-            total = total + checkpoint(_chunk_loss, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            total = total + _chunk_loss(*inputs)
-    return total / torch.tensor(
-        counted.numel(), device=total.device
-    )  # a number would be multiplied by its inverse
+    chunk = chunk_tokens or tokens_of_logits(student)
+    with torch.no_grad():
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            logits = student.logits(rows[part])
+            goal = None if goals is None or teacher is None else teacher.logits(goals[counted[part]])
+            loss, slope = _loss_and_slope(logits, wanted[part], goal, share, settings.temperature)
+            total += loss
+            if slopes is not None:
+                slopes[part] = student.pull_back(slope)
+        # A number would be multiplied by its inverse.
+        count = torch.tensor(len(rows), device=total.device)
+        total /= count
+    return total if slopes is None else _KnownGradient.apply(rows, total, slopes.div_(count))
 
 
-def _chunk_loss(
-    rows: Tensor,
-    head: Head,
+class _KnownGradient(torch.autograd.Function):
+    """A loss [] with its gradient [N, D] by the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
+
+
+def _loss_and_slope(
+    logits: Float[Tensor, "N V"],
     labels: Tensor,
-    goal: Tensor | None,
-    teacher: Head | None,
-    weights: tuple[float, float, float],
-) -> Tensor:
-    next_token, divergence, temperature = weights
-    logits = head.logits(rows)
-    loss = logits.new_zeros(())
-    if next_token:
-        loss = loss + next_token * F.cross_entropy(logits, labels, reduction="sum")
-    if divergence and goal is not None and teacher is not None:
-        with torch.no_grad():
-            expected = F.log_softmax(teacher.logits(goal) / temperature, dim=-1)
-        predicted = F.log_softmax(logits / temperature, dim=-1)
-        kl = F.kl_div(predicted, expected, reduction="sum", log_target=True)
-        loss = loss + divergence * temperature**2 * kl
-    return loss
+    goal: Float[Tensor, "N V"] | None,
+    share: float,
+    temperature: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
+    """Summed loss of a chunk, and its gradient by the logits, in fp32; labels [N], `goal`: the original's logits."""
+    if goal is None:
+        return _cross_entropy(logits, labels)
+    loss, slope = _divergence(logits, goal, temperature)
+    if share == 1:
+        return loss, slope
+    next_token, other = _cross_entropy(logits, labels)
+    return share * loss + (1 - share) * next_token, slope.mul_(share).add_(other, alpha=1 - share)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    predicted = F.log_softmax(logits, dim=-1)
+    loss = F.nll_loss(predicted, labels, reduction="sum")
+    slope = predicted.exp_()
+    slope[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return loss, slope
+
+
+def _divergence(logits: Tensor, goal: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Works in place on tensors of its own: of [N, V] every pass costs."""
+    if temperature != 1:
+        logits, goal = logits / temperature, goal / temperature
+    predicted, expected = F.log_softmax(logits, dim=-1), F.log_softmax(goal, dim=-1)
+    probability = expected.exp()
+    loss = expected.sub_(predicted).mul_(probability).sum()
+    slope = predicted.exp_().sub_(probability)
+    if temperature != 1:
+        loss, slope = loss * temperature**2, slope.mul_(temperature)
+    return loss, slope

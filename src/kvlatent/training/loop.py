@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # prints to stdout, which belongs to the command line
         self.add_callback(_StepEnd(self, progress))
         self.teacher, self.journal = teacher, journal
-        self.step_loss = 0.0
+        self.step_loss: Any = 0.0
         self.seconds_before, self.tokens_before, self.started = 0.0, 0, time.monotonic()
 
     def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -166,6 +167,10 @@ class StageTrainer(Trainer):
             count = self.accelerator.gather(count).sum()
         return batches, count
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """The teacher and the loss run in the model's precision, too: accelerate casts the model's forward alone."""
+        return self.accelerator.autocast()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -181,17 +186,21 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Upstream's step; stops at a loss that is not finite."""
+        """Upstream's step, its loss added to the optimiser step's."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = loss.item()
-        self._stop_unless_finite("loss", value)
-        self.step_loss += value
+        self.step_loss = self.step_loss + loss  # a tensor: reading it would wait for the device
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Upstream's norm, taken right before the optimiser's step; stops at one that is not finite."""
+        """Upstream's norm, taken right before the optimiser's step; stops where it or the step's loss is not finite.
+
+        The one place in a step that waits for the device.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._stop_unless_finite("gradient norm", float(norm))
+        self.step_loss = float(self.step_loss)
+        self._stop_unless_finite("loss", self.step_loss)
+        norm = float(norm)
+        self._stop_unless_finite("gradient norm", norm)
         return norm
 
     def _stop_unless_finite(self, what: str, value: float) -> None:
@@ -230,6 +239,10 @@ class StageTrainer(Trainer):
     def extra_metrics(self) -> dict[str, Any]:
         """What a stage adds to a journal line, averaged since the last one."""
         return {}
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Processes hold batches of one size, so nothing has to be gathered and read from the device for it."""
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: upstream walks over all parameters at every forward for it."""

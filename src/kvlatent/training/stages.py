@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe, Stage, Stage2
@@ -66,9 +67,10 @@ def train_stage(
     Raises:
         ValueError: the model is not prepared, the teacher has another shape, there are no blocks, `work_dir`
             holds
-            another run, or a loss is not finite.
+            another run, a loss is not finite, or bfloat16 is asked of a device without units for it.
         OSError: a checkpoint cannot be written.
     """
+    recipe = resolve_precision(recipe, model.config, device)
     settings = settings_of(recipe, stage)
     compares = needs_teacher(settings)
     _check(model, train_blocks)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvlatent.jobs.devices import has_bfloat16_units
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.families import Family, family_of
 
@@ -27,8 +28,8 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
     """Freeze everything but the attention projections, add LoRA to the FFN, make what is trained fp32; in
     place.
 
-    LoRA starts at zero effect and from `recipe.seed`, without touching the global random state. With
-    `recipe.dtype == "float32"` the frozen weights become fp32 copies too, otherwise they keep their type and
+    LoRA starts at zero effect and from `recipe.seed`, without touching the global random state. In
+    float32 the frozen weights become fp32 copies too, otherwise they keep their type and
     storage.
 
     Args:
@@ -42,6 +43,7 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
         ValueError: the model has been prepared already, or its family is not supported.
     """
     family = family_of(model.config)
+    narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and has_bfloat16_units(model.device))
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model already carries LoRA; prepare it once, or start from merged_copy(model)")
     model.requires_grad_(False)
@@ -54,7 +56,7 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
             trained = f"{path}.{name}" in expected
             if trained:
                 data = parameter.detach().to(torch.float32, copy=True)
-            elif recipe.dtype == "float32" and parameter.is_floating_point():
+            elif not narrow and parameter.is_floating_point():
                 data = parameter.detach().to(torch.float32)
             else:
                 parameter.requires_grad_(False)

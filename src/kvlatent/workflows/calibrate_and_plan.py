@@ -11,7 +11,7 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.engines.facts import check_engine
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.jobs.atomic import prepare_file
-from kvlatent.jobs.devices import choose_device, working_dtype
+from kvlatent.jobs.devices import choose_device, resolve_precision, working_dtype
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.families import head_dim_of
@@ -58,8 +58,7 @@ def calibrate_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
-    recipe, device = _recipe(options), choose_device(options.get("device") or "auto")
-    load_original_config(model)
+    recipe, device = _recipe(options, load_original_config(model))
     target = prepare_file(out, overwrite, {"model": model, "data": data, "recipe": options.get("recipe")})
     resolve(data)
     statistics, figures = _calibrate(model, data, recipe, device, Progress.of(progress))
@@ -96,8 +95,8 @@ def plan_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
-    recipe, device = _recipe(options), choose_device(options.get("device") or "auto")
     config = load_original_config(model)
+    recipe, device = _recipe(options, config)
     kv, engine = options.get("kv"), options.get("engine")
     kv, per_layer = 0.5 if kv is None else kv, bool(options.get("per_layer"))
     choices, qk_norm = choices_from_recipe(recipe.conversion, engine), recipe.conversion.qk_norm
@@ -124,9 +123,13 @@ def plan_checkpoint(
     }
 
 
-def _recipe(options: Mapping[str, Any]) -> Recipe:
+def _recipe(options: Mapping[str, Any], config: Any) -> tuple[Recipe, str]:
+    """The recipe, its dtype resolved, and the device."""
     check_options(options)
-    return Recipe.load(options.get("recipe"), recipe_overrides(options))
+    device = choose_device(options.get("device") or "auto")
+    return resolve_precision(
+        Recipe.load(options.get("recipe"), recipe_overrides(options)), config, device
+    ), device
 
 
 def _calibrate_or_load(

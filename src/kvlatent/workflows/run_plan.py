@@ -127,7 +127,7 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
     device = choose_device(options.get("device") or "auto")
     config = load_original_config(model)
     size, head = layer_size(config)
-    recipe = resolve_recipe(options, size=size, device=device, stages=stages)
+    recipe = resolve_recipe(options, config=config, size=size, device=device, stages=stages)
     engine = options.get("engine")
     choices = choices_from_recipe(recipe.conversion, engine)
     asked = _widths_from_options(config, choices, has_text, options)

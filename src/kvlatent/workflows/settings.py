@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.recipe import Recipe, option_keys
 from kvlatent.model.time_estimate import stage_settings
 
@@ -52,7 +53,9 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise TypeError(f"unexpected option {name!r} of a run; did you mean {', '.join(near)}?")
 
 
-def resolve_recipe(options: Mapping[str, Any], *, size: int, device: str, stages: tuple[int, ...]) -> Recipe:
+def resolve_recipe(
+    options: Mapping[str, Any], *, config: Any, size: int, device: str, stages: tuple[int, ...]
+) -> Recipe:
     """The recipe of a run, with its number of training tokens.
 
     Without `tokens`, a recipe that was given keeps its own numbers, else one is chosen that finishes in reasonable
@@ -60,6 +63,7 @@ def resolve_recipe(options: Mapping[str, Any], *, size: int, device: str, stages
 
     Args:
         options: see `RUN_OPTIONS`.
+        config: of the model, whose width `auto` of the dtype goes by.
         size: parameters of the model's layers, without embeddings and head.
         device: "cpu" or "cuda".
         stages: which stages run.
@@ -73,7 +77,7 @@ def resolve_recipe(options: Mapping[str, Any], *, size: int, device: str, stages
             f"--tokens must be positive: got {tokens}; try 100000, or --stages none to skip training"
         )
     overrides = recipe_overrides(options)
-    recipe = Recipe.load(path, overrides)
+    recipe = resolve_precision(Recipe.load(path, overrides), config, device)
     said = path is not None or any(key.startswith(("stage1.tokens=", "stage2.tokens=")) for key in overrides)
     if not stages or (tokens is None and said):
         return recipe
@@ -82,7 +86,7 @@ def resolve_recipe(options: Mapping[str, Any], *, size: int, device: str, stages
     shares = [
         f"stage{s}.tokens={max(1, round(total * stage_settings(recipe, s).tokens / whole))}" for s in stages
     ]
-    return Recipe.load(path, [*overrides, *shares])
+    return Recipe.load(recipe, shares)
 
 
 def recipe_overrides(options: Mapping[str, Any]) -> list[str]:

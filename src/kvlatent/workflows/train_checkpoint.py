@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.load import check_block_size, load_config, load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.atomic import prepare_output
-from kvlatent.jobs.devices import choose_device
+from kvlatent.jobs.devices import check_precision, choose_device, resolve_precision
 from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
@@ -65,8 +65,9 @@ def plan_training(
             blocks longer than its context.
         FileNotFoundError: no such model.
     """
-    recipe = Recipe.load(recipe, overrides)
     device = choose_device(device)
+    recipe = Recipe.load(recipe, overrides)
+    check_precision(recipe.dtype, device)
     settings_of(recipe, stage)
     if _is_in_place(model, out) and not Path(model).is_dir():
         raise ValueError(
@@ -75,6 +76,7 @@ def plan_training(
     config = load_config(str(model))
     if not getattr(config, "kv_latent", None):
         raise ValueError(f"{model} is not a latent checkpoint; make one with kvlatent convert first")
+    recipe = resolve_precision(recipe, config, device)
     check_block_size(config, recipe.data.block_size)
     latent = latent_config_of(config)
     return Plan(

@@ -10,7 +10,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from kvlatent.jobs.devices import choose_device
+from kvlatent.jobs.devices import choose_device, resolve_precision
 from kvlatent.jobs.recipe import Conversion, Recipe
 from kvlatent.jobs.record import command_line, name_for_record
 from kvlatent.model.families import head_dim_of
@@ -96,9 +96,10 @@ def resolve_request(
         raise ValueError(
             f"--python is for the study {users} only: got --python {python} with {name}; leave it out"
         )
-    base, device = _read_recipe(recipe, overrides), choose_device(device)
+    device = choose_device(device)
     source = resolve_source(model, data, eval_data)
     config = load_original_config(source.model)
+    base = resolve_precision(_read_recipe(recipe, overrides), config, device)
     scale = _lay_out(grid, config, base, seeds, tokens)
     possible, impossible = [], {}
     for cell in grid.cells(scale):
