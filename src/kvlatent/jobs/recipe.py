@@ -126,7 +126,7 @@ class Recipe(Section):
     """A whole run. `Recipe()` equals `recipes/cpu-small.yaml`."""
 
     seed: Annotated[int, OPTION] = Field(0, ge=0, lt=2**32)
-    dtype: Annotated[Literal["auto", "float32", "bfloat16"], OPTION] = "float32"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], OPTION] = "auto"
     conversion: Conversion = Conversion()
     calibration: Calibration = Calibration()
     lora: Lora = Lora()

@@ -58,6 +58,7 @@ def calibrate_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
+    check_options(options)
     recipe, device = _recipe(options, load_original_config(model))
     target = prepare_file(out, overwrite, {"model": model, "data": data, "recipe": options.get("recipe")})
     resolve(data)
@@ -95,6 +96,7 @@ def plan_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
+    check_options(options)
     config = load_original_config(model)
     recipe, device = _recipe(options, config)
     kv, engine = options.get("kv"), options.get("engine")
@@ -125,7 +127,6 @@ def plan_checkpoint(
 
 def _recipe(options: Mapping[str, Any], config: Any) -> tuple[Recipe, str]:
     """The recipe, its dtype resolved, and the device."""
-    check_options(options)
     device = choose_device(options.get("device") or "auto")
     return resolve_precision(
         Recipe.load(options.get("recipe"), recipe_overrides(options)), config, device
