@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import kvlatent
+from kvlatent.evaluation.speed.bench_run import bench
 from kvlatent.jobs import devices
 from kvlatent.jobs.devices import check_precision, has_bfloat16_units, resolve_precision
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint, plan_checkpoint
 from kvlatent.workflows.compress_checkpoint import compress
 from kvlatent.workflows.convert_checkpoint import convert_checkpoint
+from kvlatent.workflows.generate import continue_text
 from kvlatent.workflows.run_plan import plan_run
 from kvlatent.workflows.train_checkpoint import train
 from kvlatent_lab.study.running import study
@@ -94,10 +97,13 @@ def place(tmp_path, tiny_tokenizer):
             teacher=place / "model",
             **given,
         ),
+        lambda place, **given: kvlatent.evaluate(place / "model", place / "text.txt", **given),
+        lambda place, **given: bench(place / "model", **given),
+        lambda place, **given: continue_text(place / "model", "once", **given),
     ],
-    ids=["compress", "convert", "calibrate", "plan", "study", "train"],
+    ids=["compress", "convert", "calibrate", "plan", "study", "train", "eval", "bench", "generate"],
 )
-def test_every_command_with_a_recipe_refuses_bfloat16_before_it_writes(monkeypatch, place, work):
+def test_every_command_refuses_bfloat16_before_it_writes(monkeypatch, place, work):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     with pytest.raises(ValueError, match=r"bfloat16 needs a cpu device with units for it.*float32$"):
         work(place, dtype="bfloat16", device="cpu")

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.gguf_files import describe_weights
 from kvlatent.checkpoints.load import load_model
+from kvlatent.jobs.devices import check_precision
 from kvlatent.jobs.fingerprints import identity, model_fingerprint
 from kvlatent.jobs.record import name_for_record
 
@@ -18,8 +19,16 @@ ModelSource = str | Path | PreTrainedModel
 
 
 def resolve_model(source: ModelSource, dtype: str | None, device: str) -> PreTrainedModel:
-    """The model; one that is loaded already stays as and where it is."""
-    return source if isinstance(source, PreTrainedModel) else load_model(source, dtype=dtype, device=device)
+    """The model; one that is loaded already stays as and where it is.
+
+    Raises:
+        ValueError: bfloat16 is asked of a device without units for it, or what `load_model` refuses.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source
+    if dtype is not None:  # a checkpoint's own may be slow here, but nobody asked for speed
+        check_precision(dtype, device)
+    return load_model(source, dtype=dtype, device=device)
 
 
 def name_and_fingerprint(model: PreTrainedModel, source: ModelSource) -> dict[str, str]:

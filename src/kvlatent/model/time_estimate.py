@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from kvlatent.jobs.devices import has_bfloat16_units
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.families import head_dim_of
 
@@ -119,11 +120,7 @@ def forward_operations(model: Any, tokens: int, *, scored: bool = False) -> floa
 def assumed_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second that forward passes are taken to reach on a device: of two cores, where it is a CPU."""
     wide, narrow = _SPEEDS.get(device.type, _SPEEDS["cpu"])
-    if (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    ):
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_bfloat16_units(device):
         narrow = wide
     return wide if dtype == torch.float32 else narrow
 

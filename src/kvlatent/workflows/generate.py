@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.source import resolve_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.devices import choose_device
 from kvlatent.text.tokenise import check_token_ids
@@ -27,7 +27,7 @@ def continue_text(
         dtype: to load in; None: the checkpoint's own.
         options: see `generate_continuation`, which raises what it raises.
     """
-    loaded = load_model(model, dtype=dtype, device=choose_device(device))
+    loaded = resolve_model(model, dtype, choose_device(device))
     tokenizer = load_tokenizer(model, loaded.config)
     return {"prompt": prompt, "continuation": generate_continuation(loaded, tokenizer, prompt, **options)}
 
