@@ -154,7 +154,7 @@ def test_a_recipe_is_as_good_as_its_file(place, tmp_path):
     assert plans[0] == plans[1] and plans[0]["calibration_blocks"] == 6
     record = convert_checkpoint(place / "model", tmp_path / "out", kv=1, recipe=recipe, seed=3, device="cpu")
     assert "--recipe" not in record["command"] and "--seed 3" in record["command"]
-    assert Recipe.load(tmp_path / "out" / "recipe.yaml") == Recipe.load(recipe, ["seed=3"])
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml") == Recipe.load(recipe, ["seed=3", "dtype=float32"])
 
 
 def test_only_what_looks_at_statistics_is_explained(place, tmp_path):

@@ -93,7 +93,7 @@ def test_settings_travel_with_the_weights_but_paths_do_not(place, whole):
     out = place / "whole"
     settled = Recipe.load(out / "recipe.yaml")
     assert settled == Recipe.load(
-        None, [*SETTINGS, f"stage1.tokens={TOKENS // 2}", f"stage2.tokens={TOKENS // 2}"]
+        None, [*SETTINGS, f"stage1.tokens={TOKENS // 2}", f"stage2.tokens={TOKENS // 2}", "dtype=float32"]
     )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == [1] * 4 + [2] * 4
