@@ -176,7 +176,7 @@ def test_benchmarks_and_studies_take_it_by_name(pip, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     "words",
     [
-        "convert smollm2 --out o --dry-run",
+        "convert smollm2 --out o --dtype float32 --dry-run",
         "compress smollm2 --data text.txt --out o --dry-run",
         "calibrate smollm2 --data text.txt --out s.safetensors --set data.block_size=32 --blocks 4",
         "plan smollm2 --data text.txt --set data.block_size=32 --blocks 4",
