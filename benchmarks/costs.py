@@ -41,7 +41,7 @@ from kvlatent.selection.choices import PAPER
 from kvlatent.text.standard_library import model_path
 from kvlatent.training.layer_loss import capture, layer_losses
 from kvlatent.training.trainable import prepare_for_training
-from kvlatent_cli.named_models import resolve_model
+from kvlatent_cli.named_models import model_argument
 
 LONG, HELD_OUT = 2048, 32
 
@@ -245,7 +245,7 @@ def main() -> None:
         "stage1": measure_stage1,
     }
     parser.add_argument("what", choices=measures)
-    parser.add_argument("--model", type=resolve_model, default=str(model_path()), help="or smollm2")
+    parser.add_argument("--model", type=model_argument, default=str(model_path()), help="or smollm2")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--blocks", type=int, default=128, help="of calibration")
     parser.add_argument("--block-size", type=int, default=512)

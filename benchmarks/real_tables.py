@@ -18,7 +18,7 @@ from kvlatent.jobs.atomic import write_text
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.families import head_dim_of
-from kvlatent_cli.named_models import resolve_model
+from kvlatent_cli.named_models import model_argument
 from kvlatent_lab.baseline.baseline_run import Baseline, Request, pick_rows
 from kvlatent_lab.baseline.columns import Sizes
 from kvlatent_lab.baseline.markdown_table import render_table
@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--model", type=resolve_model, required=True, help="directory or hub id of the original, or smollm2"
+        "--model", type=model_argument, required=True, help="directory or hub id of the original, or smollm2"
     )
     parser.add_argument(
         "--texts", type=Path, help="folder of fineweb_train.jsonl, fineweb_valid.jsonl and other texts"
@@ -80,8 +80,16 @@ def requested(args: argparse.Namespace) -> Request:
 
 
 def main() -> None:
-    """List, render or measure."""
+    """List, render or measure; what is wrong is said in one sentence."""
     args = arguments()
+    try:
+        work(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def work(args: argparse.Namespace) -> None:
+    """List, render or measure."""
     rows = table_rows(head_dim_of(load_config(str(args.model))), args.seed)
     if args.list:
         for row in pick_rows(rows, args.only):

@@ -26,7 +26,7 @@ from kvlatent.evaluation.speed.memory import held_bytes
 from kvlatent.jobs.atomic import write_atomically
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.record import environment, name_for_record
-from kvlatent_cli.named_models import resolve_model
+from kvlatent_cli.named_models import model_argument
 
 
 def behind(
@@ -103,8 +103,8 @@ def command(args: argparse.Namespace) -> str:
 def main() -> None:
     """Measure, print and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=resolve_model, required=True)
-    parser.add_argument("--against", type=resolve_model, required=True, help="the original, or smollm2")
+    parser.add_argument("--model", type=model_argument, required=True)
+    parser.add_argument("--against", type=model_argument, required=True, help="the original, or smollm2")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data")
     parser.add_argument("--caches", nargs="+", default=["dynamic", "quantized-fp8", "quantized-int4", "quantized-int2"], choices=CACHES)  # fmt: skip

@@ -22,7 +22,7 @@ from kvlatent.evaluation.speed.caches import CACHES
 from kvlatent.evaluation.speed.lines import bench_lines
 from kvlatent.evaluation.speed.variants import ATTENTIONS
 from kvlatent.jobs.atomic import write_atomically
-from kvlatent_cli.named_models import resolve_model
+from kvlatent_cli.named_models import model_argument
 from kvlatent_lab.model_shapes import SHAPES, random_pair
 
 
@@ -105,8 +105,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="results folder, one JSON file a setting")
-    parser.add_argument("--model", type=resolve_model, help="latent checkpoint")
-    parser.add_argument("--against", type=resolve_model, help="its original, or smollm2")
+    parser.add_argument("--model", type=model_argument, help="latent checkpoint")
+    parser.add_argument("--against", type=model_argument, help="its original, or smollm2")
     parser.add_argument("--shapes", choices=sorted(SHAPES), help="random weights instead of checkpoints")
     parser.add_argument("--layers", type=int, help="with --shapes: as many only")
     parser.add_argument("--d-qk", type=int, default=64, help="with --shapes")

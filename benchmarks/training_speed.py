@@ -39,6 +39,7 @@ from kvlatent.training.loop import collate, training_arguments
 from kvlatent.training.placement import place_teacher
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import prepare_for_training
+from kvlatent_cli.named_models import model_argument
 
 KINDS = ("stage II", "plain Trainer")
 
@@ -166,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(model_path()))
+    parser.add_argument("--model", type=model_argument, default=str(model_path()), help="or smollm2")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -203,6 +203,16 @@ def test_bfloat16_is_summed_in_float64_and_stays_close():
             assert_close_to_scale(getattr(ours, name), tensor, 0.1)
 
 
+def test_sums_of_finite_float16_states_do_not_overflow():
+    model = tiny_model("llama").half()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1)
+        model.model.norm.weight.fill_(16)
+        final = model.model(text()["input_ids"]).last_hidden_state
+    assert final.isfinite().all() and final.sum().isinf()
+    calibrate(model, text())
+
+
 def test_bad_input_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="at least 1 query row a block: got rows=0; try 32"):

@@ -342,7 +342,7 @@ def not_json(folder: Path) -> None:
         (small_embedding, "the embedding has 200 rows"),
         (no_tokenizer, "tokenizer"),
         (not_json, "config.json"),
-        (shutil.rmtree, "neither a local directory nor"),
+        (shutil.rmtree, "neither a local directory or GGUF file nor"),
     ],
 )
 def test_mistakes_in_the_model(place, tmp_path, damage, sentence):

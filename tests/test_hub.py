@@ -340,7 +340,7 @@ def test_an_unknown_dtype_is_refused(folder):
 
 def test_paths_that_are_no_model_are_refused(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="neither a local directory nor a model that the hub gives us"
+        FileNotFoundError, match="neither a local directory or GGUF file nor a model that the hub gives us"
     ):
         load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no config.json"):

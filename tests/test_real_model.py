@@ -135,6 +135,14 @@ def test_the_script_says_what_is_wrong(wheel, monkeypatch, tmp_path):
         script("real_model", monkeypatch, "--cache", tmp_path / "c", "--wheel", wheel)
 
 
+@pytest.mark.parametrize("name", ["costs", "rival", "speed", "real_tables", "training_speed"])
+def test_benchmarks_say_what_is_wrong(pip, monkeypatch, capsys, name):
+    monkeypatch.setattr(real_model, "WHEEL_SHA256", "0" * 64)
+    with pytest.raises(SystemExit):
+        script(name, monkeypatch, *(["seconds"] if name == "costs" else []), "--model", "smollm2")
+    assert "error: argument --model: " in (told := capsys.readouterr().err) and "is not the wheel of" in told
+
+
 def test_names(pip, tmp_path, monkeypatch):
     out = str(tmp_path / "cache" / "kvlatent" / NAME)
     assert resolve_model("smollm2") == resolve_model(NAME) == out
@@ -163,6 +171,31 @@ def test_benchmarks_and_studies_take_it_by_name(pip, tmp_path, monkeypatch, caps
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.stderr
     assert len(pip) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert smollm2 --out o --dtype float32 --dry-run",
+        "compress smollm2 --data text.txt --out o --dry-run",
+        "calibrate smollm2 --data text.txt --out s.safetensors --set data.block_size=32 --blocks 4",
+        "plan smollm2 --data text.txt --set data.block_size=32 --blocks 4",
+        "train latent --stage 2 --data text.txt --teacher smollm2 --out t --tokens 32 --set data.block_size=32",
+        "eval smollm2 --against smollm2 --data text.txt --checks perplexity",
+        "bench smollm2 --against smollm2 --contexts 16 --new-tokens 2 --repeats 3 --caches dynamic",
+        "inspect smollm2",
+        "generate smollm2 --prompt sea --max-new-tokens 1",
+    ],
+)
+def test_every_command_takes_it_by_name(pip, tmp_path, monkeypatch, words):
+    """Wherever an original is asked for."""
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text.txt")
+    if "latent" in words:
+        source = ["convert", "smollm2", "--out", "latent", "--preset", "own-frequency"]
+        assert CliRunner().invoke(app, source).exit_code == 0
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 0, done.stderr
 
 
 def test_demo_of_the_real_model(pip, tmp_path, monkeypatch):

@@ -136,13 +136,26 @@ def test_a_row_that_cannot_be_is_a_result(place, call):
 
 
 def test_other_sizes_do_not_mix(call):
-    with pytest.raises(ValueError, match="another sizes.questions"):
+    with pytest.raises(SystemExit, match="error: .* another sizes.questions"):
         call("--only", "original", "--questions", 5)
 
 
 def test_a_pattern_without_rows():
     with pytest.raises(ValueError, match="matches none of"):
         pick_rows(table_rows(64), "nothing")
+
+
+def test_a_table_without_finished_rows(call, tmp_path):
+    with pytest.raises(
+        SystemExit, match="error: .* holds no finished row; run benchmarks/real_tables.py first"
+    ):
+        call("--render", out=tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "original.json").touch()
+    with pytest.raises(
+        SystemExit, match="error: .*original.json is damaged, .*; delete it to measure it again"
+    ):
+        call("--render", out=tmp_path / "out")
 
 
 def test_the_most_telling_rows_come_first():

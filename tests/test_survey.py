@@ -146,7 +146,7 @@ def test_mistakes_of_a_calibration(place, tmp_path, tiny_tokenizer):
     short.write_text("A cat.")
     with pytest.raises(ValueError, match="the text must fill a block"):
         call(tmp_path / "s", short)
-    with pytest.raises(FileNotFoundError, match="neither a local directory nor"):
+    with pytest.raises(FileNotFoundError, match="neither a local directory or GGUF file nor"):
         call(tmp_path / "s", model=tmp_path / "no-model")
     other = write_checkpoint(tmp_path / "other", tiny_tokenizer, initializer_range=0.1)
     with pytest.raises(ValueError, match="the statistics are of another model"):

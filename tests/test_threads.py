@@ -1,5 +1,7 @@
 """Threads by the processors that are free."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 
@@ -51,6 +53,27 @@ def test_a_short_look_decides_nothing(machine):
     settle = threads.watch_processors()
     machine[:] = [0.1, 100.4, 10.0]
     assert settle() is None and torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError, threads.psutil.AccessDenied])
+def test_a_system_that_hides_its_clocks_is_left_alone(monkeypatch, error):
+    def hidden(percpu):
+        raise error("/proc/stat")
+
+    monkeypatch.setattr(threads.psutil, "cpu_times", hidden)
+    before = torch.get_num_threads()
+    assert threads.watch_processors()() is None and torch.get_num_threads() == before
+
+
+def test_what_guests_take_counts_once_and_fields_may_lack(monkeypatch):
+    few, many = (
+        namedtuple("Times", names) for names in ("user idle", "user nice idle iowait guest guest_nice")
+    )
+    monkeypatch.setattr(threads, "_processors", lambda: [0, 1, 2])
+    monkeypatch.setattr(
+        threads.psutil, "cpu_times", lambda percpu: [few(3.0, 9.0), many(5.0, 1.0, 9.0, 2.0, 4.0, 1.0)]
+    )
+    assert threads._busy_seconds() == 3 + 6
 
 
 def test_the_clocks_of_this_machine_run():

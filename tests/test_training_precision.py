@@ -54,6 +54,18 @@ def test_every_product_runs_in_the_asked_precision_and_the_trained_weights_stay_
     assert losses and {loss.dtype for loss in losses} == {torch.float32}
 
 
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_auto_is_one_precision_for_preparing_and_training(monkeypatch, tmp_path, stage, units):
+    """A narrow model held in bfloat16 trains in float32 also where the processor has units for more."""
+    monkeypatch.setattr(devices, "has_bfloat16_units", lambda device: units)
+    teacher, config = original(dtype=torch.bfloat16), recipe(*SHORT, "dtype=auto")
+    student = student_of(teacher)
+    prepare_for_training(student, config)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    run(student, teacher, stage, tmp_path / "stage", config)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_frozen_tensors_get_no_gradients(monkeypatch, tmp_path, stage, dtype):

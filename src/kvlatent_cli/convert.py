@@ -40,7 +40,7 @@ def compress(run: Session, given: dict[str, Any]) -> None:
     _show_record(run, record, given["out"])
 
 
-@command(MODEL, OUT, *CONVERSION, TEXT_TO_CALIBRATE, DEVICE, OVERWRITE, DRY_RUN)
+@command(MODEL, OUT, *CONVERSION, TEXT_TO_CALIBRATE, DEVICE, DTYPE, OVERWRITE, DRY_RUN)
 def convert(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint without training it: calibrate on --data, choose what to keep, and measure what it costs."""
     from kvlatent.workflows.convert_checkpoint import convert_checkpoint

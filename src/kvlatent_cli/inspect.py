@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .listings import list_pairs
-from .options import DEVICE, LATENT, LOAD_DTYPE, REQUIRED, SEED, Option, command
+from .options import CHECKPOINT, DEVICE, LOAD_DTYPE, REQUIRED, SEED, Option, command
 from .session import Session
 
 PROMPT = Option("prompt", "Text to continue.", "TEXT", default=REQUIRED)
@@ -15,7 +15,7 @@ TEMPERATURE = Option(
 )
 
 
-@command(LATENT, PROMPT, NEW_TOKENS, TEMPERATURE, SEED, DEVICE, LOAD_DTYPE)
+@command(CHECKPOINT, PROMPT, NEW_TOKENS, TEMPERATURE, SEED, DEVICE, LOAD_DTYPE)
 def generate(run: Session, given: dict[str, Any]) -> None:
     """Continue a text."""
     from kvlatent.workflows.generate import continue_text
@@ -24,7 +24,7 @@ def generate(run: Session, given: dict[str, Any]) -> None:
     run.show(document, f"{document['prompt']}{document['continuation']}")
 
 
-@command(LATENT)
+@command(CHECKPOINT)
 def inspect(run: Session, given: dict[str, Any]) -> None:
     """Say what a checkpoint is: widths, tables, cache bytes per token, and what was measured when it was made."""
     from kvlatent.workflows.inspect_checkpoint import describe

@@ -8,6 +8,7 @@ from typing import Any
 from .measured_listings import evaluation_listing, study_listing
 from .named_models import read_model
 from .options import (
+    CHECKPOINT,
     DEVICE,
     DRY_RUN,
     EVAL_DATA,
@@ -27,10 +28,7 @@ from .options import (
 )
 from .session import Session
 
-CHECKPOINT = positional(
-    "model", "DIR", "A latent or an original checkpoint: a directory, a hub id or a GGUF file."
-)
-AGAINST = Option("against", "The original, to compare with.", "MODEL")
+AGAINST = Option("against", "The original, to compare with.", "MODEL", read=read_model)
 
 EVALUATION = (
     Option("data", "Text to read; standard library modules by default.", "FILE"),

@@ -6,6 +6,7 @@ This is the door: the only place that asks the environment for a cache.
 from __future__ import annotations
 
 import os
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 REAL = "smollm2"
@@ -26,6 +27,14 @@ def resolve_model(text: str) -> str:
     from kvlatent.checkpoints.real_model import NAME, plain_checkpoint
 
     return str(plain_checkpoint(cache_folder())) if text in (REAL, NAME) else text
+
+
+def model_argument(text: str) -> str:
+    """`resolve_model` of what a script was given; argparse tells of other errors only that the value is invalid."""
+    try:
+        return resolve_model(text)
+    except (ValueError, OSError) as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 def read_model(_: str, text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import typer
 
+from .named_models import read_model
 from .session import Session, session
 
 REQUIRED: Any = ...
@@ -66,9 +67,15 @@ class Option:
         return typed if self.read is None else self.read(self.spelling, typed)
 
 
-def positional(name: str, metavar: str, help: str, kind: Any = str) -> Option:
+def positional(
+    name: str,
+    metavar: str,
+    help: str,
+    kind: Any = str,
+    read: Callable[[str, str], Any] | None = None,
+) -> Option:
     """A required parameter without a flag."""
-    return Option(name, help, metavar, kind, REQUIRED, is_positional=True)
+    return Option(name, help, metavar, kind, REQUIRED, read=read, is_positional=True)
 
 
 def switch(name: str, help: str) -> Option:
@@ -148,8 +155,19 @@ def read_bytes(flag: str, text: str) -> float:
     return size
 
 
-MODEL = positional("model", "MODEL", "The original checkpoint: a directory, a hub id or a GGUF file.")
+MODEL = positional(
+    "model",
+    "MODEL",
+    "The original checkpoint: a directory, a hub id, a GGUF file or smollm2.",
+    read=read_model,
+)
 LATENT = positional("model", "DIR", "A latent checkpoint: a directory or a hub id.")
+CHECKPOINT = positional(
+    "model",
+    "DIR",
+    "A latent or an original checkpoint: a directory, a hub id, a GGUF file or smollm2.",
+    read=read_model,
+)
 DATA = Option(
     "data",
     "Text or conversations: a .txt, .jsonl, .json or .parquet file, or a hub data set.",

@@ -16,6 +16,7 @@ __all__ = ["watch_processors"]
 
 _SAID = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _ENOUGH_S = 0.5  # a shorter look says little
+_FREE = ("idle", "iowait", "guest", "guest_nice")  # what guests take is part of user and nice, too
 
 
 def watch_processors() -> Callable[[], str | None]:
@@ -23,9 +24,13 @@ def watch_processors() -> Callable[[], str | None]:
 
     Returns:
         A function to call after a while, with torch imported: it lowers torch's threads to the processors that were free,
-        and returns what it did as a sentence, None where it did nothing. Numbers that the user chose stay.
+        and returns what it did as a sentence, None where it did nothing. Numbers that the user chose stay, and all do
+        where the system hides its clocks.
     """
-    start, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
+    try:
+        start, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
+    except (OSError, psutil.Error):
+        return lambda: None
 
     def settle() -> str | None:
         import torch
@@ -57,7 +62,7 @@ def _busy_seconds() -> float:
     """Seconds that these processors have worked since they started, for anyone."""
     times = psutil.cpu_times(percpu=True)
     return sum(
-        sum(times[number]) - times[number].idle - getattr(times[number], "iowait", 0.0)
+        sum(times[number]) - sum(getattr(times[number], name, 0.0) for name in _FREE)
         for number in _processors()
         if number < len(times)
     )

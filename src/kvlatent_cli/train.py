@@ -24,7 +24,9 @@ from .options import (
 from .session import Session
 
 STAGE = Option("stage", "Stage to train: 1 layer by layer, 2 end to end.", "1|2", int, REQUIRED)
-TEACHER = Option("teacher", "The original; only stage 2 on next tokens can do without.", "MODEL")
+TEACHER = Option(
+    "teacher", "The original; only stage 2 on next tokens can do without.", "MODEL", read=read_model
+)
 OUT_OR_IN_PLACE = Option("out", "Directory to write; DIR itself by default.", "DIR", Path)
 DEMO_OUT = Option(
     "out", "Directory to write; ./kvlatent-demo by default, ./kvlatent-demo-real with --model.", "DIR", Path

@@ -118,7 +118,7 @@ def load_config(path: str) -> Any:
         if local.is_dir():
             raise ValueError(f"cannot read {path}/config.json: {first_line(error)}") from error
         raise FileNotFoundError(
-            f"{path} is neither a local directory nor a model that the hub gives us; check the path or the hub id "
+            f"{path} is neither a local directory or GGUF file nor a model that the hub gives us; check the path or the hub id "
             f"({first_line(error)})"
         ) from error
     except Exception as error:  # transformers' own validation raises classes of its own

@@ -64,7 +64,7 @@ def check_precision(name: str, device: str | torch.device) -> None:
     units = ", ".join(_BFLOAT16_UNITS) if kind == "cpu" else "compute capability 8.0"
     raise ValueError(
         f"dtype bfloat16 needs a {kind} device with units for it ({units}), and this one has none and would run slower "
-        "than in float32; use --dtype float32"
+        "than in float32; use dtype float32"
     )
 
 

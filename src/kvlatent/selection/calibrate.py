@@ -102,7 +102,10 @@ def calibrate(
 def _check_finite(sums: list[MomentSums], final: Tensor, start: int) -> None:
     """Raise `ValueError` if activations of the blocks from `start` on are not finite; waits for the device once."""
     found = torch.cat(
-        [torch.stack([one.finite_sums() for one in sums]).flatten(), final.sum()[None].double()]
+        [
+            torch.stack([one.finite_sums() for one in sums]).flatten(),
+            final.sum(dtype=torch.float64)[None],  # in float16 sums of finite numbers overflow
+        ]
     )
     if bool(torch.isfinite(found).all()):
         return

@@ -87,8 +87,9 @@ class Statistics:
         fingerprint = model_fingerprint(model)
         if fingerprint != self.fingerprint:
             raise ValueError(
-                f"the statistics are of another model: they have fingerprint {self.fingerprint[:12]}, this model has "
-                f"{fingerprint[:12]}; calibrate this model, or give the checkpoint they were made from"
+                f"the statistics are of another model, or of this one in another dtype than {str(model.dtype)[6:]}: they "
+                f"have fingerprint {self.fingerprint[:12]}, this model has {fingerprint[:12]}; calibrate this model, or "
+                "give the checkpoint and the dtype that they were made from"
             )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvlatent.jobs.devices import has_bfloat16_units
+from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.families import Family, family_of
 
@@ -43,7 +43,8 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
         ValueError: the model has been prepared already, or its family is not supported.
     """
     family = family_of(model.config)
-    narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and has_bfloat16_units(model.device))
+    if recipe.dtype == "auto":
+        recipe = resolve_precision(recipe, model.config, model.device)
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model already carries LoRA; prepare it once, or start from merged_copy(model)")
     model.requires_grad_(False)
@@ -56,7 +57,7 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
             trained = f"{path}.{name}" in expected
             if trained:
                 data = parameter.detach().to(torch.float32, copy=True)
-            elif not narrow and parameter.is_floating_point():
+            elif recipe.dtype == "float32" and parameter.is_floating_point():
                 data = parameter.detach().to(torch.float32)
             else:
                 parameter.requires_grad_(False)
