@@ -8,7 +8,7 @@ import torch
 import kvlatent
 from kvlatent.evaluation.speed.bench_run import bench
 from kvlatent.jobs import devices
-from kvlatent.jobs.devices import check_precision, has_bfloat16_units, resolve_precision
+from kvlatent.jobs.devices import check_precision, has_bfloat16_units, resolve_precision, working_dtype
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint, plan_checkpoint
 from kvlatent.workflows.compress_checkpoint import compress
@@ -118,3 +118,16 @@ def test_a_plan_names_the_precision_that_runs_not_auto(monkeypatch, place, units
     for given in ({}, {"tokens": 5_000}):  # both ways to the number of tokens
         plan = plan_run(place / "model", dtype="auto", device="cpu", stages="both", **given)
         assert plan.recipe.dtype == plan.summary()["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "stored", "held"),
+    [
+        ("bfloat16", "cpu", torch.bfloat16, "float32"),
+        ("bfloat16", "cuda", torch.float32, "float32"),
+        ("bfloat16", "cuda", torch.float16, "bfloat16"),
+        ("float32", "cuda", torch.bfloat16, "float32"),
+    ],
+)
+def test_weights_are_never_held_narrower_than_a_float32_checkpoint(dtype, device, stored, held):
+    assert working_dtype(dtype, device, stored) == held

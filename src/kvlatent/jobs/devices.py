@@ -117,6 +117,12 @@ def precision(device: str | torch.device, dtype: str) -> AbstractContextManager[
     return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
 
 
-def working_dtype(dtype: str, device: str) -> str:
-    """Dtype that weights are held in: fp32 on the CPU, where autocast does the rest; the recipe's on a GPU."""
-    return "float32" if device == "cpu" else dtype
+def working_dtype(dtype: str, device: str, stored: torch.dtype) -> str:
+    """Dtype that weights are held in while products run in `dtype`: never narrower than a float32 checkpoint's own.
+
+    On a CPU it is float32, and autocast does the rest; on a GPU the recipe's, unless the checkpoint is stored in float32.
+
+    Args:
+        dtype: of the recipe, resolved; stored: of the checkpoint's weights.
+    """
+    return "float32" if device == "cpu" or stored == torch.float32 else dtype

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.engines.facts import check_engine
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.jobs.atomic import prepare_file
@@ -153,14 +153,18 @@ def _calibrate_or_load(
         return _calibrate(model, data, recipe, device, progress)
     check_statistics(statistics)
     return load_statistics(
-        statistics, load_model(model, dtype=working_dtype(recipe.dtype, device), device=device)
+        statistics, load_model(model, dtype=_working_dtype(model, recipe, device), device=device)
     )
+
+
+def _working_dtype(model: str | Path, recipe: Recipe, device: str) -> str:
+    return working_dtype(recipe.dtype, device, load_config(str(model)).dtype)
 
 
 def _calibrate(
     model: str | Path, data: str | Path, recipe: Recipe, device: str, progress: Progress
 ) -> tuple[Statistics, dict[str, Any]]:
-    original, tokenizer = load_original(model, working_dtype(recipe.dtype, device), device, progress)
+    original, tokenizer = load_original(model, _working_dtype(model, recipe, device), device, progress)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
         blocks = text_to_calibrate(TextReader(recipe, tokenizer, original.config, cache), data)
         return collect_statistics(original, blocks, recipe, progress)

@@ -159,7 +159,7 @@ class _Run:
 
     def __init__(self, plan: Plan, workspace: WorkDirectory, progress: Progress, model: str | Path) -> None:
         self.plan, self.recipe, self.workspace, self.progress = plan, plan.recipe, workspace, progress
-        dtype = working_dtype(plan.recipe.dtype, plan.device)
+        dtype = working_dtype(plan.recipe.dtype, plan.device, plan.stored_dtype)
         self.original, self.tokenizer = load_original(model, dtype, plan.device, progress)
 
     def read(self, data: str | Path, eval_data: str | Path | None, eval_tokens: int) -> Texts:

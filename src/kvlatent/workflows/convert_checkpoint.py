@@ -80,7 +80,7 @@ def convert_checkpoint(
     typed = options_as_typed({**files, "out": place}, {**options, "stages": None})
     record = describe_run("convert", model, typed, sha256, plan.device)
     report = Progress.of(progress)
-    dtype = working_dtype(plan.recipe.dtype, plan.device) if plan.calibrates else None
+    dtype = working_dtype(plan.recipe.dtype, plan.device, plan.stored_dtype) if plan.calibrates else None
     original, tokenizer = load_original(model, dtype, plan.device, report)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
         reader = TextReader(plan.recipe, tokenizer, original.config, cache)
@@ -103,7 +103,7 @@ def _measure_both(
     """Figures of both models, in the dtype that they run in; none without a text to measure on."""
     if texts.held_out is None:
         return {}
-    dtype = getattr(torch, working_dtype(plan.recipe.dtype, plan.device))
+    dtype = getattr(torch, working_dtype(plan.recipe.dtype, plan.device, plan.stored_dtype))
     pair = merged_copy(exported, dtype), merged_copy(original, dtype)
     report = evaluate(pair[0], texts.held_out, against=pair[1], progress=progress)
     ratio = {name: report[name] for name in ("ratio", "ratio_standard_error")}

@@ -84,7 +84,7 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """JSON-able: widths (None while open), choices, bytes per token before and after, tokens per stage, seconds."""
-        measured_in = working_dtype(self.recipe.dtype, self.device)
+        measured_in = working_dtype(self.recipe.dtype, self.device, self.stored_dtype)
         sizes = (self.num_layers, self.num_key_value_heads, getattr(torch, measured_in).itemsize)
         original = int(sum(layer_cache_bytes(self.head_dim, self.head_dim, *sizes)))
         reduced = int(self.kv * original)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
-from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.perplexity import Perplexity
 from kvlatent.evaluation.quality import measure
@@ -128,7 +128,7 @@ class Subject:
     ) -> None:
         self.source, self.folder, self.recipe, self.device = source, folder, recipe, device
         self.eval_tokens, self.tokens, self.python = eval_tokens, tokens, python
-        dtype = working_dtype(recipe.dtype, device)
+        dtype = working_dtype(recipe.dtype, device, load_config(str(source.model)).dtype)
         self.model = load_model(source.model, dtype=dtype, device=device).requires_grad_(False).eval()
         self.tokenizer = load_tokenizer(source.model, self.model.config)
         self.reader = TextReader(recipe, self.tokenizer, self.model.config, folder.work / "blocks")
