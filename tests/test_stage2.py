@@ -234,3 +234,10 @@ def test_token_losses_are_per_position_without_graph(case):
     torch.testing.assert_close(losses, dense.detach())
     assert not losses.requires_grad
     assert dense.requires_grad
+
+
+def test_a_head_that_would_learn_is_refused():
+    hidden = torch.randn(BATCH, POSITIONS, WIDTH)
+    labels = torch.zeros(BATCH, POSITIONS, dtype=torch.long)
+    with pytest.raises(ValueError, match="got one that requires gradients; call requires_grad_.False. on it"):
+        stage2_loss(hidden, nn.Linear(WIDTH, 11), labels, Stage2(objective="next_token"))

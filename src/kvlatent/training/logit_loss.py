@@ -51,10 +51,17 @@ def stage2_loss(
         settings: `objective`, `kl_weight` and `temperature` are read.
         teacher_hidden, teacher_head: of the original, without a graph; "next_token" does without.
         chunk_tokens: logits of so many tokens are held at once; None: of as many as `tokens_of_logits` says.
+
+    Raises:
+        ValueError: the head requires gradients.
     """
     share = {"next_token": 0.0, "kl": 1.0, "mix": settings.kl_weight}[settings.objective]
     student, teacher, goals = Head.of(head).in_autocast(), None, None
-    assert not student.weight.requires_grad, "the head is frozen in every stage"
+    if student.weight.requires_grad:
+        raise ValueError(
+            "stage II leaves the head as it is and gives it no gradient: got one that requires gradients; call "
+            "requires_grad_(False) on it"
+        )
     if share:
         assert teacher_hidden is not None and teacher_head is not None
         teacher, goals = Head.of(teacher_head).in_autocast(), teacher_hidden.flatten(0, 1)
