@@ -33,7 +33,7 @@ CONVERSION = [
 ]
 FLAGS = {
     "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--seed", "--overwrite", "--dry-run", *SHARED],
-    "convert": ["MODEL", "--out", *CONVERSION, "--data", "--device", "--overwrite", "--dry-run", "--json"],
+    "convert": ["MODEL", "--out", *CONVERSION, "--data", "--overwrite", "--dry-run", *SHARED],
     "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "plan": ["MODEL", *WIDTHS, "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--seed", "--overwrite", *SHARED],
