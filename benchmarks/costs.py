@@ -30,7 +30,7 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.evaluation.scored_text import ScoredText
-from kvlatent.jobs.devices import PRECISIONS, choose_precision, precision
+from kvlatent.jobs.devices import precision
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import environment
@@ -95,7 +95,7 @@ def measure_precision(args: argparse.Namespace) -> dict[str, Any]:
         for part in (slice(args.blocks), slice(args.blocks, None))
     )
     figures, losses = {}, {}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in args.dtypes:
         collected, calibration = timed(lambda: calibrate(model, text, precision=dtype))  # noqa: B023
         options: dict[str, Any] = {"statistics": collected, "align": args.align, "precision": dtype}
         latent, conversion = timed(lambda: convert(model, d_qk=half, d_vo=half, **options))  # noqa: B023
@@ -106,16 +106,19 @@ def measure_precision(args: argparse.Namespace) -> dict[str, Any]:
             "calibration_seconds": calibration,
             "conversion_seconds": conversion,
         }
-    difference = losses["bfloat16"] - losses["float32"]
-    error = float(difference.std() / len(difference) ** 0.5)
+    compared = {}
+    if len(losses) == 2:
+        difference = losses["bfloat16"] - losses["float32"]
+        error = float(difference.std() / len(difference) ** 0.5)
+        compared = {"loss_difference": float(difference.mean()), "loss_difference_standard_error": error}
     original = float(block_losses(model, held_out).mean().exp())
     return {
         "tokens": text["input_ids"].numel(),
         "held_out_tokens": held_out["input_ids"].numel(),
         "original_perplexity": original,
         **figures,
-        "loss_difference": float(difference.mean()),
-        "loss_difference_standard_error": error,
+        "block_losses": {dtype: one.tolist() for dtype, one in losses.items()},
+        **compared,
     }
 
 
@@ -135,7 +138,7 @@ def forward(model: Any, blocks: dict[str, Tensor], dtype: str) -> None:
     """The decoder over all blocks, as many at a time as calibration takes, in its precision."""
     size = blocks_at_once(full_width(model).model, blocks["input_ids"].shape[1])
     columns = (blocks[name].split(size) for name in ("input_ids", "position_ids"))
-    with precision("cpu", choose_precision(dtype, model)):
+    with precision("cpu", dtype):
         for ids, positions in zip(*columns, strict=True):
             model.model(input_ids=ids, position_ids=positions, use_cache=False)
 
@@ -253,7 +256,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of stage1, after two for warm-up")
     parser.add_argument("--calibrated", action="store_true", help="memory with statistics and alignment")
     parser.add_argument("--layers", type=int, default=22, help="of memory's model")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of seconds")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of seconds")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32")
+    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.evaluation.scored_text import ScoredText
@@ -83,7 +83,9 @@ class Clock(TrainerCallback):
 def run_one(args: argparse.Namespace) -> dict[str, Any]:
     """Train one of the two; seconds a step, the largest resident size, and the losses."""
     device, recipe = args.device, read_recipe(args)
-    teacher = load_model(args.model, dtype=working_dtype(args.dtype, device), device=device)
+    teacher = load_model(
+        args.model, dtype=working_dtype(args.dtype, device, load_config(args.model).dtype), device=device
+    )
     width = max(2, teacher.model.layers[0].self_attn.head_dim // 2)
     student = convert(teacher, d_qk=width, d_vo=width, choices=PAPER)
     prepare_for_training(student, recipe)

@@ -5,31 +5,11 @@ import torch
 
 from calibration_setup import realistic_model, short_descent, text
 from kvlatent.conversion.convert_model import convert
-from kvlatent.jobs.devices import choose_precision
 from kvlatent.selection.calibrate import calibrate
 from tiny import tiny_model
 from tolerances import assert_close_to_scale
 
 WITH, WITHOUT = {"avx512_bf16": True}, {"avx512_f": True}
-
-
-@pytest.mark.parametrize(
-    ("hidden", "dtype", "units", "asked", "chosen"),
-    [
-        (512, torch.float32, WITH, "auto", "bfloat16"),
-        (512, torch.bfloat16, WITH, "auto", "bfloat16"),
-        (512, torch.float16, WITH, "auto", "float32"),
-        (256, torch.float32, WITH, "auto", "float32"),
-        (512, torch.float32, WITHOUT, "auto", "float32"),
-        (64, torch.float32, WITH, "bfloat16", "bfloat16"),
-        (512, torch.float32, WITH, "float32", "float32"),
-    ],
-)
-def test_auto_is_the_faster_where_it_pays(monkeypatch, hidden, dtype, units, asked, chosen):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
-    model = tiny_model("llama").to(dtype)
-    model.config.hidden_size = hidden
-    assert choose_precision(asked, model) == chosen
 
 
 def test_bfloat16_without_units_and_unknown_names_are_refused(monkeypatch):
@@ -41,9 +21,7 @@ def test_bfloat16_without_units_and_unknown_names_are_refused(monkeypatch):
     ):
         with pytest.raises(ValueError, match="bfloat16 needs a cpu device with units for it"):
             work("bfloat16")
-        with pytest.raises(
-            ValueError, match="unknown precision 'half'; choose one of auto, float32, bfloat16"
-        ):
+        with pytest.raises(ValueError, match="unknown precision 'half'; choose one of float32, bfloat16"):
             work("half")
 
 

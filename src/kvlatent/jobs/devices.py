@@ -10,17 +10,16 @@ import torch
 from kvlatent.jobs.recipe import Recipe
 
 __all__ = [
-    "PRECISIONS",
     "check_precision",
+    "check_product_dtype",
     "choose_device",
-    "choose_precision",
     "has_bfloat16_units",
     "precision",
     "resolve_precision",
     "working_dtype",
 ]
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+_PRECISIONS = ("float32", "bfloat16")
 _WIDE = 512  # of a model: below it, casting costs what the products save
 
 # As torch names them: AVX-512's products, Intel's tiles, Arm's two.
@@ -68,28 +67,6 @@ def check_precision(name: str, device: str | torch.device) -> None:
     )
 
 
-def choose_precision(asked: str, model: Any) -> str:
-    """Dtype of the products while a model is calibrated or converted: "float32" or "bfloat16"; sums stay in float32.
-
-    Args:
-        asked: one of `PRECISIONS`; "auto" is bfloat16 where it is faster and the model is not held in float16, whose range
-            bfloat16 shares but whose digits it lacks.
-
-    Raises:
-        ValueError: an unknown precision, or bfloat16 on a device without units for it.
-    """
-    if asked not in PRECISIONS:
-        raise ValueError(f"unknown precision {asked!r}; choose one of {', '.join(PRECISIONS)}")
-    if asked == "auto":
-        return (
-            "bfloat16"
-            if model.dtype != torch.float16 and _pays_off(model.config, model.device)
-            else "float32"
-        )
-    check_precision(asked, model.device)
-    return asked
-
-
 def resolve_precision(recipe: Recipe, config: Any, device: str | torch.device) -> Recipe:
     """The recipe with the dtype that `auto` stands for: bfloat16 where it is faster on the device, else float32.
 
@@ -108,6 +85,18 @@ def resolve_precision(recipe: Recipe, config: Any, device: str | torch.device) -
 def _pays_off(config: Any, device: str | torch.device) -> bool:
     """Whether products in bfloat16 are faster: units for them, and a model wide enough."""
     return config.hidden_size >= _WIDE and has_bfloat16_units(device)
+
+
+def check_product_dtype(dtype: str, device: str | torch.device) -> str:
+    """`dtype`, if products can run in it.
+
+    Raises:
+        ValueError: another than "float32" and "bfloat16", or bfloat16 on a device without units for it.
+    """
+    if dtype not in _PRECISIONS:
+        raise ValueError(f"unknown precision {dtype!r}; choose one of {', '.join(_PRECISIONS)}")
+    check_precision(dtype, device)
+    return dtype
 
 
 def precision(device: str | torch.device, dtype: str) -> AbstractContextManager[Any]:

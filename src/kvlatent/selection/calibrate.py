@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlatent.jobs.devices import choose_precision
+from kvlatent.jobs.devices import check_product_dtype
 from kvlatent.jobs.devices import precision as autocast
 from kvlatent.jobs.fingerprints import model_fingerprint
 from kvlatent.jobs.progress import Progress
@@ -35,7 +35,7 @@ def calibrate(
     *,
     rows: int = 32,
     seed: int = 0,
-    precision: str = "auto",
+    precision: str = "float32",
     progress: Progress | Callable[[int, int], None] | None = None,
 ) -> Statistics:
     """Statistics of `model` over `blocks`; the model is left as it was.
@@ -47,8 +47,7 @@ def calibrate(
         rows: query positions sampled a block for the Gram matrices; 0 < rows. Memory and time grow with
             rows x T, not with T squared.
         seed: of the sampling.
-        precision: of the products: "float32", "bfloat16" or "auto" (see `choose_precision`); all sums are float32 or
-            float64.
+        precision: of the products of the forward pass, "float32" or "bfloat16"; all sums are float32 or float64.
         progress: told after every block; a function is called with the blocks done and their number.
 
     Raises:
@@ -76,7 +75,7 @@ def calibrate(
     with ExitStack() as hooks:
         for one in sums:
             hooks.enter_context(one.watching())
-        hooks.enter_context(autocast(model.device, choose_precision(precision, model)))
+        hooks.enter_context(autocast(model.device, check_product_dtype(precision, model.device)))
         for start in range(0, len(ids), size):
             batch = [t[start : start + size] for t in (ids, positions)]
             chosen = [

@@ -157,7 +157,6 @@ def collect_statistics(
         blocks,
         rows=recipe.calibration.rows,
         seed=recipe.seed,
-        precision=recipe.dtype,
         progress=step.to,
     )
     return statistics, _figures(statistics, time.monotonic() - start)
@@ -228,7 +227,6 @@ def convert_and_report(
         qk_norm=plan.recipe.conversion.qk_norm,
         statistics=statistics,
         seed=plan.recipe.seed,
-        precision=plan.recipe.dtype,
         progress=progress,
     )
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - start, 2)}

@@ -64,9 +64,7 @@ def convert_cell(subject: Subject, cell: Cell, progress: Progress) -> PreTrained
     def write(path: Path) -> None:
         statistics = collect_cell_statistics(subject, cell, progress)
         target = _target(subject, cell, statistics)
-        shared.update(
-            statistics=statistics, seed=cell.seed, precision=subject.recipe.dtype, progress=progress
-        )
+        shared.update(statistics=statistics, seed=cell.seed, progress=progress)
         write_attention(convert(subject.model, **target, **shared), path)
 
     name = f"{name_conversion(subject, cell)}.safetensors"
