@@ -68,7 +68,7 @@ def check_precision(name: str, device: str | torch.device) -> None:
 
 
 def resolve_precision(recipe: Recipe, config: Any, device: str | torch.device) -> Recipe:
-    """The recipe with the dtype that `auto` stands for: bfloat16 where it is faster on the device, else float32.
+    """The recipe with the dtype that `auto` stands for: training in bfloat16 where it is faster, else float32.
 
     Args:
         config: of the model, for its `hidden_size`.
