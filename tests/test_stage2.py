@@ -9,7 +9,7 @@ from torch import nn
 
 from kvlatent.jobs.recipe import Stage2
 from kvlatent.model.head import Head, token_losses, tokens_of_logits
-from kvlatent.training.logit_loss import stage2_loss
+from kvlatent.model.logit_loss import stage2_loss
 from tolerances import ROUNDING, assert_close_to_scale
 
 pytestmark = pytest.mark.numerics

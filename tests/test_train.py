@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, MistralConfig
 
 from kvlatent.jobs.recipe import Stage2
+from kvlatent.model.logit_loss import stage2_loss
 from kvlatent.training.layer_loss import capture, layer_losses
-from kvlatent.training.logit_loss import stage2_loss
 from kvlatent.training.loop import collate
 from kvlatent.training.placement import check_teacher
 from kvlatent.training.stages import train_stage

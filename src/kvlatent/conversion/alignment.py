@@ -24,7 +24,14 @@ from kvlatent.model.families import parts_of
 from kvlatent.model.hidden_states import HiddenStates
 from kvlatent.selection.attention_rows import masked_logits, row_logits
 
-__all__ = ["TunedLayer", "align_attention", "align_output", "copy_for_tuning"]
+__all__ = [
+    "TunedLayer",
+    "align_attention",
+    "align_output",
+    "copy_for_tuning",
+    "key_parameters",
+    "value_parameters",
+]
 
 
 @dataclass
@@ -84,7 +91,7 @@ def align_attention(
         logits = row_logits(tuned.attention, tuned.latent, normed, tuned.positions[blocks], rows)
         return (attention * (target - log_softmax(logits, dim=-1))).sum(-1).mean()
 
-    return _tune(tuned, _key_parameters(tuned.attention), loss, steps, seed, progress)
+    return _tune(tuned, key_parameters(tuned.attention), loss, steps, seed, progress)
 
 
 def align_output(
@@ -124,8 +131,8 @@ def align_output(
         given = middle + layer.ffn(layer.ffn_norm(middle))
         return (following(given) - wanted).float().square().mean() / energy
 
-    chosen = (_key_parameters(tuned.attention) if keys else []) + (
-        _value_parameters(tuned.attention) if values else []
+    chosen = (key_parameters(tuned.attention) if keys else []) + (
+        value_parameters(tuned.attention) if values else []
     )
     return _tune(tuned, chosen, loss, steps, seed, progress)
 
@@ -167,7 +174,8 @@ def _next_norm(tuned: TunedLayer) -> Any:
     return parts_of(tuned.original, tuned.index + 1).attention_norm
 
 
-def _key_parameters(attention: Any) -> TunableRows:
+def key_parameters(attention: Any) -> TunableRows:
+    """What makes narrow queries and keys of a latent attention: its map behind a QK-norm, or projections and norms."""
     if attention.q_map is not None:
         return [(attention.q_map, slice(None))]
     norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
@@ -177,6 +185,7 @@ def _key_parameters(attention: Any) -> TunableRows:
     ]
 
 
-def _value_parameters(attention: Any) -> TunableRows:
+def value_parameters(attention: Any) -> TunableRows:
+    """What makes narrow values of a latent attention and reads them out."""
     outputs = [(parameter, slice(None)) for parameter in attention.o_proj.parameters()]
     return outputs + attention.parameters_of("v")

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.conversion.attention_weights import attention_weights
+from kvlatent.conversion.global_pass import tune_all_layers
 from kvlatent.conversion.refinement import refine
-from kvlatent.jobs.devices import check_product_dtype
+from kvlatent.jobs.devices import check_product_dtype, faster_dtype
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.assembly import assemble, full_width
 from kvlatent.model.config import LatentConfig
@@ -46,6 +47,7 @@ def convert(
     align: int | None = None,
     gains: bool | None = None,
     refit: bool | None = None,
+    global_steps: int | None = None,
     qk_norm: str = "full",
     choices: Choices | None = None,
     statistics: Statistics | None = None,
@@ -61,7 +63,8 @@ def convert(
             `statistics`, gains, refit and alignment follow `choices` or the preset all the same.
         d_qk, d_vo: widths; the side left out keeps its full width.
         preset: "calibrated" (default; falls back to the weights alone without `statistics`), "own-frequency" or "paper";
-            a warning says what it costs to look at no text; `keys`, `frequencies`, `values`, `table`, `align`, `gains`, `refit` replace single choices,
+            a warning says what it costs to look at no text; `keys`, `frequencies`, `values`, `table`, `align`, `gains`, `refit`,
+            `global_steps` replace single choices,
             `choices` all of them (see `Choices`).
         qk_norm: see `choose`.
         statistics: from `calibrate`, of this model.
@@ -79,7 +82,15 @@ def convert(
     by_preset = choices is None
     if choices is None:
         choices = resolve_choices(
-            preset, keys, frequencies, values, table=table, align=align, gains=gains, refit=refit
+            preset,
+            keys,
+            frequencies,
+            values,
+            table=table,
+            align=align,
+            gains=gains,
+            refit=refit,
+            global_steps=global_steps,
         )
     _check_source(model, config, family, head_dim)
     dtype = check_product_dtype(precision, model.device)
@@ -108,13 +119,25 @@ def convert(
     with torch.inference_mode(False):  # which also turns gradients on where the caller turned them off
         latent = assemble(model, config, _weights(model, family, config, choices, statistics))
         kept = config.keys == config.values == "full"
-        if statistics is not None and (choices.refit or choices.align) and not kept:
+        if statistics is not None and choices.tunes and not kept:
             training = latent.training
             twin = full_width(model).eval()
             for each in (twin, latent.eval()):
                 each.requires_grad_(False)  # weights that are not tuned collect no gradients
             told = Progress.of(progress, ("step", "done", "total"))
-            refine(twin, latent, config, statistics, choices, seed=seed, dtype=dtype, progress=told)
+            if choices.refit or choices.align:
+                refine(twin, latent, config, statistics, choices, seed=seed, dtype=dtype, progress=told)
+            if choices.global_steps:
+                tune_all_layers(
+                    twin,
+                    latent,
+                    config,
+                    statistics,
+                    steps=choices.global_steps,
+                    seed=seed,
+                    dtype=faster_dtype(model.config, model.device),
+                    progress=told,
+                )
             latent.train(training).requires_grad_(True)
     return latent
 

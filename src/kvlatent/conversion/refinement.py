@@ -28,7 +28,7 @@ from kvlatent.selection.attention_rows import recorded_projections, rotary_of
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 
-__all__ = ["layer_streams", "pass_original", "refine"]
+__all__ = ["held_out_blocks", "layer_streams", "pass_original", "refine"]
 
 _HELD_OUT = 16  # one block in so many only measures,
 _MEASURING = 8  # and about so many are enough
@@ -66,8 +66,7 @@ def refine(
         streams = layer_streams(Path(folder), twin, blocks, size, dtype)
         for name in ("inputs", "latent"):
             streams[name].write(twin.model.embed_tokens(ids[b, None]) for b in range(blocks))
-        stride = max(_HELD_OUT, blocks // _MEASURING)
-        held = list(range(blocks))[stride - 1 :: stride] or ([blocks - 1] if blocks > 1 else [])
+        held = held_out_blocks(blocks)
         for index in range(len(twin.model.layers)):
             steps.to(each * index)
             attention = copy_for_tuning(parts_of(latent.model, index).attention)
@@ -80,6 +79,12 @@ def refine(
             streams["inputs"], streams["outputs"] = streams["outputs"], streams["inputs"]
     steps.to(steps.total)
     return report
+
+
+def held_out_blocks(blocks: int) -> list[int]:
+    """Which of so many calibration blocks only measure while parameters are tuned on the others."""
+    stride = max(_HELD_OUT, blocks // _MEASURING)
+    return list(range(blocks))[stride - 1 :: stride] or ([blocks - 1] if blocks > 1 else [])
 
 
 def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -> dict[str, HiddenStates]:

@@ -36,6 +36,7 @@ def tune(
     steps: int,
     seed: int,
     progress: Callable[[], None],
+    rate: float = 1.0,
 ) -> dict[str, float]:
     """Adam on a cosine, keeping the parameters that did best on held-out blocks; stops when they do no better.
 
@@ -45,6 +46,7 @@ def tune(
         positions: [blocks, T]; held_out: indices of the blocks that only measure.
         fan_in: of the vectors among the parameters (biases, norms), which scales their rate.
         steps: at most so many; seed: of the sampling; progress: called after each.
+        rate: times the rate that goes by the weights' size.
 
     Returns:
         The loss on the held-out blocks "before" and "after".
@@ -67,7 +69,7 @@ def tune(
     with _unfreeze(chosen) as parameters:
         before = best = last = measured()
         kept, waited = [p.detach().clone() for p in parameters], 0
-        groups = [{"params": [p], "lr": _rate_of(p, fan_in)} for p in parameters]
+        groups = [{"params": [p], "lr": rate * _rate_of(p, fan_in)} for p in parameters]
         optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
         order: list[int] = []

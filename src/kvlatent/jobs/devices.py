@@ -13,6 +13,7 @@ __all__ = [
     "check_precision",
     "check_product_dtype",
     "choose_device",
+    "faster_dtype",
     "has_bfloat16_units",
     "precision",
     "resolve_precision",
@@ -79,12 +80,12 @@ def resolve_precision(recipe: Recipe, config: Any, device: str | torch.device) -
     check_precision(recipe.dtype, device)
     if recipe.dtype != "auto":
         return recipe
-    return recipe.model_copy(update={"dtype": "bfloat16" if _pays_off(config, device) else "float32"})
+    return recipe.model_copy(update={"dtype": faster_dtype(config, device)})
 
 
-def _pays_off(config: Any, device: str | torch.device) -> bool:
-    """Whether products in bfloat16 are faster: units for them, and a model wide enough."""
-    return config.hidden_size >= _WIDE and has_bfloat16_units(device)
+def faster_dtype(config: Any, device: str | torch.device) -> str:
+    """ "bfloat16" where training in it is faster than in "float32": units for it, and a model wide enough."""
+    return "bfloat16" if config.hidden_size >= _WIDE and has_bfloat16_units(device) else "float32"
 
 
 def check_product_dtype(dtype: str, device: str | torch.device) -> str:

@@ -45,6 +45,7 @@ class Choices:
         gains: scale kept pairs per query head to make up for dropped ones.
         refit: regress W_O on what the converted layer puts out.
         align: steps of attention alignment, and of output alignment, a layer; 0 turns both off.
+        global_steps: of the pass over all layers at once; 0 leaves it out.
     """
 
     keys: str = "stride"
@@ -55,6 +56,7 @@ class Choices:
     gains: bool = False
     refit: bool = False
     align: int = 0
+    global_steps: int = 0
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for an unknown answer, or answers that contradict each other."""
@@ -64,6 +66,10 @@ class Choices:
                 raise ValueError(f"unknown {name} {given!r}; choose one of {', '.join(values)}")
         if self.align < 0:
             raise ValueError(f"alignment takes 0 steps (off) or more: got align={self.align}; try 200")
+        if self.global_steps < 0:
+            raise ValueError(
+                f"the global pass takes 0 steps (off) or more: got global_steps={self.global_steps}; try 100"
+            )
         if self.frequencies != "own" and (self.keys in BY_PAIRS or self.gains):
             what = (
                 f"pairs chosen by {self.keys!r} keep"
@@ -83,13 +89,12 @@ class Choices:
     @property
     def needs_statistics(self) -> bool:
         """Whether any of the choices looks at text."""
-        return (
-            self.keys in ("gram", "energy")
-            or self.values == "whitened"
-            or self.gains
-            or self.refit
-            or self.align > 0
-        )
+        return self.keys in ("gram", "energy") or self.values == "whitened" or self.gains or self.tunes
+
+    @property
+    def tunes(self) -> bool:
+        """Whether weights are fitted to the text, beyond the closed form of a layer alone."""
+        return self.refit or self.align > 0 or self.global_steps > 0
 
 
 PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk")
@@ -125,6 +130,7 @@ def resolve_choices(
     align: int | None = None,
     gains: bool | None = None,
     refit: bool | None = None,
+    global_steps: int | None = None,
 ) -> Choices:
     """A preset with single choices replaced; whatever is no longer the paper's keeps the original softmax scale.
 
@@ -139,7 +145,12 @@ def resolve_choices(
     if gains is None and frequencies not in (None, "own"):
         gains = False  # they make up for dropped pairs, and here none keeps its turn
     given = {"keys": keys, "frequencies": frequencies, "values": values, "table": table}
-    replaced: dict[str, Any] = given | {"align": align, "gains": gains, "refit": refit}
+    replaced: dict[str, Any] = given | {
+        "align": align,
+        "gains": gains,
+        "refit": refit,
+        "global_steps": global_steps,
+    }
     choices = replace(start, **{name: value for name, value in replaced.items() if value is not None})
     return choices if choices == PAPER else replace(choices, scale="original")
 
@@ -148,4 +159,4 @@ def without_statistics(choices: Choices) -> Choices:
     """The same without text: pairs by their weights, values by the plain SVD, no gains, refit or alignment."""
     keys = "weights" if choices.keys in ("gram", "energy") else choices.keys
     values = "svd" if choices.values == "whitened" else choices.values
-    return replace(choices, keys=keys, values=values, gains=False, refit=False, align=0)
+    return replace(choices, keys=keys, values=values, gains=False, refit=False, align=0, global_steps=0)

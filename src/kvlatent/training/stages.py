@@ -15,7 +15,7 @@ from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe, Stage, Stage2
-from kvlatent.training.logit_loss import needs_teacher
+from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.training.loop import StageTrainer, training_arguments
 from kvlatent.training.placement import check_teacher, place_teacher
 from kvlatent.training.resume import (

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from kvlatent.jobs.recipe import Stage2
 from kvlatent.model.head import IGNORED
+from kvlatent.model.logit_loss import needs_teacher, stage2_loss
 from kvlatent.training.layer_loss import capture, layer_losses
-from kvlatent.training.logit_loss import needs_teacher, stage2_loss
 from kvlatent.training.loop import StageTrainer
 
 __all__ = ["EndToEndTrainer", "LayerTrainer"]

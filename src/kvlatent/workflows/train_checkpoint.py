@@ -24,10 +24,10 @@ from kvlatent.jobs.record import joined_metrics
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig, table_scope
+from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.model.time_estimate import estimate_seconds, layer_size
 from kvlatent.selection.choices import BLIND, BY_PAIRS, PRESETS, UNMEASURED, Choices
 from kvlatent.text.parts import TextReader
-from kvlatent.training.logit_loss import needs_teacher
 from kvlatent.training.placement import check_teacher
 from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import settings_of, train_stage

@@ -1,0 +1,133 @@
+"""The last step of a conversion: all narrow projections at once, tuned on what the whole model predicts.
+
+Goals that stop at a layer add up: thirty layers that each lose a little lose a lot together, and none of them knows what
+the others can mend. Here the loss is the divergence of the next-token distribution from the original's (paper, equation
+9), on the calibration text, without labels. Nothing but the narrow projections learns.
+
+Shapes: B blocks, T positions, D model width.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvlatent.conversion.alignment import key_parameters, value_parameters
+from kvlatent.conversion.refinement import held_out_blocks
+from kvlatent.conversion.tuning import TunableRows, tune
+from kvlatent.jobs.devices import precision
+from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.recipe import Stage2
+from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import parts_of
+from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hold_hidden_states
+from kvlatent.model.logit_loss import stage2_loss
+from kvlatent.selection.statistics import Statistics
+
+__all__ = ["tune_all_layers"]
+
+
+def tune_all_layers(
+    original: Any,
+    latent: Any,
+    config: LatentConfig,
+    statistics: Statistics,
+    *,
+    steps: int,
+    rate: float = 1.0,
+    seed: int,
+    dtype: str,
+    progress: Progress,
+) -> dict[str, float]:
+    """Tune the narrow projections of `latent` in place on KL(original || latent) of the next token.
+
+    Args:
+        original, latent: causal language models, frozen, on one device; `config` is that of the latent one.
+        statistics: the text to learn from.
+        steps: at most so many, of four blocks each; rate: times the rate that weights of their size take.
+        seed: of the order of the blocks; dtype: of the products, "float32" or "bfloat16".
+        progress: told after every step.
+
+    Returns:
+        Mean divergence a token, in nats, on held-out blocks "before" and "after".
+    """
+    ids, positions = (t.long().to(latent.device) for t in (statistics.input_ids, statistics.position_ids))
+    held = held_out_blocks(len(ids))
+    head, goal_head = latent.get_output_embeddings(), original.get_output_embeddings()
+    stored = latent.dtype
+    if stored != torch.float32:  # float32 weights meet activations of that dtype
+        dtype = str(stored).removeprefix("torch.")
+    goal = Stage2(objective="kl")
+    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
+        told = progress.step("tune all layers", steps)
+        states = _final_states(original.get_decoder(), ids, positions, Path(folder), dtype)
+
+        def loss(blocks: list[int], rows: Tensor) -> Tensor:
+            with precision(latent.device, dtype):
+                hidden = latent.get_decoder()(
+                    input_ids=ids[blocks], position_ids=positions[blocks], use_cache=False
+                )
+                return stage2_loss(
+                    hidden.last_hidden_state, head, ids[blocks], goal, states.read(blocks), goal_head
+                )
+
+        chosen = _narrow_parameters(latent.get_decoder(), config)
+        measured = tune(
+            chosen,
+            loss,
+            positions,
+            held,
+            fan_in=latent.config.hidden_size,
+            rate=rate,
+            steps=steps,
+            seed=seed,
+            progress=told.advance,
+        )
+    told.to(steps)  # it may have stopped early
+    for parameter, _ in chosen:
+        parameter.data = parameter.data.to(stored)
+    return measured
+
+
+@torch.no_grad()
+def _final_states(decoder: Any, ids: Tensor, positions: Tensor, folder: Path, dtype: str) -> HiddenStates:
+    """What the original's head reads of every block: [blocks, T, D]."""
+    shape = (ids.shape[1], decoder.config.hidden_size)
+    states = hold_hidden_states(folder / "final", shape, decoder.dtype, ids.device, len(ids), 1)
+    for some in torch.arange(len(ids)).split(blocks_at_once(decoder, ids.shape[1])):
+        with precision(ids.device, dtype):
+            output = decoder(input_ids=ids[some], position_ids=positions[some], use_cache=False)
+        states.append(output.last_hidden_state)
+    return states
+
+
+def _narrow_parameters(decoder: Any, config: LatentConfig) -> TunableRows:
+    """The projections of every narrow side, made float32 parameters that are shared with nobody."""
+    chosen: TunableRows = []
+    for index in range(len(decoder.layers)):
+        attention = parts_of(decoder, index).attention
+        keys = config.d_qk_at(index) < config.original_head_dim
+        values = config.d_vo_at(index) < config.original_head_dim
+
+        def narrow(attention: Any = attention, keys: bool = keys, values: bool = values) -> TunableRows:
+            return (key_parameters(attention) if keys else []) + (
+                value_parameters(attention) if values else []
+            )
+
+        _separate(attention, [parameter for parameter, _ in narrow()])
+        chosen += narrow()
+    return chosen
+
+
+def _separate(attention: Any, parameters: list[nn.Parameter]) -> None:
+    """Put float32 copies in the place of these parameters of a module."""
+    separated = {id(parameter) for parameter in parameters}
+    for module in attention.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in separated:
+                copy = parameter.detach().to(torch.float32, copy=True)
+                setattr(module, name, nn.Parameter(copy, requires_grad=False))
