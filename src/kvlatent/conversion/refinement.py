@@ -27,11 +27,9 @@ from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.attention_rows import recorded_projections, rotary_of
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
+from kvlatent.text.recall_blocks import held_out_blocks
 
 __all__ = ["layer_streams", "pass_original", "refine"]
-
-_HELD_OUT = 16  # one block in so many only measures,
-_MEASURING = 8  # and about so many are enough
 
 
 def refine(
@@ -66,8 +64,7 @@ def refine(
         streams = layer_streams(Path(folder), twin, blocks, size, dtype)
         for name in ("inputs", "latent"):
             streams[name].write(twin.model.embed_tokens(ids[b, None]) for b in range(blocks))
-        stride = max(_HELD_OUT, blocks // _MEASURING)
-        held = list(range(blocks))[stride - 1 :: stride] or ([blocks - 1] if blocks > 1 else [])
+        held = held_out_blocks(blocks)
         for index in range(len(twin.model.layers)):
             steps.to(each * index)
             attention = copy_for_tuning(parts_of(latent.model, index).attention)

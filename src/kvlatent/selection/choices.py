@@ -91,6 +91,11 @@ class Choices:
             or self.align > 0
         )
 
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether steps are taken on the text, which then needs blocks that ask for recall."""
+        return self.align > 0
+
 
 PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk")
 PRESETS = {
