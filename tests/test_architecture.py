@@ -80,7 +80,7 @@ def test_the_walkthrough_is_in_the_order_of_the_calls(tmp_path, tiny_tokenizer, 
         if event == "call" and str(frame.f_globals.get("__name__")).startswith("kvlatent"):
             called.setdefault(f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}")
 
-    words = ["--d-qk", "16", "--d-vo", "16", "--align", "2", "--set", "data.block_size=32"]
+    words = ["--d-qk", "16", "--d-vo", "16", "--align", "2", "--set", "data.block_size=192"]
     command = [
         "convert",
         str(tmp_path / "m"),

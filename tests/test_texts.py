@@ -96,13 +96,14 @@ def test_nothing_held_out_and_too_little_text_are_refused(read, corpus_file, tmp
 def test_blocks_are_drawn_by_the_seed(tiny_tokenizer, corpus_file, tmp_path):
     text = text_to_calibrate(TextReader(recipe(), tiny_tokenizer, CONFIG, tmp_path / "cache"), corpus_file)
     assert len(text) > 8
-    first, again = calibration_blocks(text, recipe()), calibration_blocks(text, recipe())
+    first, again = (calibration_blocks(text, recipe(), tiny_tokenizer, learns=True) for _ in range(2))
     assert len(first) == 8 and flat(first) == flat(again)
-    assert flat(first) != flat(calibration_blocks(text, recipe("seed=1")))
+    assert flat(first) != flat(calibration_blocks(text, recipe("seed=1"), tiny_tokenizer, learns=True))
     whole = [tuple(flat(text.select([i]))) for i in range(len(text))]
     places = [whole.index(tuple(flat(first.select([i])))) for i in range(8)]
     assert places == sorted(places) and max(places) > 8
-    assert calibration_blocks(text, recipe("calibration.blocks=9999")) is text
+    all_of_it = recipe("calibration.blocks=9999")
+    assert calibration_blocks(text, all_of_it, tiny_tokenizer, learns=True) is text
 
 
 def test_the_share_that_was_seen_is_counted(tiny_tokenizer, corpus_file, tmp_path):

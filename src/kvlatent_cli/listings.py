@@ -83,6 +83,12 @@ def conversion_listing(record: Mapping[str, Any]) -> list[Any]:
         f"{conversion['seconds']:.1f} s: d_qk {_widths(plan['d_qk'])}, d_vo {_widths(plan['d_vo'])} of {plan['head_dim']}"
     )
     lines: list[Any] = [seconds]
+    if calibration.get("recall_blocks"):
+        lines.append(
+            f"{calibration['recall_blocks']} of {calibration['blocks']} blocks were made to ask for recall"
+        )
+    if reason := calibration.get("no_recall"):
+        lines.append(f"no block asks for recall: {reason}")
     if seen := calibration.get("seen_share"):
         lines.append(f"of the text measured on, the calibration has looked at {seen:.1%}")
     if layers := conversion.get("layers"):

@@ -32,7 +32,11 @@ FIGURE = Option("figure", "Draw error against budget: .svg, .png or .pdf (needs 
 
 @command(MODEL, DATA, STATISTICS_OUT, BLOCKS, *RECIPE, DEVICE, DTYPE, SEED, OVERWRITE_FILE)
 def calibrate(run: Session, given: dict[str, Any]) -> None:
-    """Collect what a text says about a checkpoint, for `plan`, `convert` and `compress` at any widths."""
+    """Collect what a text says about a checkpoint, for `plan`, `convert` and `compress` at any widths.
+
+    A quarter of its blocks are made to ask for recall, which alignment loses first; --set calibration.recall=0 leaves the
+    text as it is.
+    """
     from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint
 
     document = calibrate_checkpoint(**given, progress=run.report)

@@ -27,11 +27,9 @@ from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.attention_rows import recorded_projections, rotary_of
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
+from kvlatent.text.recall_blocks import held_out_blocks
 
 __all__ = ["held_out_blocks", "layer_streams", "pass_original", "refine"]
-
-_HELD_OUT = 16  # one block in so many only measures,
-_MEASURING = 8  # and about so many are enough
 
 
 def refine(

@@ -64,10 +64,15 @@ class Conversion(Section):
 
 
 class Calibration(Section):
-    """How much text the statistics are collected from: blocks of data.block_size tokens, query rows in each."""
+    """How much text the statistics are collected from: blocks of data.block_size tokens, query rows in each.
+
+    Where the conversion aligns, `recall` is the share of the blocks that ask for recall (`text.recall_blocks`); None is a
+    quarter, or none where the blocks are too short or too few for it.
+    """
 
     blocks: Annotated[Count, OPTION] = 128
     rows: Count = 32
+    recall: Share | None = None
 
 
 class Lora(Section):

@@ -43,7 +43,8 @@ def calibrate(
     Args:
         model: the original, a causal language model of a supported family.
         blocks: from `kvlatent.text`, or anything whose `[i : j]` has `input_ids` and `position_ids`, [j - i, T];
-            positions that restart at 0 separate documents.
+            positions that restart at 0 separate documents. Blocks with a true `is_recall` [j - i] are counted (they come
+            from `kvlatent.text.recall_blocks.replace_by_recall`: text for a conversion that aligns).
         rows: query positions sampled a block for the Gram matrices; 0 < rows. Memory and time grow with
             rows x T, not with T squared.
         seed: of the sampling.
@@ -95,6 +96,7 @@ def calibrate(
         model_fingerprint(model),
         attentions[0].num_key_value_heads,
         attentions[0].d_qk,
+        int(torch.as_tensor(columns.get("is_recall", 0)).sum()),
     )
 
 

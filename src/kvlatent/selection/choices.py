@@ -96,6 +96,11 @@ class Choices:
         """Whether weights are fitted to the text, beyond the closed form of a layer alone."""
         return self.refit or self.align > 0 or self.global_steps > 0
 
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether steps are taken on the text, which then needs blocks that ask for recall."""
+        return self.align > 0
+
 
 PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk")
 PRESETS = {

@@ -63,6 +63,7 @@ class Statistics:
         input_ids, position_ids: [blocks, T] int32, the calibration text.
         fingerprint: of the model, see `model_fingerprint`.
         num_key_value_heads, head_dim: of the model.
+        recall_blocks: how many of the blocks were made to ask for recall (`kvlatent.text.recall_blocks`).
     """
 
     layers: tuple[LayerStatistics, ...]
@@ -71,6 +72,7 @@ class Statistics:
     fingerprint: str
     num_key_value_heads: int
     head_dim: int
+    recall_blocks: int = 0
 
     @property
     def tokens(self) -> int:
@@ -109,6 +111,7 @@ class Statistics:
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             "sizes": json.dumps([self.num_key_value_heads, self.head_dim, len(self.layers)]),
+            "recall_blocks": str(self.recall_blocks),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
@@ -140,9 +143,9 @@ class Statistics:
                 LayerStatistics(**{f.name: tensors[f"layers.{i}.{f.name}"] for f in fields(LayerStatistics)})
                 for i in range(count)
             )
-            return cls(
-                layers, tensors["input_ids"], tensors["position_ids"], about["fingerprint"], heads, head_dim
-            )
+            text = tensors["input_ids"], tensors["position_ids"]
+            recall = int(about.get("recall_blocks", 0))  # earlier versions made none
+            return cls(layers, *text, about["fingerprint"], heads, head_dim, recall)
         except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
 

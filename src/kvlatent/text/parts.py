@@ -16,6 +16,7 @@ from datasets import Dataset
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.text.corpus import Corpus, evaluation_blocks, prepare
+from kvlatent.text.recall_blocks import RECALL_SHARE, replace_by_recall, why_no_recall
 
 __all__ = [
     "ROOM",
@@ -26,6 +27,7 @@ __all__ = [
     "check_statistics",
     "first_blocks",
     "read_texts",
+    "recall_share",
     "seen_share",
     "text_to_calibrate",
 ]
@@ -202,13 +204,39 @@ def first_blocks(blocks: Dataset, tokens: int, block_size: int) -> Dataset:
     return blocks.select(range(min(len(blocks), max(1, tokens // block_size))))
 
 
-def calibration_blocks(train: Dataset, recipe: Recipe) -> Dataset:
-    """`calibration.blocks` blocks drawn at random (by the seed), in their order; all of them where there are fewer."""
-    wanted = recipe.calibration.blocks
-    if len(train) <= wanted:
-        return train
-    generator = torch.Generator().manual_seed(recipe.seed)
-    return train.select(torch.randperm(len(train), generator=generator)[:wanted].sort().values.tolist())
+def calibration_blocks(train: Dataset, recipe: Recipe, tokenizer: Any, *, learns: bool) -> Dataset:
+    """`calibration.blocks` blocks drawn at random (by the seed), in their order; all of them where there are fewer.
+
+    Args:
+        train: to draw from.
+        recipe: `calibration` and `seed` are read.
+        tokenizer: of the text.
+        learns: a conversion will take steps on the blocks, of which `calibration.recall` are made to ask for recall.
+
+    Raises:
+        ValueError: the recipe names a share of recall blocks, and the blocks are too short or too few for one.
+    """
+    wanted = min(len(train), recipe.calibration.blocks)
+    blocks = train
+    if wanted < len(train):
+        generator = torch.Generator().manual_seed(recipe.seed)
+        blocks = train.select(torch.randperm(len(train), generator=generator)[:wanted].sort().values.tolist())
+    share = recall_share(train, recipe, learns=learns)
+    return replace_by_recall(blocks, tokenizer, share=share, seed=recipe.seed) if share else blocks
+
+
+def recall_share(train: Dataset, recipe: Recipe, *, learns: bool) -> float:
+    """The share of the calibration blocks that ask for recall: none where no steps are taken on them.
+
+    A share that the recipe leaves open is 0 where the blocks are too short or too few; one that it names is not.
+    """
+    if not learns:
+        return 0.0
+    if recipe.calibration.recall is not None:
+        return recipe.calibration.recall
+    count = min(len(train), recipe.calibration.blocks)
+    size = len(train[0]["input_ids"])
+    return RECALL_SHARE if why_no_recall(count, size, RECALL_SHARE) is None else 0.0
 
 
 def seen_share(held_out: Dataset, looked_at: torch.Tensor) -> float:

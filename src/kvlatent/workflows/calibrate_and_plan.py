@@ -42,7 +42,10 @@ def calibrate_checkpoint(
     progress: Progress | Report | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Collect the statistics of `model` over a sample of `data` and save them in one file, for any widths.
+    """Collect the statistics of `model` over a sample of `data` and save them in one file, for any conversion.
+
+    As most conversions align, some blocks of the text are made to ask for recall (`calibration.recall` of the recipe; 0
+    for none).
 
     Args:
         model: directory, hub id or GGUF file of the original.
@@ -53,7 +56,8 @@ def calibrate_checkpoint(
         options: of `RUN_OPTIONS`, `blocks`, `seed`, `device`, `dtype`, `recipe` and `overrides` are read.
 
     Returns:
-        {"out", "blocks", "tokens", "seconds", "fingerprint" (of the model), "bytes" (of the file)}.
+        {"out", "blocks", "recall_blocks" (of these), "tokens", "seconds", "fingerprint" (of the model), "bytes" (of the
+        file)}, and "no_recall", the reason, where the blocks are too short or too few for the recipe's default.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
@@ -62,7 +66,7 @@ def calibrate_checkpoint(
     recipe, device = _recipe(options, load_original_config(model))
     target = prepare_file(out, overwrite, {"model": model, "data": data, "recipe": options.get("recipe")})
     resolve(data)
-    statistics, figures = _calibrate(model, data, recipe, device, Progress.of(progress))
+    statistics, figures = _calibrate(model, data, recipe, device, Progress.of(progress), learns=True)
     statistics.save(target, overwrite=overwrite)
     return {"out": str(out), **figures, "bytes": target.stat().st_size}
 
@@ -103,6 +107,7 @@ def plan_checkpoint(
     kv, per_layer = 0.5 if kv is None else kv, bool(options.get("per_layer"))
     choices, qk_norm = choices_from_recipe(recipe.conversion, engine), recipe.conversion.qk_norm
     table, aligned = choices.table, choices.align > 0
+    learns = choices.learns_from_text
     (least, *_), *_ = candidates_for(head_dim_of(config), engine, table, per_layer=per_layer).splits(kv)
     if engine is not None:
         check_engine(engine, least, least, table, model_type=str(config.model_type))
@@ -110,7 +115,9 @@ def plan_checkpoint(
     if figure is not None:
         inputs = {"model": model, "data": data, "statistics": statistics, "recipe": options.get("recipe")}
         check_picture(prepare_file(figure, overwrite, inputs), overwrite=overwrite)
-    seen, calibration = _calibrate_or_load(model, data, statistics, recipe, device, Progress.of(progress))
+    seen, calibration = _calibrate_or_load(
+        model, data, statistics, recipe, device, Progress.of(progress), learns=learns
+    )
     widths = plan_widths(seen, kv, engine=engine, table=table, per_layer=per_layer, aligned=aligned)
     curve = error_curve(seen, engine=engine, table=table, aligned=aligned)
     if figure is not None:
@@ -140,6 +147,8 @@ def _calibrate_or_load(
     recipe: Recipe,
     device: str,
     progress: Progress,
+    *,
+    learns: bool,
 ) -> tuple[Statistics, dict[str, Any]]:
     """Statistics from a file, or collected from a text, and the figures of the calibration."""
     if (data is None) == (statistics is None):
@@ -150,7 +159,7 @@ def _calibrate_or_load(
     if statistics is None:
         assert data is not None
         resolve(data)
-        return _calibrate(model, data, recipe, device, progress)
+        return _calibrate(model, data, recipe, device, progress, learns=learns)
     check_statistics(statistics)
     return load_statistics(
         statistics, load_model(model, dtype=_working_dtype(model, recipe, device), device=device)
@@ -162,12 +171,12 @@ def _working_dtype(model: str | Path, recipe: Recipe, device: str) -> str:
 
 
 def _calibrate(
-    model: str | Path, data: str | Path, recipe: Recipe, device: str, progress: Progress
+    model: str | Path, data: str | Path, recipe: Recipe, device: str, progress: Progress, *, learns: bool
 ) -> tuple[Statistics, dict[str, Any]]:
     original, tokenizer = load_original(model, _working_dtype(model, recipe, device), device, progress)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
         blocks = text_to_calibrate(TextReader(recipe, tokenizer, original.config, cache), data)
-        return collect_statistics(original, blocks, recipe, progress)
+        return collect_statistics(original, tokenizer, blocks, recipe, progress, learns=learns)
 
 
 def _rows(curve: Sequence[CurvePoint]) -> list[dict[str, Any]]:

@@ -209,7 +209,9 @@ class _Run:
         kept = self.workspace.path / "statistics.safetensors"
         if (known := self.workspace.done("calibration")) is not None:
             return Statistics.load(kept), known
-        statistics, figures = calibrate_or_load(self.plan, self.original, texts, file, self.progress)
+        statistics, figures = calibrate_or_load(
+            self.plan, self.original, self.tokenizer, texts, file, self.progress
+        )
         if statistics is None or figures is None:
             return None, None
         statistics.save(kept, overwrite=True)

@@ -87,7 +87,7 @@ def convert_checkpoint(
         texts = read_texts(reader, data, eval_data, eval_tokens=eval_tokens, calibrates=plan.calibrates)
         if announce is not None:
             announce(plan.summary())
-        seen, record["calibration"] = calibrate_or_load(plan, original, texts, statistics, report)
+        seen, record["calibration"] = calibrate_or_load(plan, original, tokenizer, texts, statistics, report)
         plan, predicted = resolve_widths(plan, seen)
         latent, conversion = convert_and_report(original, plan, seen, report)
         record |= {"plan": plan.summary(), "conversion": conversion | {"predicted": predicted}}

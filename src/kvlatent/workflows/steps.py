@@ -39,6 +39,7 @@ from kvlatent.selection.pairs import scope_errors
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import Texts, calibration_blocks, seen_share
+from kvlatent.text.recall_blocks import RECALL_SHARE, why_no_recall
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.run_record import RunRecord
 
@@ -128,14 +129,20 @@ def load_original(
 
 
 def calibrate_or_load(
-    plan: Plan, original: PreTrainedModel, texts: Texts, file: str | Path | None, progress: Progress
+    plan: Plan,
+    original: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    file: str | Path | None,
+    progress: Progress,
 ) -> tuple[Statistics | None, dict[str, Any] | None]:
     """What the conversion looks at, of the text or from a file, and figures of it; None where it looks at nothing."""
     if not plan.calibrates:
         return None, None
     if file is None:
         assert texts.train is not None
-        return collect_statistics(original, texts.train, plan.recipe, progress)
+        learns = plan.choices.learns_from_text
+        return collect_statistics(original, tokenizer, texts.train, plan.recipe, progress, learns=learns)
     statistics, figures = load_statistics(file, original)
     if texts.held_out is not None:
         figures["seen_share"] = seen_share(texts.held_out, statistics.input_ids)
@@ -143,14 +150,24 @@ def calibrate_or_load(
 
 
 def collect_statistics(
-    model: PreTrainedModel, text: Dataset, recipe: Recipe, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Dataset,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    learns: bool,
 ) -> tuple[Statistics, dict[str, Any]]:
     """Statistics of the model over blocks drawn from those of a text, and the figures of the calibration (JSON-able).
+
+    Args:
+        learns: a conversion will take steps on the blocks, some of which then ask for recall (`calibration_blocks`).
 
     Raises:
         ValueError: too little text, or activations that are not finite.
     """
-    blocks, start = calibration_blocks(text, recipe), time.monotonic()
+    start = time.monotonic()
+    blocks = calibration_blocks(text, recipe, tokenizer, learns=learns)
     step = progress.step("calibrate", len(blocks), tokens=len(blocks[0]["input_ids"]))
     statistics = calibrate(
         model,
@@ -159,7 +176,11 @@ def collect_statistics(
         seed=recipe.seed,
         progress=step.to,
     )
-    return statistics, _figures(statistics, time.monotonic() - start)
+    figures = _figures(statistics, time.monotonic() - start)
+    if learns and recipe.calibration.recall is None:
+        reason = why_no_recall(*statistics.input_ids.shape, RECALL_SHARE)
+        figures |= {} if reason is None else {"no_recall": reason}
+    return statistics, figures
 
 
 def load_statistics(path: str | Path, model: PreTrainedModel) -> tuple[Statistics, dict[str, Any]]:
@@ -176,6 +197,7 @@ def load_statistics(path: str | Path, model: PreTrainedModel) -> tuple[Statistic
 def _figures(statistics: Statistics, seconds: float) -> dict[str, Any]:
     return {
         "blocks": len(statistics.input_ids),
+        "recall_blocks": statistics.recall_blocks,
         "tokens": statistics.tokens,
         "seconds": round(seconds, 2),
         "fingerprint": statistics.fingerprint,

@@ -38,6 +38,7 @@ from kvlatent_lab.study.measure_cell import (
     convert_cell,
     forget,
     name_conversion,
+    name_text,
     train_cell,
 )
 from kvlatent_lab.study.subject import Source, Subject
@@ -249,7 +250,8 @@ class Baseline:
 
         if cell.preset == "calibrated":
             seconds["calibration"] = timed(
-                "statistics", lambda: collect_cell_statistics(self.subject, cell, told)
+                f"statistics-{name_text(self.subject, cell)}",
+                lambda: collect_cell_statistics(self.subject, cell, told),
             )
         name = name_conversion(self.subject, replace(cell, stage2=0))
         seconds["conversion"] = timed(name, lambda: convert_cell(self.subject, cell, told))

@@ -20,7 +20,7 @@ from kvlatent.jobs.progress import Progress
 from kvlatent.planning.width_plan import plan
 from kvlatent.selection.latent_config import choose
 from kvlatent.selection.statistics import Statistics
-from kvlatent.text.parts import calibration_blocks
+from kvlatent.text.parts import calibration_blocks, recall_share
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.steps import collect_statistics, restore_attention, write_attention
@@ -36,6 +36,7 @@ __all__ = [
     "measure_cell",
     "measure_model",
     "name_conversion",
+    "name_text",
     "train_cell",
 ]
 
@@ -72,17 +73,31 @@ def convert_cell(subject: Subject, cell: Cell, progress: Progress) -> PreTrained
 
 
 def collect_cell_statistics(subject: Subject, cell: Cell, progress: Progress) -> Statistics:
-    """Over the calibration blocks that the cell's seed draws, as many as the cell's recipe says."""
+    """Over the calibration blocks that the cell's seed draws, as many and as its recipe and its alignment say."""
+
+    def write(path: Path) -> None:
+        statistics, _ = collect_statistics(
+            subject.model,
+            subject.tokenizer,
+            subject.train_blocks,
+            recipe_of(cell, subject.recipe),
+            progress,
+            learns=choices_of(cell, subject.recipe).learns_from_text,
+        )
+        statistics.save(path, overwrite=True)
+
+    name = f"statistics-{name_text(subject, cell)}.safetensors"
+    return Statistics.load(subject.folder.shared_file(name, write))
+
+
+def name_text(subject: Subject, cell: Cell) -> str:
+    """A name that cells with the same calibration blocks share."""
     recipe = recipe_of(cell, subject.recipe)
     blocks = recipe.calibration.blocks
     some = "" if blocks == subject.recipe.calibration.blocks else f"-blocks{blocks}"
-
-    def write(path: Path) -> None:
-        collect_statistics(subject.model, subject.train_blocks, recipe, progress)[0].save(
-            path, overwrite=True
-        )
-
-    return Statistics.load(subject.folder.shared_file(f"statistics-seed{cell.seed}{some}.safetensors", write))
+    learns = choices_of(cell, subject.recipe).learns_from_text
+    share = recall_share(subject.train_blocks, recipe, learns=learns)
+    return f"seed{cell.seed}{some}" + (f"-recall{share:g}" if share else "")
 
 
 def _target(subject: Subject, cell: Cell, statistics: Statistics) -> dict[str, Any]:
@@ -94,9 +109,15 @@ def _target(subject: Subject, cell: Cell, statistics: Statistics) -> dict[str, A
         return {"d_qk": widths.d_qk, "d_vo": widths.d_vo}
     if (order := SELECTIONS.get(cell.extra.get("keys", ""))) is None:
         return {"d_qk": cell.d_qk, "d_vo": cell.d_vo}
-    blocks = calibration_blocks(subject.train_blocks, recipe_of(cell, subject.recipe))
+    blocks = calibration_blocks(
+        subject.train_blocks,
+        recipe_of(cell, subject.recipe),
+        subject.tokenizer,
+        learns=choices.learns_from_text,
+    )
     ranked = subject.remembered(
-        f"pairs-{cell.extra['keys']}-seed{cell.seed}", lambda: order(subject.model, blocks, cell.seed)
+        f"pairs-{cell.extra['keys']}-{name_text(subject, cell)}",
+        lambda: order(subject.model, blocks, cell.seed),
     )
     pairs = tuple(tuple(tuple(sorted(head[: cell.d_qk // 2])) for head in layer) for layer in ranked)
     norm = subject.recipe.conversion.qk_norm
