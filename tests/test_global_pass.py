@@ -10,11 +10,11 @@ from calibration_setup import realistic_model, short_descent, text
 from kvlatent.conversion import tuning
 from kvlatent.conversion.convert_model import convert
 from kvlatent.conversion.global_pass import tune_all_layers
-from kvlatent.conversion.refinement import held_out_blocks
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.assembly import full_width
 from kvlatent.model.classes import latent_config_of
 from kvlatent.selection.calibrate import calibrate
+from kvlatent.text.recall_blocks import held_out_blocks
 from kvlatent.training.trainable import shared_copy
 from tiny import FAMILIES, HEAD_DIM
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from kvlatent.conversion.alignment import key_parameters, value_parameters
-from kvlatent.conversion.refinement import held_out_blocks
 from kvlatent.conversion.tuning import TunableRows, tune
 from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
@@ -27,6 +26,7 @@ from kvlatent.model.families import parts_of
 from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hold_hidden_states
 from kvlatent.model.logit_loss import stage2_loss
 from kvlatent.selection.statistics import Statistics
+from kvlatent.text.recall_blocks import held_out_blocks
 
 __all__ = ["tune_all_layers"]
 

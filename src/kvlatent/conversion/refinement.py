@@ -29,7 +29,7 @@ from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["held_out_blocks", "layer_streams", "pass_original", "refine"]
+__all__ = ["layer_streams", "pass_original", "refine"]
 
 
 def refine(
@@ -77,12 +77,6 @@ def refine(
             streams["inputs"], streams["outputs"] = streams["outputs"], streams["inputs"]
     steps.to(steps.total)
     return report
-
-
-def held_out_blocks(blocks: int) -> list[int]:
-    """Which of so many calibration blocks only measure while parameters are tuned on the others."""
-    stride = max(_HELD_OUT, blocks // _MEASURING)
-    return list(range(blocks))[stride - 1 :: stride] or ([blocks - 1] if blocks > 1 else [])
 
 
 def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -> dict[str, HiddenStates]:

@@ -94,12 +94,12 @@ class Choices:
     @property
     def tunes(self) -> bool:
         """Whether weights are fitted to the text, beyond the closed form of a layer alone."""
-        return self.refit or self.align > 0 or self.global_steps > 0
+        return self.refit or self.learns_from_text
 
     @property
     def learns_from_text(self) -> bool:
         """Whether steps are taken on the text, which then needs blocks that ask for recall."""
-        return self.align > 0
+        return self.align > 0 or self.global_steps > 0
 
 
 PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk")
