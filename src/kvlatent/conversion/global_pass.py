@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlatent.conversion.alignment import key_parameters, value_parameters
-from kvlatent.conversion.tuning import TunableRows, tune
+from kvlatent.conversion.tuning import BLOCKS, TunableRows, tune
 from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Stage2
@@ -29,6 +29,8 @@ from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
 __all__ = ["tune_all_layers"]
+
+_TOKENS = 4096  # of a step at most: the activations of the whole model are held
 
 
 def tune_all_layers(
@@ -48,7 +50,7 @@ def tune_all_layers(
     Args:
         original, latent: causal language models, frozen, on one device; `config` is that of the latent one.
         statistics: the text to learn from.
-        steps: at most so many, of four blocks each; rate: times the rate that weights of their size take.
+        steps: at most so many, of four blocks or 4,096 tokens each; rate: times the rate that weights of their size take.
         seed: of the order of the blocks; dtype: of the products, "float32" or "bfloat16".
         progress: told after every step.
 
@@ -84,6 +86,7 @@ def tune_all_layers(
             fan_in=latent.config.hidden_size,
             rate=rate,
             steps=steps,
+            together=max(1, min(BLOCKS, _TOKENS // ids.shape[1])),
             seed=seed,
             progress=told.advance,
         )

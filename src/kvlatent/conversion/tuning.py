@@ -37,6 +37,7 @@ def tune(
     seed: int,
     progress: Callable[[], None],
     rate: float = 1.0,
+    together: int = BLOCKS,
 ) -> dict[str, float]:
     """Adam on a cosine, keeping the parameters that did best on held-out blocks; stops when they do no better.
 
@@ -47,6 +48,7 @@ def tune(
         fan_in: of the vectors among the parameters (biases, norms), which scales their rate.
         steps: at most so many; seed: of the sampling; progress: called after each.
         rate: times the rate that goes by the weights' size.
+        together: blocks of a step.
 
     Returns:
         The loss on the held-out blocks "before" and "after".
@@ -58,7 +60,7 @@ def tune(
         picks = [torch.randperm(positions.shape[1], generator=generator)[:_ROWS] for _ in range(count)]
         return torch.stack(picks).to(positions.device)
 
-    held = [held_out[i : i + BLOCKS] for i in range(0, len(held_out), BLOCKS)]
+    held = [held_out[i : i + together] for i in range(0, len(held_out), together)]
     fixed = [(blocks, sample(len(blocks))) for blocks in held]
 
     @torch.no_grad()
@@ -75,9 +77,9 @@ def tune(
         order: list[int] = []
         every = max(1, steps // _EVALUATIONS)
         for step in range(1, steps + 1):
-            if len(order) < BLOCKS:
+            if len(order) < together:
                 order += torch.randperm(len(learnt), generator=generator).tolist()
-            blocks, order = [learnt[b] for b in order[:BLOCKS]], order[BLOCKS:]
+            blocks, order = [learnt[b] for b in order[:together]], order[together:]
             optimiser.zero_grad()
             loss(blocks, sample(len(blocks))).backward()
             optimiser.step()
