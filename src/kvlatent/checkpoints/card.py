@@ -51,7 +51,8 @@ _MEASURED = """{listing}
 Perplexity on {tokens:,} tokens {text}, with standard errors (of the ratio: from paired blocks).
 Bytes are those of one token of one sequence in the live cache, in {cache_dtype}."""
 _RECALL = """
-Recall is the share of the tokens of random strings that a model repeats from {distances} tokens back in that text."""
+Recall is the share of the tokens of random strings that a model repeats, {distances} tokens back in
+that text; beside it the share of what the original repeats."""
 
 
 def model_card(record: Mapping[str, Any]) -> str:
@@ -63,7 +64,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             listing=figures_listing(figures), text=scored_text(record), **figures["latent"]
         )
         if recall := figures["latent"].get("recall"):
-            measured += _RECALL.format(distances=" and ".join(map(str, recall["distances"])))
+            measured += _RECALL.format(distances=", ".join(map(str, recall["distances"])))
         measured += "".join(f"\n\n**Warning:** {warning}." for warning in record.get("warnings", ()))
     about = ModelCardData(
         **record.get("source", {}),

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import Any
 
-import numpy as np
+import torch
 from datasets import Dataset
 
 from kvlatent.evaluation.copying import COUNTED, PREFIX, STRING, copied_tokens
@@ -47,7 +46,7 @@ def measure_recall(
     Raises:
         ValueError: a logit is not finite.
     """
-    filler = np.array(list(chain.from_iterable(blocks["input_ids"])), dtype=np.int64)
+    filler = torch.as_tensor(blocks[:]["input_ids"]).flatten().numpy()
     limit = context_limit(model.config) or math.inf
     lengths = {distance: PREFIX + distance + STRING for distance in _DISTANCES}
     distances = [
@@ -73,7 +72,7 @@ def compare_recall(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         The same, and "kept" and "kept_standard_error" in `figures["latent"]["recall"]` where both recalls are known; both
         None where the original copies less than a tenth, which no loss can be told from.
     """
-    before, after = (figures[role].get("recall") for role in ("original", "latent"))
+    before, after = (figures.get(role, {}).get("recall") for role in ("original", "latent"))
     if before is None or after is None:
         return dict(figures)
     kept: dict[str, float | None] = {"kept": None, "kept_standard_error": None}
