@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from kvlatent.jobs.work_directory import WorkDirectory
 from kvlatent.selection.choices import BLIND, NO_DATA
 from kvlatent.text.standard_library import MODEL_PATH, stdlib_documents
 from kvlatent.workflows import losses
@@ -17,6 +18,9 @@ from on_disk import SETTINGS, write_checkpoint, write_text
 from test_cli import call
 
 QUICK = [*SETTINGS[1:], "calibration.rows=8", "calibration.blocks=4", "conversion.align=0"]
+UNSEEING = [
+    f"conversion.{key}" for key in ("keys=weights", "values=svd", "gains=false", "refit=false", "align=0")
+]
 SOME = "on held-out text a user would miss something"
 
 
@@ -84,6 +88,7 @@ def test_what_nobody_measured_or_looked_at_is_not_warned_of_again(place):
         ({"engine": "vllm"}, "--kv 0.625"),
         ({"preset": "paper"}, "--preset calibrated"),
         ({"preset": "own-frequency"}, "--preset calibrated"),
+        ({"preset": "own-frequency", "overrides": UNSEEING}, "--kv 0.625"),
     ],
 )
 def test_the_next_steps_exist(place, options, steps):
@@ -151,7 +156,7 @@ def test_record_card_and_console_say_it(place, tmp_path, monkeypatch):
     assert (recall["copied"], recall["kept"], recall["kept_standard_error"]) == (0.5, 0.5, 0)
     assert record["figures"]["original"]["recall"]["copied"] == 1.0
     for text in (done.stdout, card):
-        assert "recall" in text and "0.500 ± 0.000" in text and "1.000" in text
+        assert "recall (kept)" in text and "0.500 (0.500 ± 0.000)" in text and "1.000" in text
     assert "repeats, 50 tokens back" in card.replace("\n", " ")
 
 
@@ -195,6 +200,18 @@ def test_from_python_it_is_a_warning_at_the_line_of_the_call(place, tmp_path, mo
         (sentence,) = record["warnings"]
         assert [(str(each.message), each.filename) for each in caught] == [(sentence, __file__)]
         assert json.loads((out / "run.json").read_text())["warnings"] == [sentence]
+
+
+def test_a_finished_run_that_is_called_again_says_it_again(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_RATIO", 0.5)
+    given = {"overrides": QUICK, "device": "cpu", "stages": "none"}
+    with monkeypatch.context() as killed:
+        killed.setattr(WorkDirectory, "remove", lambda _: None)  # as if killed after the rename
+        first = compress(place / "model", place / "text.txt", tmp_path / "out", **given)
+    with pytest.warns(UserWarning, match=SOME) as caught:
+        assert compress(place / "model", place / "text.txt", tmp_path / "out", **given) == first
+    assert [(str(each.message), each.filename) for each in caught] == [(first["warnings"][0], __file__)]
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_of_a_trained_result_the_final_figures_count(place, tmp_path, monkeypatch):

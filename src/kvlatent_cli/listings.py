@@ -58,13 +58,13 @@ def plus_minus(value: float, error: float | None, digits: int = 3) -> str:
 
 def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row a step of the run: perplexity, its ratio to the original's, recall, cache bytes."""
-    from kvlatent.checkpoints.card import RECALLED, recall_cells
+    from kvlatent.checkpoints.card import RECALLED, recall_cell
 
     recalls = any(row.get("recall") for row in figures.values())
     dtypes = {row["cache_dtype"] for row in figures.values()}
     listing = Table(box=box.SIMPLE_HEAD)
     listing.add_column("")
-    recalled = RECALLED if recalls else ()
+    recalled = [RECALLED] if recalls else []
     for name in ("perplexity", "ratio", *recalled, f"cache bytes/token ({', '.join(sorted(dtypes))})"):
         listing.add_column(name, justify="right")
     for name, label in LABELS.items():
@@ -72,7 +72,7 @@ def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
             row = figures[name]
             ratio = plus_minus(row["ratio"], row["ratio_standard_error"]) if "ratio" in row else ""
             value = plus_minus(row["perplexity"], row["standard_error"])
-            recall = recall_cells(row) if recalls else []
+            recall = [recall_cell(row)] if recalls else []
             listing.add_row(label, value, ratio, *recall, f"{row['cache_bytes_per_token']:,.0f}")
     return listing
 
