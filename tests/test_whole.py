@@ -20,6 +20,7 @@ BYTES = 98765432109
 def figures() -> dict:
     row = {"perplexity": LONG, "standard_error": LONG, "cache_dtype": "bfloat16"}
     row |= {"cache_bytes_per_token": BYTES, "ratio": LONG, "ratio_standard_error": LONG}
+    row["recall"] = dict.fromkeys(("copied", "kept", "kept_standard_error"), 0.123456)  # shares
     return dict.fromkeys(listings.LABELS, row)
 
 

@@ -57,18 +57,23 @@ def plus_minus(value: float, error: float | None, digits: int = 3) -> str:
 
 
 def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row a step of the run: perplexity, its ratio to the original's, cache bytes."""
+    """One row a step of the run: perplexity, its ratio to the original's, recall, cache bytes."""
+    from kvlatent.checkpoints.card import RECALLED, recall_cell
+
+    recalls = any(row.get("recall") for row in figures.values())
     dtypes = {row["cache_dtype"] for row in figures.values()}
     listing = Table(box=box.SIMPLE_HEAD)
     listing.add_column("")
-    for name in ("perplexity", "ratio", f"cache bytes/token ({', '.join(sorted(dtypes))})"):
+    recalled = [RECALLED] if recalls else []
+    for name in ("perplexity", "ratio", *recalled, f"cache bytes/token ({', '.join(sorted(dtypes))})"):
         listing.add_column(name, justify="right")
     for name, label in LABELS.items():
         if name in figures:
             row = figures[name]
             ratio = plus_minus(row["ratio"], row["ratio_standard_error"]) if "ratio" in row else ""
             value = plus_minus(row["perplexity"], row["standard_error"])
-            listing.add_row(label, value, ratio, f"{row['cache_bytes_per_token']:,.0f}")
+            recall = [recall_cell(row)] if recalls else []
+            listing.add_row(label, value, ratio, *recall, f"{row['cache_bytes_per_token']:,.0f}")
     return listing
 
 

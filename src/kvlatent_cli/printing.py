@@ -43,7 +43,21 @@ def print_listing(console: Console, listing: Table) -> None:
         column.min_width = max(words, default=1) if column.justify == "right" else _SHORTEST_FOLD
     least = sum((column.min_width or 0) + sum(listing.padding[1::2]) for column in listing.columns)
     console.width = max(console.width, least + 2)
+    if console.measure(listing).maximum >= console.width:
+        _fix_wide_columns(listing, console.width)
     console.print(listing, crop=False)
+
+
+def _fix_wide_columns(listing: Table, width: int) -> None:
+    """Columns whose figures need more than their share keep it: rich narrows all to one width, and then exceeds the whole."""
+    columns = sorted(listing.columns, key=lambda column: column.min_width or 0, reverse=True)
+    room = width - 1 - len(columns) * (1 + sum(listing.padding[1::2]))
+    for left, column in zip(range(len(columns), 0, -1), columns, strict=True):
+        needed = column.min_width or 0
+        if needed * left <= room:
+            return
+        column.width = needed
+        room -= needed
 
 
 def progress_bar() -> Progress:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from kvlatent.checkpoints.remote_code import NEEDS
 from kvlatent.jobs.record import with_error
 
-__all__ = ["model_card"]
+__all__ = ["RECALLED", "model_card", "recall_cell"]
 
 _STEPS = {
     "original": "original",
@@ -18,6 +18,7 @@ _STEPS = {
     "stage1": "after stage I",
     "latent": "**this checkpoint**",
 }
+RECALLED = "recall (kept)"
 _TEMPLATE = """---
 {metadata}
 ---
@@ -49,6 +50,9 @@ _MEASURED = """{listing}
 
 Perplexity on {tokens:,} tokens {text}, with standard errors (of the ratio: from paired blocks).
 Bytes are those of one token of one sequence in the live cache, in {cache_dtype}."""
+_RECALL = """
+Recall is the share of the tokens of random strings that a model repeats, {distances} tokens back in
+that text, and in brackets the share that this is of the original's."""
 
 
 def model_card(record: Mapping[str, Any]) -> str:
@@ -59,6 +63,9 @@ def model_card(record: Mapping[str, Any]) -> str:
         measured = _MEASURED.format(
             listing=figures_listing(figures), text=scored_text(record), **figures["latent"]
         )
+        if recall := figures["latent"].get("recall"):
+            measured += _RECALL.format(distances=", ".join(map(str, recall["distances"])))
+        measured += "".join(f"\n\n**Warning:** {warning}." for warning in record.get("warnings", ()))
     about = ModelCardData(
         **record.get("source", {}),
         library_name="transformers",
@@ -100,12 +107,26 @@ def scored_text(record: Mapping[str, Any]) -> str:
 
 
 def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Perplexities, ratios and cache bytes of the steps of a run, in Markdown."""
-    lines = ["| | perplexity | over the original's | cache bytes per token |", "|---|---|---|---|"]
+    """Perplexities, ratios, recall and cache bytes of the steps of a run, in Markdown."""
+    recalls = any(row.get("recall") for row in figures.values())
+    names = ["perplexity", "over the original's", *([RECALLED] if recalls else []), "cache bytes per token"]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for name, label in _STEPS.items():
         if name in figures:
             row = figures[name]
             ratio = with_error(row["ratio"], row["ratio_standard_error"]) if "ratio" in row else "1"
             value = with_error(row["perplexity"], row["standard_error"])
-            lines.append(f"| {label} | {value} | {ratio} | {row['cache_bytes_per_token']:,.0f} |")
+            recall = [recall_cell(row)] if recalls else []
+            cells = (label, value, ratio, *recall, f"{row['cache_bytes_per_token']:,.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def recall_cell(row: Mapping[str, Any]) -> str:
+    """Recall of one step of a run, and how much of the original's that is; "" where it was not measured."""
+    recall = row.get("recall")
+    if not recall:
+        return ""
+    kept = recall.get("kept")
+    share = "" if kept is None else f" ({with_error(kept, recall['kept_standard_error'])})"
+    return f"{recall['copied']:.3f}{share}"

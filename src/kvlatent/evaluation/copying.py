@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvlatent.evaluation.sequences import evaluation_mode, ordinary_ids
+from kvlatent.evaluation.sequences import at_the_ends, context_limit, leading_ids, ordinary_ids
 from kvlatent.text.standard_library import stdlib_documents
 
-__all__ = ["copy_accuracy", "copy_trials", "window_hiding", "windowed_mask"]
+__all__ = [
+    "COUNTED",
+    "PREFIX",
+    "STRING",
+    "copied_tokens",
+    "copy_accuracy",
+    "copy_trials",
+    "window_hiding",
+    "windowed_mask",
+]
+
+PREFIX, STRING = 64, 16
+"""Tokens before the string, and of the string."""
+
+COUNTED = STRING - 2
+"""Tokens of the string that have to be repeated; the first two are the cue."""
 
 
 def copy_trials(
@@ -21,8 +36,8 @@ def copy_trials(
     distance: int,
     trials: int,
     seed: int = 0,
-    prefix: int = 64,
-    length: int = 16,
+    prefix: int = PREFIX,
+    length: int = STRING,
 ) -> np.ndarray:
     """Sequences that end with the second occurrence of a random string.
 
@@ -98,31 +113,56 @@ def copy_accuracy(
     """Share of random-string tokens that the model repeats correctly, by distance in tokens.
 
     For each distance, ``trials`` sequences of :func:`copy_trials` (16-token strings in held-out code) are
-    read with teacher forcing, and the argmax at positions 3 to 16 of the second occurrence is compared
-    with the string: ``14 * trials`` predictions a distance, as a fraction from 0 to 1. ``window`` hides all
-    keys more than that many tokens back, in every layer (attention ``eager`` or ``sdpa``). ``model`` is any
-    Hugging Face causal LM; its mode (train or eval) is put back afterwards. ``filler`` replaces the
+    read by :func:`copied_tokens`: ``14 * trials`` predictions a distance, as a fraction from 0 to 1. ``window``
+    hides all keys more than that many tokens back, in every layer (attention ``eager`` or ``sdpa``). ``model`` is
+    any Hugging Face causal LM; its mode (train or eval) is put back afterwards. ``filler`` replaces the
     held-out token stream.
 
-    Raises ``ValueError`` when there is no held-out text to fill with, or a sequence exceeds the context.
+    Raises ``ValueError`` when there is no held-out text to fill with, a sequence exceeds the context, or a logit is
+    not finite.
     """
     if filler is None:
         documents = stdlib_documents("held_out")
         streams = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
         filler = np.array([token for stream in streams for token in stream], dtype=np.int64)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    with window_hiding(model, window):
+        hits = copied_tokens(model, tokenizer, filler, distances, trials, seed=seed, batch_size=batch_size)
+    return {distance: float(counts.sum()) / (COUNTED * trials) for distance, counts in hits.items()}
+
+
+def copied_tokens(
+    model: Any,
+    tokenizer: Any,
+    filler: np.ndarray,
+    distances: Sequence[int],
+    trials: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 25,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[int, np.ndarray]:
+    """How many of the 14 last tokens of its string the model repeats in each trial, float [trials] by distance.
+
+    Sequences of :func:`copy_trials` are read with teacher forcing, after the token that the tokenizer puts before a
+    text, and the argmax at positions 3 to 16 of the second occurrence is compared with the string. ``advance`` is
+    called with the sequences of each batch, when it is done.
+
+    Raises ``ValueError`` when a sequence exceeds the context, the filler is too short, or a logit is not finite.
+    """
+    limit, lead = context_limit(model.config), leading_ids(tokenizer)
     ids = ordinary_ids(tokenizer, model.config.vocab_size)
-    result: dict[int, float] = {}
-    with window_hiding(model, window), evaluation_mode(model):
-        for distance in distances:
-            rows = torch.from_numpy(copy_trials(ids, filler, distance, trials, seed))
-            if limit is not None and rows.shape[1] > limit:
-                raise ValueError(
-                    f"distance {distance} needs {rows.shape[1]} positions, the model has {limit}"
-                )
-            correct = 0
-            for batch in rows.split(batch_size):
-                output = model(input_ids=batch[:, :-1].to(model.device), use_cache=False, logits_to_keep=14)
-                correct += int((output.logits[:, -14:].argmax(-1).cpu() == batch[:, -14:]).sum())
-            result[distance] = correct / (14 * trials)
+    result: dict[int, np.ndarray] = {}
+    for distance in distances:
+        rows = copy_trials(ids, filler, distance, trials, seed)
+        rows[:, : len(lead)] = lead
+        if limit is not None and rows.shape[1] > limit:
+            raise ValueError(f"distance {distance} needs {rows.shape[1]} positions, the model has {limit}")
+        result[distance] = at_the_ends(
+            model, rows, COUNTED, _count_hits, batch_size=batch_size, advance=advance
+        )
     return result
+
+
+def _count_hits(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How many tokens are the likeliest, [B], of logits [B, keep, V] and tokens [B, keep]."""
+    return (logits.argmax(-1) == target).sum(-1)

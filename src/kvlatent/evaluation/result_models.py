@@ -23,6 +23,7 @@ __all__ = [
     "LongestContexts",
     "ModelIdentity",
     "Needle",
+    "Recall",
     "WordOrder",
 ]
 
@@ -157,6 +158,20 @@ class Tasks(Result):
     tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
+class Recall(Result):
+    """Copying of random strings, by `distances` (tokens): of all, the share `copied`; `hits` are tokens by sequence.
+
+    `kept` is the share of what the original copies, None where that is next to nothing.
+    """
+
+    copied: Annotated[float, Field(ge=0, le=1)]
+    distances: list[int] = Field(min_length=1)
+    trials: Count | None = None
+    hits: list[Count] = Field(default_factory=list)
+    kept: Size | None = None
+    kept_standard_error: Size | None = None
+
+
 class Figures(Result):
     """What was measured of one model; the ratio, in a run, is that of its perplexity over the original's."""
 
@@ -173,6 +188,7 @@ class Figures(Result):
     cache_dtype: str | None = None
     ratio: Positive | None = None
     ratio_standard_error: Size | None = None
+    recall: Recall | None = None
     needle: Needle | None = None
     order: WordOrder | None = None
     causality: float | None = None

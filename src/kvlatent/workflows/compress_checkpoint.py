@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlatent.checkpoints.load import check_block_size
 from kvlatent.evaluation.perplexity import Perplexity
 from kvlatent.evaluation.quality import compare, measure
+from kvlatent.evaluation.recall import compare_recall
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import precision, working_dtype
 from kvlatent.jobs.fingerprints import fingerprint
@@ -30,6 +32,7 @@ from kvlatent.text.parts import TextReader, Texts, check_statistics, read_texts
 from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
+from kvlatent.workflows.losses import judge_losses, warn_of_losses
 from kvlatent.workflows.run_plan import Plan, plan_run
 from kvlatent.workflows.run_record import read_record
 from kvlatent.workflows.steps import (
@@ -42,6 +45,7 @@ from kvlatent.workflows.steps import (
     explain_layers,
     hash_sources,
     load_original,
+    measure_copying,
     options_as_typed,
     resolve_widths,
     restore_attention,
@@ -83,7 +87,8 @@ def compress(
         options: see `RUN_OPTIONS`.
 
     Returns:
-        The JSON-able record of the run, which is also written as `out/run.json`; or the plan.
+        The JSON-able record of the run, which is also written as `out/run.json`; or the plan. Where the held-out text says
+        that users would not want the result, a sentence in its "warnings", which is a warning of Python's, too.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
@@ -102,6 +107,7 @@ def compress(
     sha256 = hash_sources({"model": model, **files}, "training text")
     workspace = WorkDirectory(partial_of(place), {**sha256, "eval_tokens": eval_tokens, **_decisions(plan)})
     if (finished := _finished(place, workspace)) is not None:
+        warn_of_losses(finished)
         return finished
     prepare_output(out, overwrite)
     workspace.open(overwrite=overwrite)
@@ -115,12 +121,15 @@ def compress(
             announce(plan.summary())
         exported, results = run.all_steps(texts, statistics)
         record |= results
+        replan = partial(plan_run, model)
+        record["warnings"] = judge_losses("compress", record["figures"], run.plan, options, replan)
         run.save(exported, record, place, overwrite)
     except BaseException:
         if not workspace.has_work():
             workspace.remove()
         raise
     workspace.remove()
+    warn_of_losses(record)
     return record
 
 
@@ -199,7 +208,7 @@ class _Run:
             "calibration": calibration,
             "conversion": conversion,
             "training": training,
-            "figures": {name: _public(value) for name, value in figures.items()},
+            "figures": compare_recall({name: _public(value) for name, value in figures.items()}),
         }
 
     def _calibrate(
@@ -243,6 +252,8 @@ class _Run:
         step = self.progress.step(f"measure {name}", len(blocks), tokens=len(blocks[0]["input_ids"]))
         with precision(self.plan.device, str(self.original.dtype).removeprefix("torch.")):
             figures, result = measure(model, blocks, progress=step.to)
+            if name in ("original", "latent"):
+                figures |= measure_copying(name, model, self.tokenizer, blocks, self.progress)
         if name != "original":
             original = self.workspace.done("original")
             assert original is not None

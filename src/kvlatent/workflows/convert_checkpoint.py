@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvlatent.evaluation.recall import compare_recall
 from kvlatent.evaluation.standard import evaluate
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.text.parts import TextReader, Texts, check_sources, read_texts
 from kvlatent.training.trainable import merged_copy
+from kvlatent.workflows.losses import judge_losses, warn_of_losses
 from kvlatent.workflows.run_plan import Plan, plan_run
 from kvlatent.workflows.steps import (
     EVALUATION_TOKENS,
@@ -25,6 +28,7 @@ from kvlatent.workflows.steps import (
     describe_run,
     hash_sources,
     load_original,
+    measure_copying,
     options_as_typed,
     resolve_widths,
     save_run,
@@ -59,17 +63,20 @@ def convert_checkpoint(
         options: see `RUN_OPTIONS`; the stages are "none" here.
 
     Returns:
-        The JSON-able record that is written as `out/run.json`; or the plan.
+        The JSON-able record that is written as `out/run.json`; or the plan. Where the held-out text says that users would
+        not want the result, a sentence in its "warnings", which is a warning of Python's, too.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
-    plan = plan_run(
+    options |= {"stages": "none"}
+    replan = partial(
+        plan_run,
         model,
         has_text=data is not None or statistics is not None,
         is_measured=data is not None or eval_data is not None,
-        **{**options, "stages": "none"},
     )
+    plan = replan(**options)
     files = {"data": data, "eval_data": eval_data, "statistics": statistics}
     place = prepare_output(out, overwrite, {"model": model, **files, "recipe": options.get("recipe")})
     check_sources(data, statistics, eval_data, calibrates=plan.calibrates)
@@ -92,13 +99,20 @@ def convert_checkpoint(
         latent, conversion = convert_and_report(original, plan, seen, report)
         record |= {"plan": plan.summary(), "conversion": conversion | {"predicted": predicted}}
         exported = merged_copy(latent, plan.stored_dtype)
-        record["figures"] = _measure_both(plan, original, exported, texts, report)
+        record["figures"] = _measure_both(plan, original, exported, tokenizer, texts, report)
+    record["warnings"] = judge_losses("convert", record["figures"], plan, options, replan)
     save_run(exported, place, record, plan.recipe, tokenizer, overwrite=overwrite)
+    warn_of_losses(record)
     return record
 
 
 def _measure_both(
-    plan: Plan, original: PreTrainedModel, exported: PreTrainedModel, texts: Texts, progress: Progress
+    plan: Plan,
+    original: PreTrainedModel,
+    exported: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Figures of both models, in the dtype that they run in; none without a text to measure on."""
     if texts.held_out is None:
@@ -107,4 +121,7 @@ def _measure_both(
     pair = merged_copy(exported, dtype), merged_copy(original, dtype)
     report = evaluate(pair[0], texts.held_out, against=pair[1], progress=progress)
     ratio = {name: report[name] for name in ("ratio", "ratio_standard_error")}
-    return {"original": report["original"], "latent": report["latent"] | ratio}
+    figures = {"original": report["original"], "latent": report["latent"] | ratio}
+    for name, each in zip(("latent", "original"), pair, strict=True):
+        figures[name] |= measure_copying(name, each, tokenizer, texts.held_out, progress)
+    return compare_recall(figures)

@@ -66,6 +66,7 @@ class RunRecord(Provenance):
 
     `weights` says where the original's came from if not from a checkpoint of floats ("dequantised from m.gguf (Q4_1)").
     `figures` are those of "original", "converted", "stage1" and "latent", `training` those of "stage1" and "stage2".
+    `warnings` say why users would not want the result, as far as it was measured.
     """
 
     fingerprint: str | None = None
@@ -77,6 +78,7 @@ class RunRecord(Provenance):
     conversion: ConversionFigures | None = None
     training: dict[str, StageSummary] = Field(default_factory=dict)
     figures: dict[str, Figures] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
     earlier: list[EarlierRun] = Field(default_factory=list)
 
 

@@ -23,6 +23,7 @@ from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.conversion.layer_report import layer_report
+from kvlatent.evaluation.recall import measure_recall
 from kvlatent.jobs.atomic import write_atomically
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.progress import Progress
@@ -55,6 +56,7 @@ __all__ = [
     "hash_sources",
     "load_original",
     "load_statistics",
+    "measure_copying",
     "options_as_typed",
     "resolve_widths",
     "restore_attention",
@@ -295,6 +297,14 @@ def restore_attention(model: PreTrainedModel, path: Path) -> PreTrainedModel:
         }
 
     return assemble(model, config, of_layer)
+
+
+def measure_copying(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, blocks: Dataset, progress: Progress
+) -> dict[str, Any]:
+    """{"recall"} of one model on held-out blocks; {} where context or text is too short for it."""
+    recall = measure_recall(model, tokenizer, blocks, progress=progress.step(f"recall of {name}").to)
+    return {} if recall is None else {"recall": recall}
 
 
 def save_run(
