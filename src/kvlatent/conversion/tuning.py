@@ -6,7 +6,7 @@ Shapes: T positions of a block, R sampled query rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,7 @@ _RATE = 0.75  # Adam's rate for weights of root mean square 1 and a fan-in of 1,
 _ROWS = 128
 _EVALUATIONS = 8
 _PATIENCE = 3
+_ATTEMPTS, _SLOWER = 3, 0.25  # at falling rates, until one does better than the start
 
 TunableRows = list[tuple[nn.Parameter, slice]]
 """Parameters to tune, each with the rows that may change."""
@@ -41,12 +42,14 @@ def tune(
 ) -> dict[str, float]:
     """Adam on a cosine, keeping the parameters that did best on held-out blocks; stops when they do no better.
 
+    Where none did better than the start, it starts again at a quarter of the rate, and at a quarter of that.
+
     Args:
         chosen: what to tune; everything else stays as it is.
         loss: of some blocks at sampled query rows [len(blocks), R].
         positions: [blocks, T]; held_out: indices of the blocks that only measure.
         fan_in: of the vectors among the parameters (biases, norms), which scales their rate.
-        steps: at most so many; seed: of the sampling; progress: called after each.
+        steps: of the first attempt at most, and half as many again of the others; seed: of the sampling; progress: called after each.
         rate: times the rate that goes by the weights' size.
         together: blocks of a step.
 
@@ -68,37 +71,82 @@ def tune(
         total = sum(float(loss(blocks, rows)) * len(blocks) for blocks, rows in fixed)
         return total / max(1, len(held_out))
 
-    with _unfreeze(chosen) as parameters:
-        before = best = last = measured()
-        kept, waited = [p.detach().clone() for p in parameters], 0
-        groups = [{"params": [p], "lr": rate * _rate_of(p, fan_in)} for p in parameters]
-        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
+    def batches() -> Iterator[tuple[list[int], Tensor]]:
         order: list[int] = []
-        every = max(1, steps // _EVALUATIONS)
-        for step in range(1, steps + 1):
+        while True:
             if len(order) < together:
                 order += torch.randperm(len(learnt), generator=generator).tolist()
             blocks, order = [learnt[b] for b in order[:together]], order[together:]
+            yield blocks, sample(len(blocks))
+
+    with _unfreeze(chosen) as parameters:
+        before = best = measured()
+        start, left = [p.detach().clone() for p in parameters], steps
+        kept = start
+        for attempt in range(_ATTEMPTS if steps else 0):
+            rates = [rate * _SLOWER**attempt * _rate_of(p, fan_in) for p in start]
+            run = _Descent(parameters, rates, loss, batches(), measured if held else None)
+            best, kept = run.go(max(left, steps // _ATTEMPTS, 1), best, kept, progress)
+            if best < before or not held:
+                break
+            left -= run.taken
+            _put(parameters, start)
+        _put(parameters, kept)
+    return {"before": before, "after": best}
+
+
+class _Descent:
+    """Adam on a cosine, from the parameters as they are.
+
+    Args:
+        parameters, rates: what learns, and how fast.
+        loss: of blocks and rows; batches: those of every step.
+        measured: the loss on held-out blocks; None without any, and then the last parameters are the best.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        rates: list[float],
+        loss: Callable[[list[int], Tensor], Tensor],
+        batches: Iterator[tuple[list[int], Tensor]],
+        measured: Callable[[], float] | None,
+    ) -> None:
+        self.parameters, self.rates, self.loss = parameters, rates, loss
+        self.batches, self.measured, self.taken = batches, measured, 0
+
+    def go(
+        self, steps: int, best: float, kept: list[Tensor], progress: Callable[[], None]
+    ) -> tuple[float, list[Tensor]]:
+        """Take at most so many steps; returns the least held-out loss and its parameters, or those that were given."""
+        groups = [{"params": [p], "lr": r} for p, r in zip(self.parameters, self.rates, strict=True)]
+        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
+        every, last, waited = max(1, steps // _EVALUATIONS), best, 0
+        for step in range(1, steps + 1):
             optimiser.zero_grad()
-            loss(blocks, sample(len(blocks))).backward()
+            self.loss(*next(self.batches)).backward()
             optimiser.step()
             schedule.step()
+            self.taken += 1
             progress()
             if step % every and step != steps:
                 continue
-            now = measured()
-            if now < best or not held:
-                best, kept = now, [p.detach().clone() for p in parameters]
+            now = best if self.measured is None else self.measured()
+            if now < best or self.measured is None:
+                best, kept = now, [p.detach().clone() for p in self.parameters]
             # Against the last one, not the best: a rate that is high at first often pays only once it has come down.
-            waited = 0 if now < last or not held else waited + 1
+            waited = 0 if now < last or self.measured is None else waited + 1
             if waited == _PATIENCE:
                 break
             last = now
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
-    return {"before": before, "after": best}
+        return best, kept
+
+
+@torch.no_grad()
+def _put(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _rate_of(parameter: Tensor, fan_in: int) -> float:
