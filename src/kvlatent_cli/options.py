@@ -196,7 +196,10 @@ RECIPE = (
 BUDGET = (
     Option("kv", "Share of the cache to keep, in (0, 1]; 0.5 by default.", kind=float),
     Option("engine", "Engine that must be able to run the result, e.g. vllm or llama.cpp.", "NAME"),
-    switch("per_layer", "Let layers differ in width (with --kv), in three groups at most."),
+    switch(
+        "per_layer",
+        "Let layers differ in width (with --kv), as each is measured to need; for an engine in three groups.",
+    ),
 )
 TABLE = Option("table", "Who shares a rotary table; each head has its own by default.", "head|layer|model")
 BLOCKS = Option("blocks", "Blocks of text to calibrate on; 128 by default.", "N", int)

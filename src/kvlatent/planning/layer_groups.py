@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, combinations_with_replacement, product
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GROUPS", "group_layers"]
+__all__ = ["GROUPS", "best_options", "group_layers"]
 
 GROUPS = 3
 _EXHAUSTIVE_LAYERS = 6
@@ -35,17 +36,44 @@ def group_layers(errors: Array, costs: Sequence[int], room: int) -> list[int]:
     Raises:
         ValueError: even the cheapest option is too dear for all layers.
     """
-    if len(errors) * min(costs) > room:
-        raise ValueError(
-            f"{len(errors)} layers cost at least {min(costs)} each, {len(errors) * min(costs)} in all: got room for "
-            f"{room}; give more room"
-        )
+    _check_room(errors, costs, room)
     order = np.argsort(costs, kind="stable")
     ordered, cost = errors[:, order], np.asarray(costs)[order]
     starts = [min(_solve(ordered, cost, groups, room) for groups in part) for part in _groupings(ordered)]
     best = min(_move_layers(ordered, cost, start, room) for start in dict.fromkeys(starts))
     _, options, groups = best
     return [int(order[options[group]]) for group in groups]
+
+
+def best_options(errors: Array, costs: Sequence[int], room: int) -> list[int]:
+    """As `group_layers`, with as many different options as pay: exact, by dynamic programming over the room.
+
+    Raises:
+        ValueError: even the cheapest option is too dear for all layers.
+    """
+    _check_room(errors, costs, room)
+    unit = gcd(*costs)
+    prices, left = [cost // unit for cost in costs], room // unit
+    least = np.zeros(left + 1)  # of the layers so far, by what they may cost
+    chosen = np.zeros((len(errors), left + 1), dtype=np.int64)
+    for layer, row in enumerate(errors):
+        sums = np.full((len(prices), left + 1), np.inf)
+        for option, (price, error) in enumerate(zip(prices, row, strict=True)):
+            sums[option, price:] = least[: left + 1 - price] + error
+        chosen[layer], least = sums.argmin(0), sums.min(0)
+    options: list[int] = []
+    for layer in reversed(range(len(errors))):
+        options.append(int(chosen[layer, left]))
+        left -= prices[options[-1]]
+    return options[::-1]
+
+
+def _check_room(errors: Array, costs: Sequence[int], room: int) -> None:
+    if len(errors) * min(costs) > room:
+        raise ValueError(
+            f"{len(errors)} layers cost at least {min(costs)} each, {len(errors) * min(costs)} in all: got room for "
+            f"{room}; give more room"
+        )
 
 
 def _solve(errors: Array, costs: Counts, groups: tuple[int, ...], room: int) -> Grouping:

@@ -13,8 +13,8 @@ from typing import Any
 from kvlatent.engines.facts import TABLE_SCOPES, engines_for
 from kvlatent.model.widths import Width, Widths, width_per_layer
 from kvlatent.planning.candidates import Candidates, candidates_for
-from kvlatent.planning.layer_groups import group_layers
-from kvlatent.planning.predicted_errors import LayerErrors, predicted_errors
+from kvlatent.planning.layer_groups import best_options, group_layers
+from kvlatent.planning.predicted_errors import MEASURED, PREDICTED, LayerErrors, predicted_errors
 from kvlatent.selection.statistics import Statistics
 
 __all__ = ["SHARES", "CurvePoint", "WidthPlan", "error_curve", "plan"]
@@ -32,12 +32,13 @@ class WidthPlan:
     Args:
         kv: share of the cache that was allowed.
         d_qk, d_vo: widths in channels: one number, or one per layer where they differ.
-        key_error, value_error: predicted squared error of the attention output from narrower keys and from narrower
-            values, each relative to the output's energy and averaged over layers. To first order, and before the
-            output refit: good for comparing plans, not a perplexity.
+        key_error, value_error: what narrower keys and narrower values are predicted to cost, averaged over layers, in
+            `unit`: the squared error of the attention output relative to its energy, to first order and before the
+            output refit, or the divergence that a layer alone was measured to cost. Good for comparing plans, not a perplexity.
         head_dim: original head width.
         table: scope of the rotary table it was predicted for.
         aligned: whether attention alignment is counted on.
+        unit: of the errors, see `LayerErrors`.
     """
 
     kv: float
@@ -48,6 +49,7 @@ class WidthPlan:
     head_dim: int
     table: str = "head"
     aligned: bool = True
+    unit: str = PREDICTED
 
     @property
     def error(self) -> float:
@@ -71,7 +73,12 @@ class WidthPlan:
             "kv": self.kv,
             **Widths(self.d_qk, self.d_vo).to_dict(),
             "share": self.share,
-            "predicted_error": {"keys": self.key_error, "values": self.value_error, "total": self.error},
+            "predicted_error": {
+                "keys": self.key_error,
+                "values": self.value_error,
+                "total": self.error,
+                "unit": self.unit,
+            },
             "table": self.table,
             "aligned": self.aligned,
             "engines": {scope: list(names) for scope, names in self.engines(model_type).items()},
@@ -97,6 +104,7 @@ def plan(
     symmetric: bool = False,
     aligned: bool = True,
     multiple: int | None = None,
+    measured: LayerErrors | None = None,
 ) -> WidthPlan:
     """The widths with the least predicted error that keep at most the share `kv` of the cache.
 
@@ -105,10 +113,12 @@ def plan(
         kv: share of the original cache, in (0, 1].
         engine: one that must be able to run the result (a key of `engines.ENGINES`), or None.
         table: scope of the rotary table, "head", "layer" or "model"; left out, the finest that the engine takes.
-        per_layer: let layers differ, in at most three groups and by at most a factor of 2 from the uniform plan.
+        per_layer: let layers differ, by at most a factor of 2 from the uniform plan; in at most three groups where an engine
+            is named or errors are not measured.
         symmetric: only d_qk = d_vo (some engines need it anyway).
         aligned: the conversion aligns the attention, so key errors count `prediction.ALIGNED_SHARE` of what they are.
         multiple: widths are multiples of this; left out, of 4, and of 8 when an engine is named.
+        measured: errors to go by instead of those that the statistics predict, of the same scope of the table.
 
     Raises:
         ValueError: a share outside (0, 1] or too small for any width, an unknown engine or table, a table or
@@ -119,7 +129,12 @@ def plan(
         statistics.head_dim, engine, table, per_layer=per_layer, symmetric=symmetric, multiple=multiple
     )
     splits = candidates.splits(kv)
-    errors = predicted_errors(statistics, candidates.table, aligned=aligned)
+    errors = measured or predicted_errors(statistics, candidates.table, aligned=aligned)
+    if errors.table != candidates.table:
+        raise ValueError(
+            f"errors hold for the rotary table that they were measured with: got table={errors.table} for a plan with "
+            f"table={candidates.table}; measure with that one"
+        )
     uniform = _uniform(kv, splits, errors)
     return _by_layer(uniform, candidates, errors) if per_layer else uniform
 
@@ -161,11 +176,13 @@ def _uniform(kv: float, splits: list[tuple[int, int]], errors: LayerErrors) -> W
     equal = [split for split, cost in costs.items() if cost <= least + _SAME]
     d_qk, d_vo = min(equal, key=lambda split: (abs(split[0] - split[1]), -sum(split)))
     head_dim = errors.values.shape[1] - 1
-    return WidthPlan(kv, d_qk, d_vo, keys[d_qk // 2], values[d_vo], head_dim, errors.table, errors.aligned)
+    return WidthPlan(
+        kv, d_qk, d_vo, keys[d_qk // 2], values[d_vo], head_dim, errors.table, errors.aligned, errors.unit
+    )
 
 
 def _by_layer(uniform: WidthPlan, candidates: Candidates, errors: LayerErrors) -> WidthPlan:
-    """The best widths in at most three groups of layers, around a uniform plan and within its budget."""
+    """The best widths of every layer, or in at most three groups, around a uniform plan and within its budget."""
     assert isinstance(uniform.d_qk, int) and isinstance(uniform.d_vo, int)
     options = [
         (d_qk, d_vo)
@@ -176,7 +193,10 @@ def _by_layer(uniform: WidthPlan, candidates: Candidates, errors: LayerErrors) -
     keys = errors.keys[:, [d_qk // 2 for d_qk, _ in options]]  # [L, options]
     values = errors.values[:, [d_vo for _, d_vo in options]]
     room = candidates.room(uniform.kv, len(keys))
-    chosen = group_layers((keys + values).numpy(), [sum(option) for option in options], room)
+    # Errors of first order are not to be trusted with more than a few groups, and an engine takes no more.
+    free = errors.unit == MEASURED and candidates.engine is None
+    divide = best_options if free else group_layers
+    chosen = divide((keys + values).numpy(), [sum(option) for option in options], room)
     layers = range(len(chosen))
     key_error, value_error = (float(side[layers, chosen].mean()) for side in (keys, values))
     if key_error + value_error >= uniform.error - _SAME:

@@ -27,6 +27,7 @@ from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import joined_metrics
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
+from kvlatent.model.classes import latent_config_of
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import TextReader, Texts, check_statistics, read_texts
 from kvlatent.training.resume import JOURNAL
@@ -228,9 +229,9 @@ class _Run:
 
     def _convert(self, statistics: Statistics | None) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The latent model, put together again from its tensors where a calibrated conversion has finished."""
-        self.plan, predicted = resolve_widths(self.plan, statistics)
         file = self.workspace.path / "attention.safetensors"
         if (known := self.workspace.done("conversion")) is None:
+            self.plan, predicted = resolve_widths(self.plan, self.original, statistics, self.progress)
             latent, figures = convert_and_report(self.original, self.plan, statistics, self.progress)
             figures["predicted"] = predicted
             if statistics is None:
@@ -238,6 +239,7 @@ class _Run:
             write_attention(latent, file)
             return latent, self.workspace.finish("conversion", figures)
         latent = restore_attention(self.original, file)
+        self.plan = dataclasses.replace(self.plan, widths=latent_config_of(latent.config).widths)
         if self.plan.explain and statistics is not None and "layers" not in known:
             known |= explain_layers(self.original, latent, statistics, self.progress)
             self.workspace.finish("conversion", known)

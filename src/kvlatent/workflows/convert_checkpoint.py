@@ -95,7 +95,7 @@ def convert_checkpoint(
         if announce is not None:
             announce(plan.summary())
         seen, record["calibration"] = calibrate_or_load(plan, original, tokenizer, texts, statistics, report)
-        plan, predicted = resolve_widths(plan, seen)
+        plan, predicted = resolve_widths(plan, original, seen, report)
         latent, conversion = convert_and_report(original, plan, seen, report)
         record |= {"plan": plan.summary(), "conversion": conversion | {"predicted": predicted}}
         exported = merged_copy(latent, plan.stored_dtype)

@@ -22,6 +22,7 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
+from kvlatent.conversion.layer_divergences import layer_divergences
 from kvlatent.conversion.layer_report import layer_report
 from kvlatent.evaluation.recall import measure_recall
 from kvlatent.jobs.atomic import write_atomically
@@ -34,8 +35,10 @@ from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import family_of
 from kvlatent.model.widths import Widths
+from kvlatent.planning.predicted_errors import LayerErrors, measured_errors
 from kvlatent.planning.width_plan import plan as plan_widths
 from kvlatent.selection.calibrate import calibrate
+from kvlatent.selection.choices import Choices
 from kvlatent.selection.pairs import scope_errors
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.documents import resolve
@@ -57,6 +60,7 @@ __all__ = [
     "load_original",
     "load_statistics",
     "measure_copying",
+    "measure_errors",
     "options_as_typed",
     "resolve_widths",
     "restore_attention",
@@ -206,8 +210,12 @@ def _figures(statistics: Statistics, seconds: float) -> dict[str, Any]:
     }
 
 
-def resolve_widths(plan: Plan, statistics: Statistics | None) -> tuple[Plan, dict[str, Any] | None]:
-    """The plan with its widths, and what the statistics predict of them where they chose the split.
+def resolve_widths(
+    plan: Plan, original: PreTrainedModel, statistics: Statistics | None, progress: Progress
+) -> tuple[Plan, dict[str, Any] | None]:
+    """The plan with its widths, and what is predicted of them where the text chose the split.
+
+    Layers that may differ get what each was measured to need; widths that are the same everywhere go by the statistics.
 
     Raises:
         ValueError: no widths keep so little of the cache.
@@ -221,8 +229,20 @@ def resolve_widths(plan: Plan, statistics: Statistics | None) -> tuple[Plan, dic
         table=plan.choices.table,
         per_layer=plan.per_layer,
         aligned=plan.choices.align > 0,
+        measured=measure_errors(original, statistics, plan.choices, plan.recipe, progress)
+        if plan.per_layer
+        else None,
     )
     return replace(plan, widths=Widths(best.d_qk, best.d_vo)), best.summary()
+
+
+def measure_errors(
+    model: PreTrainedModel, statistics: Statistics, choices: Choices, recipe: Recipe, progress: Progress
+) -> LayerErrors:
+    """What every layer's keys and values cost the whole model when they alone are narrow."""
+    qk_norm = recipe.conversion.qk_norm
+    found = layer_divergences(model, statistics, choices, qk_norm=qk_norm, progress=progress)
+    return measured_errors(found, statistics.head_dim, choices.table)
 
 
 def convert_and_report(
