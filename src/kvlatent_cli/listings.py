@@ -137,7 +137,8 @@ def budget_listing(document: Mapping[str, Any]) -> list[Any]:
     facts = {
         "widths": f"d_qk {_widths(plan['d_qk'])}, d_vo {_widths(plan['d_vo'])} of {plan['head_dim']} a head",
         "cache": f"{size['latent']:,.0f} of {size['original']:,.0f} bytes per token: {size['share']:.1%}",
-        "predicted error": f"{error['total']:.5f} (keys {error['keys']:.5f}, values {error['values']:.5f})",
+        "predicted error": f"{error['total']:.5f} (keys {error['keys']:.5f}, values {error['values']:.5f}), "
+        f"{error['unit']}",
     }
     for row in serving.get("maximum_context", ()):
         name = f"longest context, batch {row['batch']}"

@@ -80,7 +80,7 @@ def measured_errors(
     """Error curves through what was measured, in nats a token: straight lines of the logarithm, 0 at full width.
 
     Args:
-        divergences: by side ("keys", "values"), width and layer, two widths at least; see `layer_divergences`.
+        divergences: by side ("keys", "values"), width and layer, two widths at least; see `narrow_divergences`.
         head_dim: original head width.
         table: scope of the rotary table that they were measured with.
     """

@@ -129,12 +129,7 @@ def plan(
         statistics.head_dim, engine, table, per_layer=per_layer, symmetric=symmetric, multiple=multiple
     )
     splits = candidates.splits(kv)
-    errors = measured or predicted_errors(statistics, candidates.table, aligned=aligned)
-    if errors.table != candidates.table:
-        raise ValueError(
-            f"errors hold for the rotary table that they were measured with: got table={errors.table} for a plan with "
-            f"table={candidates.table}; measure with that one"
-        )
+    errors = _errors(statistics, candidates, measured, aligned=aligned)
     uniform = _uniform(kv, splits, errors)
     return _by_layer(uniform, candidates, errors) if per_layer else uniform
 
@@ -147,12 +142,13 @@ def error_curve(
     table: str | None = None,
     aligned: bool = True,
     multiple: int | None = None,
+    measured: LayerErrors | None = None,
 ) -> tuple[CurvePoint, ...]:
     """Predicted error against budget: for each share the best split and the symmetric one, the same in every layer.
 
     Args:
         shares: of the cache; left out, those of `SHARES` that some width can meet.
-        statistics, engine, table, aligned, multiple: as for `plan`.
+        statistics, engine, table, aligned, multiple, measured: as for `plan`.
 
     Raises:
         ValueError: as `plan`.
@@ -162,10 +158,23 @@ def error_curve(
     if shares is None:
         shares = [kv for kv in SHARES if candidates.meets(kv)]
     splits = [(kv, candidates.splits(kv), equal.splits(kv)) for kv in shares]
-    errors = predicted_errors(statistics, candidates.table, aligned=aligned)
+    errors = _errors(statistics, candidates, measured, aligned=aligned)
     return tuple(
         CurvePoint(kv, _uniform(kv, all_, errors), _uniform(kv, same, errors)) for kv, all_, same in splits
     )
+
+
+def _errors(
+    statistics: Statistics, candidates: Candidates, measured: LayerErrors | None, *, aligned: bool
+) -> LayerErrors:
+    """Those that were measured, if they fit, or those that the statistics predict."""
+    errors = measured or predicted_errors(statistics, candidates.table, aligned=aligned)
+    if errors.table != candidates.table:
+        raise ValueError(
+            f"errors hold for the rotary table that they were measured with: got table={errors.table} for a plan with "
+            f"table={candidates.table}; measure with that one"
+        )
+    return errors
 
 
 def _uniform(kv: float, splits: list[tuple[int, int]], errors: LayerErrors) -> WidthPlan:

@@ -23,6 +23,10 @@ from kvlatent.selection.value_bases import value_errors
 
 __all__ = ["MomentSums"]
 
+_TEMPER = 0.5  # of the logits, for the weights of the Gram matrices: a head that looks at one token shows no variance
+# under its own weights, and yet the others must go on losing by as much; over the path from the original's logits to those
+# of the dropped pairs, variances under weaker weights count, too
+
 _ROUNDING = 1e-9  # of the output energy: less than this is the rounding of an output that does not vary
 _CHUNK_ON_CPU, _CHUNK_ON_GPU = (
     1 << 20,
@@ -127,7 +131,7 @@ class MomentSums:
             chosen = query[:, rows[part]].unflatten(0, (-1, groups)) * scaling  # [K, G, r, d]
             logits = chosen.flatten(1, 2) @ key[:, :end].transpose(1, 2)  # [K, G x r, T]
             logits = logits.unflatten(1, (groups, -1)).masked_fill_(~seen[part, :end], float("-inf"))
-            weights = logits.softmax(-1)[:, :, :, None]  # [K, G, r, 1, T]
+            weights = logits.mul_(_TEMPER).softmax(-1)[:, :, :, None]  # [K, G, r, 1, T]
             first, second = (half[..., None] for half in pair_layout(chosen, rotary_dim))  # [K, G, r, P, 1]
             pairs = first * firsts[:, None, None, :, :end]
             pairs.addcmul_(second, seconds[:, None, None, :, :end]).mul_(weights)  # [K, G, r, P, T]

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.engines.facts import check_engine
 from kvlatent.engines.serving_figures import serving_figures
@@ -28,6 +30,7 @@ from kvlatent.workflows.steps import (
     collect_statistics,
     load_original,
     load_statistics,
+    measure_errors,
 )
 
 __all__ = ["calibrate_checkpoint", "plan_checkpoint"]
@@ -66,7 +69,7 @@ def calibrate_checkpoint(
     recipe, device = _recipe(options, load_original_config(model))
     target = prepare_file(out, overwrite, {"model": model, "data": data, "recipe": options.get("recipe")})
     resolve(data)
-    statistics, figures = _calibrate(model, data, recipe, device, Progress.of(progress), learns=True)
+    _, statistics, figures = _calibrate(model, data, recipe, device, Progress.of(progress), learns=True)
     statistics.save(target, overwrite=overwrite)
     return {"out": str(out), **figures, "bytes": target.stat().st_size}
 
@@ -106,8 +109,7 @@ def plan_checkpoint(
     kv, engine = options.get("kv"), options.get("engine")
     kv, per_layer = 0.5 if kv is None else kv, bool(options.get("per_layer"))
     choices, qk_norm = choices_from_recipe(recipe.conversion, engine), recipe.conversion.qk_norm
-    table, aligned = choices.table, choices.align > 0
-    learns = choices.learns_from_text
+    table, told = choices.table, Progress.of(progress)
     (least, *_), *_ = candidates_for(head_dim_of(config), engine, table, per_layer=per_layer).splits(kv)
     if engine is not None:
         check_engine(engine, least, least, table, model_type=str(config.model_type))
@@ -115,11 +117,12 @@ def plan_checkpoint(
     if figure is not None:
         inputs = {"model": model, "data": data, "statistics": statistics, "recipe": options.get("recipe")}
         check_picture(prepare_file(figure, overwrite, inputs), overwrite=overwrite)
-    seen, calibration = _calibrate_or_load(
-        model, data, statistics, recipe, device, Progress.of(progress), learns=learns
+    original, seen, calibration = _calibrate_or_load(
+        model, data, statistics, recipe, device, told, learns=choices.learns_from_text
     )
-    widths = plan_widths(seen, kv, engine=engine, table=table, per_layer=per_layer, aligned=aligned)
-    curve = error_curve(seen, engine=engine, table=table, aligned=aligned)
+    errors = measure_errors(original, seen, choices, qk_norm, told, per_layer=per_layer)
+    widths = plan_widths(seen, kv, engine=engine, table=table, per_layer=per_layer, measured=errors)
+    curve = error_curve(seen, engine=engine, table=table, measured=errors)
     if figure is not None:
         draw_error_curve(curve, figure, overwrite=overwrite)
     worth = serving_figures(config, widths.d_qk, widths.d_vo, qk_norm=qk_norm)
@@ -149,8 +152,8 @@ def _calibrate_or_load(
     progress: Progress,
     *,
     learns: bool,
-) -> tuple[Statistics, dict[str, Any]]:
-    """Statistics from a file, or collected from a text, and the figures of the calibration."""
+) -> tuple[PreTrainedModel, Statistics, dict[str, Any]]:
+    """The original, its statistics from a file, or collected from a text, and the figures of the calibration."""
     if (data is None) == (statistics is None):
         raise ValueError(
             f"a plan looks at one text, or at the statistics of one: got {'both' if data else 'neither'}; give --data "
@@ -161,9 +164,8 @@ def _calibrate_or_load(
         resolve(data)
         return _calibrate(model, data, recipe, device, progress, learns=learns)
     check_statistics(statistics)
-    return load_statistics(
-        statistics, load_model(model, dtype=_working_dtype(model, recipe, device), device=device)
-    )
+    original = load_model(model, dtype=_working_dtype(model, recipe, device), device=device)
+    return original, *load_statistics(statistics, original)
 
 
 def _working_dtype(model: str | Path, recipe: Recipe, device: str) -> str:
@@ -172,11 +174,11 @@ def _working_dtype(model: str | Path, recipe: Recipe, device: str) -> str:
 
 def _calibrate(
     model: str | Path, data: str | Path, recipe: Recipe, device: str, progress: Progress, *, learns: bool
-) -> tuple[Statistics, dict[str, Any]]:
+) -> tuple[PreTrainedModel, Statistics, dict[str, Any]]:
     original, tokenizer = load_original(model, _working_dtype(model, recipe, device), device, progress)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
         blocks = text_to_calibrate(TextReader(recipe, tokenizer, original.config, cache), data)
-        return collect_statistics(original, tokenizer, blocks, recipe, progress, learns=learns)
+        return original, *collect_statistics(original, tokenizer, blocks, recipe, progress, learns=learns)
 
 
 def _rows(curve: Sequence[CurvePoint]) -> list[dict[str, Any]]:

@@ -22,8 +22,8 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
-from kvlatent.conversion.layer_divergences import layer_divergences
 from kvlatent.conversion.layer_report import layer_report
+from kvlatent.conversion.narrow_divergences import narrow_divergences
 from kvlatent.evaluation.recall import measure_recall
 from kvlatent.jobs.atomic import write_atomically
 from kvlatent.jobs.fingerprints import identity
@@ -215,7 +215,7 @@ def resolve_widths(
 ) -> tuple[Plan, dict[str, Any] | None]:
     """The plan with its widths, and what is predicted of them where the text chose the split.
 
-    Layers that may differ get what each was measured to need; widths that are the same everywhere go by the statistics.
+    What keys and values are worth is measured, layer by layer where layers may differ.
 
     Raises:
         ValueError: no widths keep so little of the cache.
@@ -228,20 +228,31 @@ def resolve_widths(
         engine=plan.engine,
         table=plan.choices.table,
         per_layer=plan.per_layer,
-        aligned=plan.choices.align > 0,
-        measured=measure_errors(original, statistics, plan.choices, plan.recipe, progress)
-        if plan.per_layer
-        else None,
+        measured=measure_errors(
+            original,
+            statistics,
+            plan.choices,
+            plan.recipe.conversion.qk_norm,
+            progress,
+            per_layer=plan.per_layer,
+        ),
     )
     return replace(plan, widths=Widths(best.d_qk, best.d_vo)), best.summary()
 
 
 def measure_errors(
-    model: PreTrainedModel, statistics: Statistics, choices: Choices, recipe: Recipe, progress: Progress
+    model: PreTrainedModel,
+    statistics: Statistics,
+    choices: Choices,
+    qk_norm: str,
+    progress: Progress,
+    *,
+    per_layer: bool,
 ) -> LayerErrors:
-    """What every layer's keys and values cost the whole model when they alone are narrow."""
-    qk_norm = recipe.conversion.qk_norm
-    found = layer_divergences(model, statistics, choices, qk_norm=qk_norm, progress=progress)
+    """What narrow keys and narrow values cost the model: of each layer alone, or of all layers together."""
+    found = narrow_divergences(
+        model, statistics, choices, per_layer=per_layer, qk_norm=qk_norm, progress=progress
+    )
     return measured_errors(found, statistics.head_dim, choices.table)
 
 

@@ -1,8 +1,8 @@
-"""What narrow keys or values of one layer alone cost the whole model, measured end to end.
+"""What narrow keys or narrow values cost the whole model, measured end to end: of all layers, or of each alone.
 
-The statistics predict an error of a layer's output, and not every layer's output matters as much. Here every layer is
-made narrow by itself, at a few widths and from the closed form, and the rest of the model says what it predicts then.
-One pass gives what enters every layer, so that only the layers from there on are run again.
+The statistics predict an error of a layer's output, and not every layer's output matters as much, nor a key's error as
+much as a value's. Here one side is made narrow, at a few widths and from the closed form, and the model says what it
+predicts then. For layers by themselves one pass gives what enters each, so that only those from there on are run again.
 
 Shapes: L layers, B blocks, T positions, D model width.
 """
@@ -10,6 +10,7 @@ Shapes: L layers, B blocks, T positions, D model width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +23,13 @@ from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Stage2
 from kvlatent.model.assembly import full_width
 from kvlatent.model.families import family_of, parts_of
+from kvlatent.model.head import Head
 from kvlatent.model.logit_loss import stage2_loss
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["SIDES", "layer_divergences"]
+__all__ = ["SIDES", "narrow_divergences"]
 
 SIDES = ("keys", "values")
 _EIGHTHS = (
@@ -40,29 +42,33 @@ _TOKENS = 2048
 
 
 @torch.no_grad()
-def layer_divergences(
+def narrow_divergences(
     model: Any,
     statistics: Statistics,
     choices: Choices,
     *,
+    per_layer: bool = True,
     qk_norm: str = "full",
     progress: Progress | None = None,
 ) -> dict[str, dict[int, list[float]]]:
-    """KL(original || model with one narrow side of one layer), nats a token, by side, width and layer.
+    """KL(original || model with one narrow side), nats a token, by side, width and layer.
 
     Args:
         model: the original; it is left as it was.
         statistics: of `model`; about 2,048 tokens of their held-out blocks are looked at.
         choices: of the conversion; nothing is tuned here. qk_norm: see `choose`.
-        progress: told after every layer.
+        per_layer: one layer is narrow at a time; otherwise all are.
+        progress: told after every measurement.
 
     Returns:
-        {"keys": {width: L numbers}, "values": likewise}, at a few widths below the head's.
+        {"keys": {width: L numbers, or one where all layers are narrow}, "values": likewise}, at a few widths below the
+        head's.
     """
     closed_form = replace(choices, refit=False, align=0, global_steps=0)
     head_dim, layers = statistics.head_dim, len(statistics.layers)
     widths = sorted({max(2, head_dim * eighths // 8 // 4 * 4) for eighths in _EIGHTHS})
-    step = Progress.of(progress).step("measure layers", len(SIDES) * len(widths) * layers)
+    each = layers if per_layer else 1
+    step = Progress.of(progress).step("measure narrow sides", len(SIDES) * len(widths) * each)
     rest = _Rest(model, statistics)
     found: dict[str, dict[int, list[float]]] = {side: {} for side in SIDES}
     for side, width in ((side, width) for side in SIDES for width in widths):
@@ -74,11 +80,25 @@ def layer_divergences(
             qk_norm=qk_norm,
             statistics=statistics,
         )
+        attention = [_with_table(narrow.model, index) for index in range(layers)]
         found[side][width] = []
-        for index in range(layers):
-            found[side][width].append(rest.divergence(index, parts_of(narrow.model, index).attention))
+        for index in range(each):
+            replaced = attention[index : index + 1] if per_layer else attention
+            found[side][width].append(rest.divergence(index, replaced))
             step.advance()
     return found
+
+
+def _with_table(decoder: Any, index: int) -> nn.Module:
+    """The attention of a layer, with the rotary table that it shares with others as its own."""
+    attention = parts_of(decoder, index).attention
+    if attention.rotary is not None:
+        return attention
+    attention = copy.copy(attention)
+    attention.__dict__["rotary"] = (
+        decoder.rotary_emb
+    )  # not registered: that would write into the layer's own modules
+    return attention
 
 
 class _Rest:
@@ -86,7 +106,9 @@ class _Rest:
 
     def __init__(self, model: Any, statistics: Statistics) -> None:
         self.twin = full_width(model).eval().requires_grad_(False)
-        self.head, self.dtype = model.get_output_embeddings(), faster_dtype(model.config, model.device)
+        head = Head.of(model.get_output_embeddings())
+        self.head = Head(head.weight.detach(), head.bias)
+        self.dtype = faster_dtype(model.config, model.device)
         count, size = statistics.input_ids.shape
         chosen = held_out_blocks(count)[: max(1, _TOKENS // size)] or [0]
         self.ids, self.positions = (
@@ -103,8 +125,8 @@ class _Rest:
             hook.remove()
         self.final = output.last_hidden_state
 
-    def divergence(self, index: int, attention: nn.Module) -> float:
-        """With `attention` in the place of that of one layer: mean KL from the original a token."""
+    def divergence(self, index: int, attention: Sequence[nn.Module]) -> float:
+        """With `attention` in the place of that of the layers from one on: mean KL from the original a token."""
         decoder = self._from_layer(index, attention)
         with precision(self.ids.device, self.dtype):
             hidden = decoder(
@@ -114,14 +136,18 @@ class _Rest:
                 stage2_loss(hidden, self.head, self.ids, Stage2(objective="kl"), self.final, self.head)
             )
 
-    def _from_layer(self, index: int, attention: nn.Module) -> Any:
-        """The decoder from one layer on, that layer with another attention."""
+    def _from_layer(self, index: int, attention: Sequence[nn.Module]) -> Any:
+        """The decoder from one layer on, it and those behind it with other attention as far as that goes."""
         decoder = self.twin.model
-        layer = copy.copy(decoder.layers[index])
-        layer._modules = dict(layer._modules) | {family_of(decoder.config).attention: attention}
+        layers = list(decoder.layers[index:])
+        for position, module in enumerate(attention):
+            layers[position] = copy.copy(layers[position])
+            layers[position]._modules = layers[position]._modules | {
+                family_of(decoder.config).attention: module
+            }
         shell = copy.copy(decoder)
         shell._modules = dict(decoder._modules)
-        shell.layers = nn.ModuleList([layer, *decoder.layers[index + 1 :]])
+        shell.layers = nn.ModuleList(layers)
         shell.config = copy.copy(decoder.config)
         shell.config.num_hidden_layers = len(shell.layers)
         if getattr(decoder.config, "layer_types", None) is not None:

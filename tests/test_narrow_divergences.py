@@ -9,7 +9,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from calibration_setup import realistic_model, short_descent, text
 from kvlatent.conversion.convert_model import convert
-from kvlatent.conversion.layer_divergences import SIDES, layer_divergences
+from kvlatent.conversion.narrow_divergences import SIDES, narrow_divergences
 from kvlatent.planning.layer_groups import best_options
 from kvlatent.planning.predicted_errors import MEASURED, measured_errors
 from kvlatent.planning.width_plan import plan
@@ -27,7 +27,7 @@ def measured_of(name, choices=CHOICES):
     model.get_output_embeddings().weight *= 5
     statistics = calibrate(model, BATCH)
     with short_descent():
-        return model, statistics, layer_divergences(model, statistics, choices)
+        return model, statistics, narrow_divergences(model, statistics, choices)
 
 
 def divergence(model, latent, block):
@@ -53,12 +53,35 @@ def test_a_layer_costs_what_a_conversion_of_that_layer_alone_costs(name):
         assert found[side][width][layer] == pytest.approx(divergence(model, alone, block), rel=1e-3, abs=1e-7)
 
 
+def test_layers_that_share_a_table_are_turned_by_it():
+    model, statistics, found = measured_of("llama", resolve_choices("calibrated", table="model"))
+    with short_descent():
+        whole = convert(model, d_qk=8, statistics=statistics, align=0, refit=False, table="model")
+        first = narrow_divergences(
+            model, statistics, resolve_choices("calibrated", table="model"), per_layer=False
+        )
+    (block,) = held_out_blocks(18)
+    assert first["keys"][8][0] == pytest.approx(divergence(model, whole, block), rel=1e-3)
+    assert len(found["keys"][8]) == 3 and all(each >= 0 for each in found["keys"][8])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi3"])
+def test_all_layers_cost_what_a_conversion_costs(name):
+    model, statistics, _ = measured_of(name)
+    with short_descent():
+        found = narrow_divergences(model, statistics, CHOICES, per_layer=False)
+        whole = convert(model, d_qk=12, statistics=statistics, align=0, refit=False)
+    (block,) = held_out_blocks(18)
+    assert {len(each) for side in found.values() for each in side.values()} == {1}
+    assert found["keys"][12][0] == pytest.approx(divergence(model, whole, block), rel=1e-3)
+
+
 def test_the_model_is_left_as_it_was():
     model = realistic_model("llama").requires_grad_(False)
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     statistics = calibrate(model, BATCH)
     with short_descent():
-        layer_divergences(model, statistics, CHOICES)
+        narrow_divergences(model, statistics, CHOICES)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
 
 
