@@ -32,7 +32,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         choices = plan["choices"]
         lines.append(
             f"calibration: up to {plan['calibration_blocks']} blocks of text, one rotary table per {choices['table']}, "
-            f"{choices['align']} steps of alignment a layer"
+            f"{choices['align']} steps of alignment a layer, {choices['global_steps']} on all layers at once"
         )
     if tokens:
         lines.append(

@@ -210,6 +210,7 @@ CONVERSION = (
     Option("preset", "How channels are chosen; 'calibrated' by default.", "NAME"),
     TABLE,
     Option("align", "Steps of attention alignment a layer; 0 for none.", "STEPS", int),
+    Option("global_steps", "Steps on all layers at once, after it; 0 for none.", "STEPS", int),
     BLOCKS,
     STATISTICS,
     EVAL_DATA,

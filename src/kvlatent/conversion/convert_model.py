@@ -52,7 +52,7 @@ def convert(
     choices: Choices | None = None,
     statistics: Statistics | None = None,
     seed: int = 0,
-    precision: str = "float32",
+    precision: str = "auto",
     progress: Progress | Callable[[str, int, int], None] | None = None,
 ) -> PreTrainedModel:
     """A latent copy of `model`; unchanged tensors share storage with it, none of its own is modified.
@@ -69,9 +69,8 @@ def convert(
         qk_norm: see `choose`.
         statistics: from `calibrate`, of this model.
         seed: of the sampling in alignment.
-        precision: of the products while layers are aligned and refitted, "float32" or "bfloat16", which takes half the time on
-            a processor with units for it and costs a tenth of the perplexity of a real model (`docs/log.md`); sums and
-            weights stay in float32 or float64.
+        precision: of the products while layers are tuned, "float32", "bfloat16" or "auto", which is the faster of both on
+            the device; sums and weights stay in float32 or float64.
         progress: told of every step; a function is called with its name, how much of it is done, and of how much.
 
     Raises:
@@ -93,7 +92,8 @@ def convert(
             global_steps=global_steps,
         )
     _check_source(model, config, family, head_dim)
-    dtype = check_product_dtype(precision, model.device)
+    faster = faster_dtype(model.config, model.device)
+    dtype = faster if precision == "auto" else check_product_dtype(precision, model.device)
     widths = check_widths(
         model.config, head_dim if d_qk is None else d_qk, head_dim if d_vo is None else d_vo
     )
@@ -135,7 +135,7 @@ def convert(
                     statistics,
                     steps=choices.global_steps,
                     seed=seed,
-                    dtype=faster_dtype(model.config, model.device),
+                    dtype=dtype,
                     progress=told,
                 )
             latent.train(training).requires_grad_(True)

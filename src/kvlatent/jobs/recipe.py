@@ -59,6 +59,7 @@ class Conversion(Section):
     table: Annotated[str | None, OPTION] = None
     gains: bool | None = None
     align: Annotated[int | None, OPTION] = Field(None, ge=0)
+    global_steps: Annotated[int | None, OPTION] = Field(None, ge=0)
     refit: bool | None = None
     qk_norm: str = "full"
 

@@ -104,7 +104,9 @@ class Choices:
 
 PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk")
 PRESETS = {
-    "calibrated": Choices(keys="gram", values="whitened", table="head", gains=True, refit=True, align=200),
+    "calibrated": Choices(
+        keys="gram", values="whitened", table="head", gains=True, refit=True, align=200, global_steps=64
+    ),
     "paper": PAPER,
     "own-frequency": Choices(),
 }
@@ -139,12 +141,16 @@ def resolve_choices(
 ) -> Choices:
     """A preset with single choices replaced; whatever is no longer the paper's keeps the original softmax scale.
 
+    Without alignment (0 steps) there is no global pass either, unless its steps are named: statistics alone.
+
     Raises:
         ValueError: unknown preset or choice, or choices that contradict each other.
     """
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     start = PRESETS[preset]
+    if align == 0 and global_steps is None:
+        global_steps = 0  # statistics alone
     if table is None and keys is not None and (keys in BY_PAIRS) != (start.keys in BY_PAIRS):
         table = "head" if keys in BY_PAIRS else "model"
     if gains is None and frequencies not in (None, "own"):

@@ -36,7 +36,7 @@ RUN_OPTIONS = (
     recipe: YAML file, or a `Recipe`; overrides: `section.key=value` strings on top of it.
     tokens: of all stages together; stages: "none", "1", "2" or "both".
     device: "auto", "cpu" or "cuda".
-    preset, table, align, blocks, dtype, seed: keys of the recipe that are marked as options (`recipe.OPTION`).
+    preset, table, align, global_steps, blocks, dtype, seed: keys of the recipe that are marked as options (`recipe.OPTION`).
 """
 
 # A default run spends this many floating-point operations, about ten minutes on two laptop cores or on one
