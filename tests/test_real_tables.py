@@ -14,6 +14,8 @@ from kvlatent.checkpoints.load import load_model
 from kvlatent.evaluation.perplexity import perplexity
 from kvlatent.evaluation.speed.caches import make_cache
 from kvlatent.jobs.recipe import Recipe
+from kvlatent.planning.predicted_errors import MEASURED, PREDICTED
+from kvlatent.planning.width_plan import plan as plan_widths
 from kvlatent_lab.baseline.baseline_run import pick_rows
 from kvlatent_lab.baseline.cache_reading import document_mask, read_through_cache
 from kvlatent_lab.baseline.question_files import write_tasks
@@ -119,6 +121,26 @@ def test_the_new_method_is_measured_beside_the_old(place, call, monkeypatch):
     call("--render", out=place / "new")
     table = (place / "new.md").read_text()
     assert "| head 50 | perplexity, fineweb |" in table and "not paired" not in table
+
+
+def test_widths_a_layer_of_the_new_method_are_measured_end_to_end(place, call, monkeypatch):
+    module = importlib.import_module("kvlatent_lab.study.measure_cell")
+    units = []
+
+    def plan(*args, **more):
+        made = plan_widths(*args, **more)
+        units.append(made.unit)
+        return made
+
+    monkeypatch.setattr(module, "plan", plan)
+    call("--only", "planned-statistics-50,planned-passed-50", out=place / "planned")
+    assert sorted(units) == sorted([PREDICTED, MEASURED])
+    rows = {name: json.loads((place / "planned" / f"planned-{name}-50.json").read_text()) for name in ("statistics", "passed")}  # fmt: skip
+    assert (
+        rows["passed"]["settings"]["widths"] == "measured" and "widths" not in rows["statistics"]["settings"]
+    )
+    for row in rows.values():
+        assert "failed" not in row["record"]
 
 
 def test_rows_of_before_the_new_choices_count_as_finished(place, call):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kvlatent.selection.choices import PRESETS
-from kvlatent_lab.study.grid_cells import Cell
+from kvlatent_lab.study.grid_cells import MEASURED, Cell
 
 __all__ = ["NEW", "OLD", "PLAIN", "QUANTISED", "SHARES", "TOKENS", "Steps", "TableRow", "table_rows"]
 
@@ -115,5 +115,6 @@ def _conversion(kind: str, share: str, head_dim: int, seed: int, tokens: int, st
     shared |= {"per_layer": planned, "recipe": {} if tuned == NEW else {"calibration.recall": 0.0}}
     if tuned == NEW:  # unfinished training lies under the name, and is not continued from other steps
         name += f"-{steps.align}-{steps.global_steps}"
+        shared["extra"] = {"widths": MEASURED} if planned else {}
     choices = {"table": "head" if planned else scope} | (_TUNED[tuned] if tuned != NEW else steps._asdict())
     return Cell(name, d_qk, d_vo, "calibrated", choices=choices, **shared)
