@@ -4,7 +4,9 @@
 
 A call that was killed goes on when it is repeated, and several processes with the same --out share the rows. What the
 folders lack (of texts wikitext2_test.txt, tinystories_valid.txt, of tasks any) is an empty column, and is measured by a
-later call that finds it.
+later call that finds it. Rows *-aligned-* are the method of the first tables, for good; *-passed-* is all that the calibrated
+conversion does, with --align and --global-steps steps. --render writes OUT.md, where both stand side by side, OUT.svg (quality
+against bytes of cache) and OUT_minutes.svg.
 """
 
 import argparse
@@ -21,8 +23,10 @@ from kvlatent.model.families import head_dim_of
 from kvlatent_cli.named_models import model_argument
 from kvlatent_lab.baseline.baseline_run import Baseline, Request, pick_rows
 from kvlatent_lab.baseline.columns import Sizes
-from kvlatent_lab.baseline.markdown_table import render_table
-from kvlatent_lab.baseline.table_rows import table_rows
+from kvlatent_lab.baseline.finished_rows import read_finished
+from kvlatent_lab.baseline.markdown_table import render_markdown
+from kvlatent_lab.baseline.pictures import draw_bytes, draw_minutes
+from kvlatent_lab.baseline.table_rows import Steps, TableRow, table_rows
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -44,7 +48,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="name the rows, most telling first, and stop")
     parser.add_argument(
-        "--render", action="store_true", help="write OUT.md from the rows that exist, and stop"
+        "--render",
+        action="store_true",
+        help="write OUT.md and its pictures from the rows that exist, and stop",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to measure in")
     parser.add_argument("--train-dtype", choices=("float32", "bfloat16"), default="float32")
@@ -52,7 +58,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--calibration-blocks", type=int, default=128)
     parser.add_argument("--calibration-block-size", type=int, default=512)
-    parser.add_argument("--align", type=int, help="steps a layer; left out, the preset's")
+    for name, of in (("align", "alignment, a layer"), ("global_steps", "the global pass")):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(Steps(), name),
+            help=f"steps of {of}, in rows *-passed-* (default %(default)s, the preset's)",
+        )  # fmt: skip
     parser.add_argument("--rate", type=float, help="of training; left out, the best of short runs")
     parser.add_argument("--pilot-tokens", type=int, default=32_768, help="of each of these runs")
     for name, value in vars(Sizes()).items():
@@ -70,13 +80,16 @@ def requested(args: argparse.Namespace) -> Request:
         f"data.block_size={args.calibration_block_size}",
         f"dtype={args.train_dtype}",
         f"seed={args.seed}",
-        *([] if args.align is None else [f"conversion.align={args.align}"]),
     ]
     sizes = Sizes(**{name: getattr(args, name) for name in vars(Sizes())})
     names = ("model", "texts", "tasks", "out", "work", "dtype", "pilot_tokens", "rate", "device")
-    return Request(
-        sizes=sizes, recipe=Recipe.load(None, overrides), **{name: getattr(args, name) for name in names}
-    )
+    given = {name: getattr(args, name) for name in names}
+    return Request(sizes=sizes, recipe=Recipe.load(None, overrides), steps=steps_of(args), **given)
+
+
+def steps_of(args: argparse.Namespace) -> Steps:
+    """Of the new method."""
+    return Steps(args.align, args.global_steps)
 
 
 def main() -> None:
@@ -90,17 +103,30 @@ def main() -> None:
 
 def work(args: argparse.Namespace) -> None:
     """List, render or measure."""
-    rows = table_rows(head_dim_of(load_config(str(args.model))), args.seed)
+    rows = table_rows(head_dim_of(load_config(str(args.model))), args.seed, steps_of(args))
     if args.list:
         for row in pick_rows(rows, args.only):
             print(row.name, "(done)" if (args.out / f"{row.name}.json").is_file() else "")
     elif args.render:
-        path = args.out.with_suffix(".md")
-        write_text(path, render_table(args.out, pick_rows(rows, args.only)))
-        print(path)
+        print(*render(args.out, pick_rows(rows, args.only)), sep="\n")
     else:
         torch.set_num_threads(args.threads)
         print(*Baseline(requested(args), Progress.of(say)).until_done(args.only), sep="\n")
+
+
+def render(out: Path, rows: list[TableRow]) -> list[Path]:
+    """Write the pictures and the markdown of finished rows beside their folder; returns the paths of what was written."""
+    found = read_finished(out, rows)
+    pictures = {}
+    for about, draw, end in (
+        ("Quality against bytes of cache", draw_bytes, ".svg"),
+        ("Quality against minutes of making, at half the cache", draw_minutes, "_minutes.svg"),
+    ):
+        if draw(found, path := out.with_name(out.name + end)):
+            pictures[about] = path
+    table = out.with_name(f"{out.name}.md")
+    write_text(table, render_markdown(found, {about: path.name for about, path in pictures.items()}))
+    return [table, *pictures.values()]
 
 
 def say(step: str, done: int = 0, total: int = 0, note: str = "") -> None:

@@ -22,7 +22,7 @@ from kvlatent.evaluation.perplexity import perplexity
 from kvlatent.evaluation.speed.caches import check_caches
 from kvlatent.jobs.atomic import write_text
 from kvlatent.jobs.devices import precision
-from kvlatent.jobs.fingerprints import fingerprint, identity
+from kvlatent.jobs.fingerprints import differences, fingerprint, identity
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import environment, name_for_record
@@ -30,7 +30,7 @@ from kvlatent.model.classes import latent_config_of
 from kvlatent.model.families import head_dim_of
 from kvlatent_lab.baseline.cache_reading import read_through_cache
 from kvlatent_lab.baseline.columns import TEXTS, Columns, Sizes
-from kvlatent_lab.baseline.table_rows import TOKENS, TableRow, table_rows
+from kvlatent_lab.baseline.table_rows import NEW, Steps, TableRow, table_rows
 from kvlatent_lab.study.folder import StudyFolder
 from kvlatent_lab.study.grid_cells import Cell
 from kvlatent_lab.study.measure_cell import (
@@ -47,6 +47,9 @@ __all__ = ["RATES", "Baseline", "Request", "pick_rows"]
 
 RATES = (1e-4, 3e-4, 1e-3)
 _CHOOSING_TOKENS = 8192  # held out from the text to train on, which rates are chosen by
+_POOL_TOKENS = (
+    1_000_000  # of training fit into the text that calibration blocks are drawn from, the same in all rows
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Request:
     Args:
         model: the original; texts, tasks: folders, see `columns`.
         out: of the rows; work: of what is made on the way.
-        sizes: of the measurements; recipe: of calibration, conversion and training.
+        sizes: of the measurements; recipe: of calibration, conversion and training; steps: of rows "passed".
         dtype: of the products while models are measured; their weights are fp32.
         pilot_tokens: that every rate is tried with before one is chosen.
         rate: of training; None chooses among `RATES`.
@@ -70,6 +73,7 @@ class Request:
     work: Path
     sizes: Sizes
     recipe: Recipe
+    steps: Steps
     dtype: str = "float32"
     pilot_tokens: int = 32_768
     rate: float | None = None
@@ -129,7 +133,7 @@ class Baseline:
         source = Source(request.model, name_for_record(request.model), request.train, None)
         self.subject = Subject(
             source, self.folder, request.recipe,
-            eval_tokens=_CHOOSING_TOKENS, tokens=max(TOKENS.values()), device=request.device,
+            eval_tokens=_CHOOSING_TOKENS, tokens=_POOL_TOKENS, device=request.device,
         )  # fmt: skip
         model = self.subject.model
         self.columns = Columns(
@@ -141,12 +145,17 @@ class Baseline:
             request.sizes,
         )
         self.measures = self.columns.measures(self._original_states)
-        self.rows = table_rows(head_dim_of(model.config), request.recipe.seed)
+        self.rows = table_rows(head_dim_of(model.config), request.recipe.seed, request.steps)
 
     def until_done(self, pattern: str | None = None) -> list[str]:
-        """Measure every row that is not finished and that no other process is at; returns the names of those measured."""
+        """Measure every row that is not finished and that no other process is at; returns the names of those measured.
+
+        Raises:
+            ValueError: rows of a global pass are asked for with no steps of it, or a finished row is of other settings.
+        """
         measured: list[str] = []
         rows = [row for row in pick_rows(self.rows, pattern) if self._has_cache(row)]
+        self._check_settings(rows)
         while todo := [row for row in rows if self._lacks(row)]:
             before = len(measured)
             for row in todo:
@@ -166,6 +175,24 @@ class Baseline:
             self.progress.report(f"{row.name} left out: {error}")
             return False
         return True
+
+    def _check_settings(self, rows: list[TableRow]) -> None:
+        passed = [row.name for row in rows if f"-{NEW}-" in row.name]
+        steps = self.request.steps
+        if passed and min(steps) < 1:
+            raise ValueError(
+                f"rows {NEW} are aligned and take the global pass, 1 step of each or more: got --align {steps.align} "
+                f"--global-steps {steps.global_steps} for {passed[0]}; give --global-steps 100, or other rows with --only"
+            )
+        for row in rows:
+            told = (self.folder.done(row.name) or {}).get("settings", {})
+            # A file is silent about what was no option yet when it was made.
+            changed = differences(told, {name: row.settings.get(name) for name in told})
+            if changed:
+                raise ValueError(
+                    f"{self.folder.step_file(row.name)} is of another {', '.join(changed)}; call it with the same "
+                    "arguments, delete it to measure it again, or give another --out"
+                )
 
     def _lacks(self, row: TableRow) -> list[str]:
         """Columns that are still to be measured; none of a row that cannot be."""
@@ -229,8 +256,8 @@ class Baseline:
             model = convert_cell(self.subject, cell, told)
         else:
             rate = self.request.rate or self._rate(cell, told)
-            cell = replace(cell, recipe={"stage2.learning_rate": rate})
-            model, trained = train_cell(self.subject, cell, told)
+            cell = replace(cell, recipe={**cell.recipe, "stage2.learning_rate": rate})
+            model, trained = train_cell(self.subject.with_room_for(cell.stage2), cell, told)
             made["seconds"]["training"] = trained["training_seconds"]
             made["training"] = trained | {"learning_rate": rate}
         made["widths"] = latent_config_of(model.config).widths._asdict()
@@ -264,9 +291,8 @@ class Baseline:
             losses = {}
             for rate in RATES:
                 name = f"pilot-{name_conversion(self.subject, cell)}-{rate:g}"
-                pilot = replace(
-                    cell, name=name, stage2=self.request.pilot_tokens, recipe={"stage2.learning_rate": rate}
-                )
+                recipe = {**cell.recipe, "stage2.learning_rate": rate}
+                pilot = replace(cell, name=name, stage2=self.request.pilot_tokens, recipe=recipe)
                 model, _ = train_cell(self.subject, pilot, told.within(f"rate {rate:g}"))
                 losses[f"{rate:g}"] = perplexity(model, self.subject.blocks()).loss
                 forget(self.subject, pilot)

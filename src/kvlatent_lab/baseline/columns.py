@@ -141,7 +141,8 @@ class Columns:
         losses: list[float] = []
         counts: list[int] = []
         divergences: list[float] = []
-        known, agreed = None if original is None else load_file(original()), 0
+        agreed: list[int] = []
+        known = None if original is None else load_file(original())
         head = Head.of(model.get_output_embeddings())
         for states, labels in self._states(model, name):
             losses += token_losses(states, head, labels).double().sum(1).tolist()
@@ -153,14 +154,16 @@ class Columns:
                     heads = [Head.of(known["head"].to(own.device)), head]
                     divergence, same = compare_tokens(heads, [theirs, own[counted]])
                     divergences.append(divergence)
-                    agreed += same
+                    agreed.append(same)
                 counts.append(int(counted.sum()))
         found = asdict(summarise(losses, counts))
         if known is not None:
             found |= {
                 "kl": sum(divergences) / sum(counts),
                 "kl_standard_error": ratio_error(divergences, counts),
-                "top1_agreement": agreed / sum(counts),
+                "top1_agreement": sum(agreed) / sum(counts),
+                "block_divergences": divergences,
+                "block_agreed": agreed,
             }
         return found
 

@@ -1,55 +1,53 @@
-"""One markdown table from the rows that are finished; what is compared with the original is compared pair by pair."""
+"""The markdown of the rows that are finished: all of their figures, old and new side by side, and what they say of fewer bits.
+
+What is compared with the original, or with the row before, is compared pair by pair.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from kvlatent.evaluation.perplexity import Perplexity, perplexity_ratio
-from kvlatent.evaluation.sequences import mean_and_error
-from kvlatent.jobs.atomic import read_json
+from kvlatent_lab.baseline.against_quantised import against_quantised
 from kvlatent_lab.baseline.columns import CONTEXTS, TEXTS
+from kvlatent_lab.baseline.finished_rows import MAKING, Figures, paired_change, ratio_between
 from kvlatent_lab.baseline.question_files import SETS
-from kvlatent_lab.baseline.table_rows import TableRow
+from kvlatent_lab.baseline.side_by_side import render_side_by_side
 
-__all__ = ["render_table"]
+__all__ = ["render_markdown"]
 
 _EMPTY = "-"
-Figures = Mapping[str, Any]
-_MAKING = ("calibration", "conversion", "training")
 
 
-def render_table(folder: Path, rows: Iterable[TableRow]) -> str:
-    """Markdown of the rows that have a file in the folder, in their order, and a note of what is missing.
+def render_markdown(found: Mapping[str, Figures], pictures: Mapping[str, str]) -> str:
+    """Markdown of the rows, in their order, and a note of what is missing.
 
-    Raises:
-        FileNotFoundError: none has.
+    Args:
+        found: documents by name; at least one.
+        pictures: what is said in their place -> their address, to stand over the table.
     """
-    found = {}
-    for row in rows:
-        path = folder / f"{row.name}.json"
-        if path.is_file():
-            found[row.name] = read_json(path, "delete it to measure it again")
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no finished row; run benchmarks/real_tables.py first")
-    original = found.get("original", {}).get("figures", {})
-    lines = [_cells(name, document, original) for name, document in found.items()]
+    lines = [_cells(name, document, found.get("original")) for name, document in found.items()]
     head = list(lines[0])
     body = [head, ["---"] * len(head), *([line[name] for name in head] for line in lines)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in body)
-    return f"# Baseline on {next(iter(found.values()))['model']}\n\n{table}\n\n{_note(found)}\n"
+    parts = [
+        f"# Baseline on {next(iter(found.values()))['model']}",
+        *(f"![{about}]({address})" for about, address in pictures.items()),
+        *against_quantised(found),
+        "\n".join(f"| {' | '.join(line)} |" for line in body),
+        _note(found),
+        render_side_by_side(found),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _cells(name: str, document: Figures, original: Figures) -> dict[str, str]:
+def _cells(name: str, document: Figures, whole: Figures | None) -> dict[str, str]:
     """A row, by heading."""
     figures, seconds = document["figures"], document["seconds"]
+    original = {} if whole is None else whole["figures"]
     cells = {"row": name, "widths": _widths(figures), "cache, bytes a token": _bytes(figures)}
     for text in TEXTS:
-        cells[f"perplexity, {text}"] = _perplexity(figures.get(f"text {text}"), original.get(f"text {text}"))
+        cells[f"perplexity, {text}"] = _perplexity(document, whole, text)
     known = figures.get("text fineweb", {})
     cells["KL to the original, nats"] = _with_error(known.get("kl"), known.get("kl_standard_error"))
     cells["top-1 agreement"] = _number(known.get("top1_agreement"))
@@ -63,9 +61,9 @@ def _cells(name: str, document: Figures, original: Figures) -> dict[str, str]:
         for score in ("exact", "rank"):
             cells[f"{kind}, {score}, at {sizes}"] = "/".join(_grid_mean(one, score) for one in at)
     cells["word order, nats (preferred)"] = _order(figures.get("order"))
-    for part in _MAKING:
+    for part in MAKING:
         cells[f"{part}, min"] = _minutes(seconds.get(part))
-    measured = [value for key, value in seconds.items() if key not in _MAKING]
+    measured = [value for key, value in seconds.items() if key not in MAKING]
     cells["evaluation, min"] = _minutes(sum(measured) if measured else None)
     return cells
 
@@ -95,21 +93,14 @@ def _bytes(figures: Figures) -> str:
     return _EMPTY if found is None else f"{found['bytes_per_token']:,.0f}"
 
 
-def _perplexity(own: Figures | None, original: Figures | None) -> str:
+def _perplexity(document: Figures, original: Figures | None, text: str) -> str:
     """The perplexity, and how many times the original's it is, with the error of paired blocks."""
+    own = document["figures"].get(f"text {text}")
     if own is None:
         return _EMPTY
     shown = _number(own["perplexity"], 2)
-    if original is None:
-        return shown
-    ratio, error = perplexity_ratio(_measured(own), _measured(original))
-    return f"{shown} (x{_with_error(ratio, error)})"
-
-
-def _measured(found: Figures) -> Perplexity:
-    fields: dict[str, Any] = {name: found[name] for name in Perplexity.__dataclass_fields__}
-    fields |= {name: tuple(fields[name]) for name in ("block_losses", "block_tokens")}
-    return Perplexity(**fields)
+    ratio = None if original is None else ratio_between(document, original, text)
+    return shown if ratio is None else f"{shown} (x{_with_error(*ratio)})"
 
 
 def _accuracy(own: Figures | None, original: Figures | None, metric: str) -> str:
@@ -119,8 +110,7 @@ def _accuracy(own: Figures | None, original: Figures | None, metric: str) -> str
     shown = _number(own[metric])
     if original is None:
         return _with_error(own[metric], own.get(f"{metric}_stderr"))
-    change = np.subtract(own["answers"][metric], original["answers"][metric], dtype=float)
-    value, error = mean_and_error(change)
+    value, error = paired_change(own["answers"][metric], original["answers"][metric])
     return f"{shown} ({value:+.3f}{'' if error is None else f' ± {error:.3f}'})"
 
 
@@ -146,7 +136,7 @@ def _note(found: Mapping[str, Figures]) -> str:
             sentences.append(f"Not measured, because there was no file of that name: {', '.join(absent)}.")
     failed = {name: one["record"]["failed"] for name, one in found.items() if "failed" in one["record"]}
     sentences += [f"`{name}` has no figures: {why}." for name, why in failed.items()]
-    some: Figures = next((one for one in found.values() if "text fineweb" in one["figures"]), {})
+    some = next((one for one in found.values() if "text fineweb" in one["figures"]), {})
     if some:
         figures = some["figures"]
         texts = {name: figures[f"text {name}"]["tokens"] for name in TEXTS if f"text {name}" in figures}

@@ -14,8 +14,19 @@ from kvlatent.model.families import head_dim_of
 from kvlatent.selection.choices import BY_PAIRS, Choices, resolve_choices
 from kvlatent.selection.latent_config import check_widths, choose
 
-__all__ = ["PAPER_PARTS", "Cell", "Grid", "Scale", "choices_of", "find_refusal", "recipe_of", "widths_of"]
+__all__ = [
+    "MEASURED",
+    "PAPER_PARTS",
+    "Cell",
+    "Grid",
+    "Scale",
+    "choices_of",
+    "find_refusal",
+    "recipe_of",
+    "widths_of",
+]
 
+MEASURED = "measured"
 PAPER_PARTS = (2, 4, 8)
 """The paper's 64, 32 and 16 of 128 channels are a half, a quarter and an eighth of a head."""
 
@@ -32,7 +43,8 @@ class Cell:
         seed: of the calibration blocks, of alignment and of training.
         stage1, stage2: tokens to train on; 0 leaves a stage out.
         recipe: `section.key` of the recipe -> value, for this cell alone.
-        extra: settings that only this study knows; "keys" is a rule of `other_selections` there.
+        extra: settings that only this study knows; "keys" is a rule of `other_selections` there, and with "widths"
+            `MEASURED` those of every layer go by what it costs end to end instead of by the statistics.
     """
 
     name: str

@@ -23,8 +23,13 @@ from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import calibration_blocks, recall_share
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
-from kvlatent.workflows.steps import collect_statistics, restore_attention, write_attention
-from kvlatent_lab.study.grid_cells import Cell, choices_of, recipe_of
+from kvlatent.workflows.steps import (
+    collect_statistics,
+    measure_errors,
+    restore_attention,
+    write_attention,
+)
+from kvlatent_lab.study.grid_cells import MEASURED, Cell, choices_of, recipe_of
 from kvlatent_lab.study.other_selections import SELECTIONS
 from kvlatent_lab.study.subject import Subject
 
@@ -64,7 +69,7 @@ def convert_cell(subject: Subject, cell: Cell, progress: Progress) -> PreTrained
 
     def write(path: Path) -> None:
         statistics = collect_cell_statistics(subject, cell, progress)
-        target = _target(subject, cell, statistics)
+        target = _target(subject, cell, statistics, progress)
         shared.update(statistics=statistics, seed=cell.seed, progress=progress)
         write_attention(convert(subject.model, **target, **shared), path)
 
@@ -100,12 +105,17 @@ def name_text(subject: Subject, cell: Cell) -> str:
     return f"seed{cell.seed}{some}" + (f"-recall{share:g}" if share else "")
 
 
-def _target(subject: Subject, cell: Cell, statistics: Statistics) -> dict[str, Any]:
+def _target(subject: Subject, cell: Cell, statistics: Statistics, progress: Progress) -> dict[str, Any]:
     """What `convert` shall build: the cell's widths, or widths a layer, or the pairs that another paper's rule keeps."""
     choices = choices_of(cell, subject.recipe)
     if cell.per_layer:
         share = (cell.d_qk + cell.d_vo) / (2 * statistics.head_dim)
-        widths = plan(statistics, share, table=choices.table, per_layer=True, aligned=choices.align > 0)
+        measured = None
+        if cell.extra.get("widths") == MEASURED:
+            recipe = recipe_of(cell, subject.recipe)
+            measured = measure_errors(subject.model, statistics, choices, recipe, progress)
+        told: dict[str, Any] = {"table": choices.table, "aligned": choices.align > 0, "measured": measured}
+        widths = plan(statistics, share, per_layer=True, **told)
         return {"d_qk": widths.d_qk, "d_vo": widths.d_vo}
     if (order := SELECTIONS.get(cell.extra.get("keys", ""))) is None:
         return {"d_qk": cell.d_qk, "d_vo": cell.d_vo}

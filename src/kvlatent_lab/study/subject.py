@@ -5,6 +5,7 @@ What takes long is kept in the work folder, each under a lock, so that of two pr
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -143,6 +144,19 @@ class Subject:
     def train_blocks(self) -> Dataset:
         """Blocks to calibrate and train on."""
         return self._parts(self.recipe.data.isolate)[0]
+
+    def with_room_for(self, tokens: int) -> Subject:
+        """The same, with so many tokens to train on; what is measured on stays, and what was converted is found again.
+
+        Blocks to calibrate on would be drawn from more text, so conversions are made before.
+        """
+        if tokens <= self.tokens:
+            return self
+        _ = self._held_out  # read here, from the shorter text
+        larger = copy.copy(self)
+        vars(larger).pop("train_blocks", None)
+        larger.tokens = tokens
+        return larger
 
     def blocks(self, part: str = "reported") -> Dataset:
         """Blocks to measure on: "reported", or "validation", which settings may be chosen by.
