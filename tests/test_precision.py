@@ -34,7 +34,7 @@ def test_bfloat16_products_change_little(monkeypatch, name):
         for field, tensor in vars(theirs).items():
             assert_close_to_scale(getattr(ours, field), tensor, 0.03)
             assert getattr(ours, field).dtype == torch.float64
-    options = {"d_qk": 16, "d_vo": 16, "statistics": found["float32"], "align": 10}
+    options = {"d_qk": 16, "d_vo": 16, "statistics": found["float32"], "align": 10, "global_steps": 0}
     with short_descent():
         latents = {p: convert(model, precision=p, **options) for p in ("float32", "bfloat16")}
     assert all(parameter.dtype == torch.float32 for parameter in latents["bfloat16"].parameters())

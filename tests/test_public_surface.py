@@ -25,6 +25,7 @@ CONVERSION = [
     "--preset",
     "--table",
     "--align",
+    "--global-steps",
     "--blocks",
     "--statistics",
     "--eval-data",

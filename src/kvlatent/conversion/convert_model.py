@@ -120,26 +120,33 @@ def convert(
         latent = assemble(model, config, _weights(model, family, config, choices, statistics))
         kept = config.keys == config.values == "full"
         if statistics is not None and choices.tunes and not kept:
-            training = latent.training
-            twin = full_width(model).eval()
-            for each in (twin, latent.eval()):
-                each.requires_grad_(False)  # weights that are not tuned collect no gradients
             told = Progress.of(progress, ("step", "done", "total"))
-            if choices.refit or choices.align:
-                refine(twin, latent, config, statistics, choices, seed=seed, dtype=dtype, progress=told)
-            if choices.global_steps:
-                tune_all_layers(
-                    twin,
-                    latent,
-                    config,
-                    statistics,
-                    steps=choices.global_steps,
-                    seed=seed,
-                    dtype=dtype,
-                    progress=told,
-                )
-            latent.train(training).requires_grad_(True)
+            _tune(model, latent, config, choices, statistics, seed=seed, dtype=dtype, progress=told)
     return latent
+
+
+def _tune(
+    model: Any,
+    latent: Any,
+    config: LatentConfig,
+    choices: Choices,
+    statistics: Statistics,
+    *,
+    seed: int,
+    dtype: str,
+    progress: Progress,
+) -> None:
+    """Fit the narrow weights to the text, layer by layer and then all together, in place."""
+    training = latent.training
+    twin = full_width(model).eval()
+    for each in (twin, latent.eval()):
+        each.requires_grad_(False)  # weights that are not tuned collect no gradients
+    shared: dict[str, Any] = {"seed": seed, "dtype": dtype, "progress": progress}
+    if choices.refit or choices.align:
+        refine(twin, latent, config, statistics, choices, **shared)
+    if choices.global_steps:
+        tune_all_layers(twin, latent, config, statistics, steps=choices.global_steps, **shared)
+    latent.train(training).requires_grad_(True)
 
 
 def _weights(

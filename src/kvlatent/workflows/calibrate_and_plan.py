@@ -30,8 +30,8 @@ from kvlatent.workflows.steps import (
     collect_statistics,
     load_original,
     load_statistics,
-    measure_errors,
 )
+from kvlatent.workflows.width_choice import measure_errors
 
 __all__ = ["calibrate_checkpoint", "plan_checkpoint"]
 
@@ -120,7 +120,7 @@ def plan_checkpoint(
     original, seen, calibration = _calibrate_or_load(
         model, data, statistics, recipe, device, told, learns=choices.learns_from_text
     )
-    errors = measure_errors(original, seen, choices, qk_norm, told, per_layer=per_layer)
+    errors = measure_errors(original, seen, choices, recipe, told, per_layer=per_layer)
     widths = plan_widths(seen, kv, engine=engine, table=table, per_layer=per_layer, measured=errors)
     curve = error_curve(seen, engine=engine, table=table, measured=errors)
     if figure is not None:

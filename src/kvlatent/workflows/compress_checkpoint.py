@@ -48,11 +48,11 @@ from kvlatent.workflows.steps import (
     load_original,
     measure_copying,
     options_as_typed,
-    resolve_widths,
     restore_attention,
     save_run,
     write_attention,
 )
+from kvlatent.workflows.width_choice import resolve_widths
 
 __all__ = ["compress"]
 

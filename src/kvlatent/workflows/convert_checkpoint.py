@@ -30,9 +30,9 @@ from kvlatent.workflows.steps import (
     load_original,
     measure_copying,
     options_as_typed,
-    resolve_widths,
     save_run,
 )
+from kvlatent.workflows.width_choice import resolve_widths
 
 __all__ = ["convert_checkpoint"]
 

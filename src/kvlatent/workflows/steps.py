@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.conversion.layer_report import layer_report
-from kvlatent.conversion.narrow_divergences import narrow_divergences
 from kvlatent.evaluation.recall import measure_recall
 from kvlatent.jobs.atomic import write_atomically
 from kvlatent.jobs.fingerprints import identity
@@ -34,11 +32,7 @@ from kvlatent.model.assembly import assemble
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import family_of
-from kvlatent.model.widths import Widths
-from kvlatent.planning.predicted_errors import LayerErrors, measured_errors
-from kvlatent.planning.width_plan import plan as plan_widths
 from kvlatent.selection.calibrate import calibrate
-from kvlatent.selection.choices import Choices
 from kvlatent.selection.pairs import scope_errors
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.documents import resolve
@@ -60,9 +54,7 @@ __all__ = [
     "load_original",
     "load_statistics",
     "measure_copying",
-    "measure_errors",
     "options_as_typed",
-    "resolve_widths",
     "restore_attention",
     "save_run",
     "write_attention",
@@ -208,52 +200,6 @@ def _figures(statistics: Statistics, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "fingerprint": statistics.fingerprint,
     }
-
-
-def resolve_widths(
-    plan: Plan, original: PreTrainedModel, statistics: Statistics | None, progress: Progress
-) -> tuple[Plan, dict[str, Any] | None]:
-    """The plan with its widths, and what is predicted of them where the text chose the split.
-
-    What keys and values are worth is measured, layer by layer where layers may differ.
-
-    Raises:
-        ValueError: no widths keep so little of the cache.
-    """
-    if plan.widths is not None or statistics is None:
-        return plan, None
-    best = plan_widths(
-        statistics,
-        plan.kv,
-        engine=plan.engine,
-        table=plan.choices.table,
-        per_layer=plan.per_layer,
-        measured=measure_errors(
-            original,
-            statistics,
-            plan.choices,
-            plan.recipe.conversion.qk_norm,
-            progress,
-            per_layer=plan.per_layer,
-        ),
-    )
-    return replace(plan, widths=Widths(best.d_qk, best.d_vo)), best.summary()
-
-
-def measure_errors(
-    model: PreTrainedModel,
-    statistics: Statistics,
-    choices: Choices,
-    qk_norm: str,
-    progress: Progress,
-    *,
-    per_layer: bool,
-) -> LayerErrors:
-    """What narrow keys and narrow values cost the model: of each layer alone, or of all layers together."""
-    found = narrow_divergences(
-        model, statistics, choices, per_layer=per_layer, qk_norm=qk_norm, progress=progress
-    )
-    return measured_errors(found, statistics.head_dim, choices.table)
 
 
 def convert_and_report(

@@ -25,10 +25,10 @@ from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.steps import (
     collect_statistics,
-    measure_errors,
     restore_attention,
     write_attention,
 )
+from kvlatent.workflows.width_choice import measure_errors
 from kvlatent_lab.study.grid_cells import MEASURED, Cell, choices_of, recipe_of
 from kvlatent_lab.study.other_selections import SELECTIONS
 from kvlatent_lab.study.subject import Subject
@@ -113,7 +113,7 @@ def _target(subject: Subject, cell: Cell, statistics: Statistics, progress: Prog
         measured = None
         if cell.extra.get("widths") == MEASURED:
             recipe = recipe_of(cell, subject.recipe)
-            measured = measure_errors(subject.model, statistics, choices, recipe, progress)
+            measured = measure_errors(subject.model, statistics, choices, recipe, progress, per_layer=True)
         told: dict[str, Any] = {"table": choices.table, "aligned": choices.align > 0, "measured": measured}
         widths = plan(statistics, share, per_layer=True, **told)
         return {"d_qk": widths.d_qk, "d_vo": widths.d_vo}
