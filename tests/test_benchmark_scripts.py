@@ -96,3 +96,14 @@ def test_stage_two_beside_a_plain_trainer(place, call, tmp_path):
     assert min(ours["peak_bytes"], plain["peak_bytes"]) > 0
     assert json.loads(out.read_text()) == {"float32": found}
     assert str(place) not in json.dumps(found)
+
+
+@pytest.mark.parametrize("what", ["tempering", "metric", "widths"])
+def test_what_decides_the_closed_form(place, call, what):
+    words = ("--model", place / "model", "--data", place / "text.txt", "--block-size", 32, "--blocks", 34)
+    found = json.loads(call("closed_form", what, *words, "--held-out", 4, "--shares", 0.5))
+    figures = [each for each in found["figures"].values() if isinstance(each, dict) and "kl" in each]
+    assert len(figures) == {"tempering": 4, "metric": 2, "widths": 4}[what]
+    assert all(each["kl"] >= 0 and each["standard_error"] >= 0 for each in figures)
+    assert len({each["kl"] for each in figures}) > 1
+    assert str(place) not in json.dumps(found)
