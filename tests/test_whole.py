@@ -37,7 +37,7 @@ def budget() -> dict:
         "head_dim": 128,
         "engines": {"head": ["vllm"]},
     }
-    plan["predicted_error"] = dict.fromkeys(("total", "keys", "values"), LONG)
+    plan["predicted_error"] = dict.fromkeys(("total", "keys", "values"), LONG) | {"unit": "nats a token"}
     size = {"latent": BYTES, "original": BYTES, "share": LONG}
     serving = {
         "cache_bytes_per_token": size,
