@@ -25,6 +25,8 @@ CONVERSION = [
     "--preset",
     "--table",
     "--align",
+    "--global-steps",
+    "--minutes",
     "--blocks",
     "--statistics",
     "--eval-data",

@@ -42,6 +42,7 @@ def refine(
     seed: int,
     dtype: str,
     progress: Progress,
+    layers: int | None = None,
 ) -> list[dict[str, Any]]:
     """Align and refit `latent` in place, as `choices` say; sides at full width are left alone, bit for bit.
 
@@ -51,6 +52,7 @@ def refine(
         statistics: the text to look at.
         seed: of the sampling; dtype: of the products, "float32" or "bfloat16".
         progress: told after every step of every layer; steps that a layer does not need count as done.
+        layers: only so many, from the bottom; None: all.
 
     Returns:
         One dict a layer: attention divergence and output error before and after, where aligned; the ridge of the refit.
@@ -58,14 +60,15 @@ def refine(
     ids, positions = (t.long().to(twin.device) for t in (statistics.input_ids, statistics.position_ids))
     blocks, size = ids.shape
     report = []
+    count = len(twin.model.layers) if layers is None else layers
     each = 2 * choices.align + 1
-    steps = progress.step("refine layers", each * len(twin.model.layers))
+    steps = progress.step("refine layers", each * count)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         streams = layer_streams(Path(folder), twin, blocks, size, dtype)
         for name in ("inputs", "latent"):
             streams[name].write(twin.model.embed_tokens(ids[b, None]) for b in range(blocks))
         held = held_out_blocks(blocks)
-        for index in range(len(twin.model.layers)):
+        for index in range(count):
             steps.to(each * index)
             attention = copy_for_tuning(parts_of(latent.model, index).attention)
             tuned = TunedLayer(index, twin.model, latent.model, attention, streams, positions, held, dtype)

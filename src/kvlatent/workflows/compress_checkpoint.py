@@ -36,6 +36,7 @@ from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.losses import judge_losses, warn_of_losses
 from kvlatent.workflows.run_plan import Plan, plan_run
 from kvlatent.workflows.run_record import read_record
+from kvlatent.workflows.saved_attention import restore_attention, write_attention
 from kvlatent.workflows.steps import (
     EVALUATION_TOKENS,
     Announce,
@@ -49,9 +50,7 @@ from kvlatent.workflows.steps import (
     measure_copying,
     options_as_typed,
     resolve_widths,
-    restore_attention,
     save_run,
-    write_attention,
 )
 
 __all__ = ["compress"]

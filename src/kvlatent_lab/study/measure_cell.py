@@ -23,7 +23,8 @@ from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import calibration_blocks, recall_share
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
-from kvlatent.workflows.steps import collect_statistics, restore_attention, write_attention
+from kvlatent.workflows.saved_attention import restore_attention, write_attention
+from kvlatent.workflows.steps import collect_statistics
 from kvlatent_lab.study.grid_cells import Cell, choices_of, recipe_of
 from kvlatent_lab.study.other_selections import SELECTIONS
 from kvlatent_lab.study.subject import Subject
