@@ -6,7 +6,7 @@ The split follows from measured seconds alone. What it decides goes into the rec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -23,8 +23,10 @@ __all__ = [
     "PASSES",
     "Budget",
     "Split",
+    "TooFewMinutes",
     "check_minutes",
     "global_steps_within",
+    "keys_of",
     "least_seconds",
     "noted",
     "split_minutes",
@@ -48,18 +50,25 @@ _DECIDED_KEYS = ("stage1.tokens", "stage2.tokens", "conversion.align", "conversi
 _SAVING = 0.02  # of the budget, for what nobody measures: loading, writing
 
 
+class TooFewMinutes(ValueError):
+    """A budget that is not enough for one step; nothing is worth keeping then."""
+
+
 class Budget:
     """Minutes of a whole run, counted from here.
 
     Args:
         minutes: asked for.
         clock: seconds since whenever.
+
+    `rows` are the steps that were taken, `reasons` why those behind the conversion were.
     """
 
     def __init__(self, minutes: float, clock: Callable[[], float] | None = None) -> None:
         self.minutes, self.clock = minutes, clock or monotonic
         self._start = self.clock()
         self.rows: list[dict[str, Any]] = []
+        self.reasons: list[str] = []
 
     @property
     def spent_s(self) -> float:
@@ -88,7 +97,7 @@ class Budget:
         """The same progress, for what comes before the first step that learns: it ends when no time is left.
 
         Raises:
-            ValueError: from a report, when the minutes are gone.
+            TooFewMinutes: from a report, when the minutes are gone.
         """
 
         def tell(step: str, done: int, total: int, note: str, **figures: float) -> None:
@@ -102,15 +111,18 @@ class Budget:
         """Minutes asked for and spent, why they were split so, and what each step took and gained; JSON-able.
 
         Args:
-            conversion: of the run, whose "why" and "steps" are taken out.
+            conversion: figures of `convert_in_minutes`, whose share of this is taken out.
         """
-        reasons = {"why": conversion.pop("why"), "steps": conversion.pop("steps")}
-        return {"asked": self.minutes, "spent": round(self.spent_s / 60, 4), **reasons}
+        for name in ("steps", "decided", "spent_seconds"):
+            conversion.pop(name, None)
+        self.reasons.insert(0, conversion.pop("why", "the conversion takes no steps"))
+        spent = round(self.spent_s / 60, 4)
+        return {"asked": self.minutes, "spent": spent, "why": "; ".join(self.reasons), "steps": self.rows}
 
     def refuse(self, needed_s: float) -> NoReturn:
-        """Raise `ValueError`: up to one step that learns, and with the measuring behind it, the run takes so long."""
+        """Raise `TooFewMinutes`: up to one step that learns, and with the measuring behind it, the run takes so long."""
         least = needed_s / 60
-        raise ValueError(
+        raise TooFewMinutes(
             "--minutes has to be enough for the calibration, one step that learns and the measuring, which take at least "
             f"{_rounded_up(least):g} on this machine: got {self.minutes:g}; try --minutes {_rounded_up(2 * least):g}, or "
             "fewer --blocks"
@@ -148,13 +160,19 @@ def check_minutes(options: Mapping[str, Any]) -> None:
     named = [
         f"--{name.replace('_', '-')} {options[name]}" for name in _DECIDED if options.get(name) is not None
     ]
-    overrides = [str(each) for each in options.get("overrides") or ()]
-    named += [f"--set {each}" for each in overrides if each.partition("=")[0].strip() in _DECIDED_KEYS]
+    overrides = list(options.get("overrides") or ())
+    both = zip(keys_of(overrides), overrides, strict=True)
+    named += [f"--set {each}" for key, each in both if key in _DECIDED_KEYS]
     if named:
         raise ValueError(
             f"--minutes decides the steps and tokens of a run itself: got --minutes {minutes:g} and {', '.join(named)}; "
             "leave out one or the other"
         )
+
+
+def keys_of(overrides: Iterable[str] | None) -> list[str]:
+    """The keys of `section.key=value` overrides, in order."""
+    return [each.partition("=")[0].strip() for each in overrides or ()]
 
 
 @dataclass(frozen=True)

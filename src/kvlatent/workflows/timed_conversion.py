@@ -20,7 +20,7 @@ from kvlatent.workflows.minutes import PASSES, Budget, global_steps_within, leas
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.steps import conversion_figures, convert_as_planned
 
-__all__ = ["Decide", "convert_in_minutes", "decide_at_once"]
+__all__ = ["Decide", "convert_in_minutes", "decide_at_once", "resume_conversion"]
 
 Decide = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 """Of a decision's name and of what makes it: what was decided, now or by an earlier call of the same run."""
@@ -42,7 +42,8 @@ def convert_in_minutes(
     share: float = 1.0,
     decide: Decide = decide_at_once,
 ) -> tuple[Plan, PreTrainedModel, dict[str, Any]]:
-    """The plan with its steps, the latent model, and what `convert_and_report` says of it, with "why" and "steps".
+    """The plan with its steps, the latent model, and what `convert_and_report` says of it, with what
+        `Budget.summary` and `resume_conversion` read.
 
     Args:
         model, statistics: as for `convert_and_report`.
@@ -67,10 +68,14 @@ def convert_in_minutes(
             progress.report("measure the speed")
             costs = run.costs(budget.clock)
         measuring = costs.forward_s * tokens_to_measure
-        seconds = share * (budget.left_s - measuring)
-        chosen = split_minutes(seconds, costs, most_global_steps=run.most_steps)
-        if chosen is None:
-            budget.refuse(budget.spent_s + measuring + least_seconds(costs) / share)
+        left = budget.left_s - measuring
+        # Where its share is too little for a step, what follows has to do with less.
+        for seconds in (share * left, left):
+            chosen = split_minutes(seconds, costs, most_global_steps=run.most_steps)
+            if chosen is not None:
+                break
+        else:
+            budget.refuse(budget.spent_s + measuring + least_seconds(costs))
         shown = {"costs": asdict(costs), "seconds": seconds, "spent_seconds": budget.spent_s}
         return {**asdict(chosen), **shown}
 
@@ -90,11 +95,21 @@ def convert_in_minutes(
 
     again = decide("global-pass", recount)
     budget.resume_at(again["spent_seconds"])
-    plan = _with_steps(plan, decided["align"], again["steps"])
+    steps = {"align": decided["align"], "global_steps": again["steps"]}
     with budget.step("global pass") as row:
         row |= {"steps": again["steps"], **run.take(global_steps=again["steps"]).get("global_pass", {})}
     figures = conversion_figures(model, latent, plan, statistics, budget.clock() - start, progress)
-    return plan, latent, figures | {"why": decided["reason"], "steps": list(budget.rows)}
+    figures |= {"why": decided["reason"], "steps": list(budget.rows), "decided": steps}
+    return _with_steps(plan, **steps), latent, figures | {"spent_seconds": budget.spent_s}
+
+
+def resume_conversion(plan: Plan, budget: Budget, figures: dict[str, Any]) -> Plan:
+    """The plan with its steps, and the budget as it was, behind a conversion that an earlier call finished."""
+    if "decided" not in figures:
+        return plan
+    budget.rows = list(figures["steps"])
+    budget.resume_at(figures["spent_seconds"])
+    return _with_steps(plan, **figures["decided"])
 
 
 class _Tuning:
