@@ -18,6 +18,7 @@ from kvlatent.workflows import minutes, timed_conversion
 from kvlatent.workflows.compress_checkpoint import compress
 from kvlatent.workflows.convert_checkpoint import convert_checkpoint
 from kvlatent.workflows.minutes import Budget, check_minutes, split_minutes
+from kvlatent.workflows.run_plan import plan_run
 from on_disk import SETTINGS, write_checkpoint, write_text
 from test_cli import call
 from test_global_pass import converted, tuned
@@ -260,6 +261,16 @@ def test_minutes_need_steps_that_learn(place, tmp_path):
                 place / "model", place / "text.txt", tmp_path / "out", minutes=5, stages=stages, device="cpu"
             )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_text_asks_for_recall_whatever_a_recipe_says_of_steps(place):
+    """They are open: a rerun, whose recipe names some, draws the same blocks."""
+    recipe = Recipe.load(None, ["conversion.align=0", "conversion.global_steps=0", *QUICK])
+    given = {"recipe": recipe, "device": "cpu", "stages": "none"}
+    assert plan_run(place / "model", minutes=5, **given).choices.learns_from_text
+    assert not plan_run(place / "model", **given).choices.learns_from_text
+    paper = plan_run(place / "model", minutes=5, preset="paper", **{**given, "stages": None})
+    assert not paper.calibrates and paper.choices.align == 0 and paper.stages == (2,)
 
 
 def test_a_budget_counts_the_calls_that_it_continues():
