@@ -87,7 +87,11 @@ def test_the_split_follows_from_the_seconds(seconds, costs, most, align, steps):
     full = StepCosts(**{**vars(COSTS), **costs})
     taken = full.refine_s + align * full.align_s + bool(steps) * full.global_start_s + steps * full.global_s
     assert taken <= seconds
-    assert f"{align} steps a layer" in split.reason and "33%" in split.reason
+    assert (
+        f"{align} steps a layer" in split.reason
+        and f"about {steps} on all layers" in split.reason
+        and "33%" in split.reason
+    )
 
 
 def test_what_steps_cost_is_measured_and_nothing_stays(monkeypatch):

@@ -7,6 +7,7 @@ weights lie in the stage's directory: a run that was killed goes on from its che
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,11 @@ from kvlatent.training.loop import collate
 from kvlatent.training.resume import load_trainable, read_journal
 from kvlatent.training.trainable import trainable_state
 
-__all__ = ["BestKept", "Divergence"]
+__all__ = ["CHECKS", "BestKept", "Divergence"]
 
-_CHECKS = 16  # in a stage, beside that of the start
+CHECKS = 16
+"""In a whole stage, beside that of the start."""
+
 _PATIENCE = 4  # checks without a new least
 
 
@@ -117,7 +120,7 @@ class BestKept(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Check where it is time to."""
-        step, every = state.global_step, max(1, state.max_steps // _CHECKS)
+        step, every = state.global_step, math.ceil(state.max_steps / CHECKS)
         if step % every == 0 or step >= state.max_steps:
             self._check(step)
             since = [row for row in self.rows if row["step"] > self.best["step"]]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.text.parts import Texts, first_blocks
-from kvlatent.training.held_out_checks import Divergence
+from kvlatent.training.held_out_checks import CHECKS, Divergence
 from kvlatent.training.loop import training_arguments
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import trainable_state
@@ -37,7 +37,6 @@ RATES = (1 / 3, 1.0, 3.0)
 
 _TIMED = 3  # steps, of which the first warms up
 _SEARCH_SHARE, _LEAST_TRIAL, _MOST_TRIAL = 0.15, 2, 16  # of the time that is left; steps at each rate
-_CHECKS = 17  # of a whole stage
 _CHECKED_TOKENS, _CHECKED_SHARE = 8192, 0.1  # of the training text, to decide on
 
 
@@ -185,12 +184,12 @@ class Healing:
                 min(finite, key=lambda row: row["divergence"])["learning_rate"] if finite else base * RATES[0]
             )
             why = f"the rate that did best of {len(RATES)} in {trial_steps} steps each on blocks held out from training"
-        left = self.budget.left_s - measuring
-        steps = max(0, int((left - _CHECKS * check_s) / max(step_s, 1e-9)))
+        left, checking = self.budget.left_s - measuring, (CHECKS + 1) * check_s
+        steps = max(0, int((left - checking) / max(step_s, 1e-9)))
         return {
             "learning_rate": rate,
             "tokens": steps * self._tokens_a_step,
-            "needed_seconds": self.budget.spent_s + measuring + _CHECKS * check_s + step_s,
+            "needed_seconds": self.budget.spent_s + measuring + checking + step_s,
             "start": before,
             "trials": trials,
             "why": f"stage II at {rate:.3g}: {why}; {steps} steps at {step_s:.3g} s fit",

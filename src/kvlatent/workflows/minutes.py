@@ -203,11 +203,8 @@ def split_minutes(seconds: float, costs: StepCosts, *, most_global_steps: int) -
         why += ", and a step on all layers does not fit beside it"
     if align == steps == 0:
         return None
-    return Split(
-        align,
-        steps,
-        f"{why}: {align} steps a layer at {costs.align_s:.3g} s, {steps} at {costs.global_s:.3g} s",
-    )
+    told = f"{align} steps a layer at {costs.align_s:.3g} s, about {steps} on all layers at {costs.global_s:.3g} s"
+    return Split(align, steps, f"{why}: {told}")
 
 
 def global_steps_within(seconds: float, costs: StepCosts, most: int) -> int:
