@@ -16,7 +16,7 @@ from kvlatent.model.classes import latent_config_of
 from kvlatent.selection import calibrate as calibration
 from kvlatent.selection.choices import NO_DATA, UNMEASURED
 from kvlatent.selection.statistics import Statistics
-from kvlatent.workflows import steps
+from kvlatent.workflows import saved_attention, steps
 from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint
 from kvlatent.workflows.compress_checkpoint import compress
 from kvlatent.workflows.convert_checkpoint import convert_checkpoint
@@ -134,8 +134,8 @@ def test_saved_attention_comes_back_bit_for_bit(place, tmp_path):
     model = load_model(place / "model")
     statistics = Statistics.load(place / "other.safetensors")
     latent = steps.convert(model, d_qk=6, d_vo=16, align=0, statistics=statistics)
-    steps.write_attention(latent, tmp_path / "a.safetensors")
-    again = steps.restore_attention(model, tmp_path / "a.safetensors")
+    saved_attention.write_attention(latent, tmp_path / "a.safetensors")
+    again = saved_attention.restore_attention(model, tmp_path / "a.safetensors")
     assert hashes(again) == hashes(latent)
     assert again.config.to_dict() == latent.config.to_dict()
     assert again.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()

@@ -104,10 +104,16 @@ def test_where_nothing_else_can_be_done_it_is_trained(place):
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({"stages": "none"}, "--kv 0.625, --per-layer or --stages both"),
-        ({"stages": "1"}, "--kv 0.625, --per-layer or --stages both"),
-        ({"tokens": 1000}, "--kv 0.625, --per-layer or --tokens 2000"),
-        ({"tokens": 1000, "preset": "paper"}, "--preset calibrated or --tokens 2000"),
+        ({"stages": "none"}, "--kv 0.625, --per-layer or --minutes 60 instead of --stages"),
+        ({"stages": "1"}, "--kv 0.625, --per-layer or --minutes 60 instead of --stages"),
+        ({"stages": "both"}, "--kv 0.625, --per-layer or --minutes 60"),
+        ({}, "--kv 0.625, --per-layer or --minutes 60"),
+        ({"tokens": 1000}, "--kv 0.625, --per-layer or --minutes 60 instead of --tokens"),
+        ({"tokens": 1000, "preset": "paper"}, "--preset calibrated or --minutes 60 instead of --tokens"),
+        ({"minutes": 45}, "--kv 0.625, --per-layer or --minutes 90"),
+        ({"minutes": 45, "stages": "none"}, "--kv 0.625, --per-layer or --minutes 90 without --stages"),
+        ({"tokens": 1000, "align": 9}, "--kv 0.625, --per-layer or --tokens 2000"),
+        ({"align": 9, "stages": "none"}, "--kv 0.625, --per-layer or --stages both"),
     ],
 )
 def test_a_run_that_trains_can_train_more(place, options, steps):

@@ -34,7 +34,8 @@ def test_every_option_is_taken_by_its_workflow(name):
 def test_every_key_of_the_recipe_that_is_marked_is_an_option():
     assert option_keys() == {
         "seed": "seed", "dtype": "dtype", "preset": "conversion.preset", "table": "conversion.table",
-        "align": "conversion.align", "global_steps": "conversion.global_steps", "blocks": "calibration.blocks",
+        "align": "conversion.align",
+            "global_steps": "conversion.global_steps", "blocks": "calibration.blocks",
     }  # fmt: skip
     assert set(option_keys()) <= {option.name for option in (*CONVERSION, DTYPE, SEED)}
 

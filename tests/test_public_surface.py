@@ -26,6 +26,7 @@ CONVERSION = [
     "--table",
     "--align",
     "--global-steps",
+    "--minutes",
     "--blocks",
     "--statistics",
     "--eval-data",

@@ -40,7 +40,8 @@ def source(name):
 
 def converted(name, **choices):
     model, statistics = source(name)
-    return convert(model, **{"d_qk": 16, "d_vo": 8, "align": 0, "statistics": statistics, **choices})
+    fixed = {"d_qk": 16, "d_vo": 8, "align": 0, "global_steps": 0, "statistics": statistics}
+    return convert(model, **{**fixed, **choices})
 
 
 def seen_by(decoder, layer, batch=BATCH):

@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .listings import conversion_listing, figures_listing, plan_lines
+from .listings import conversion_listing, figures_listing, minutes_lines, plan_lines
 from .options import (
     CONVERSION,
     DATA,
     DEVICE,
     DRY_RUN,
     DTYPE,
+    MINUTES,
     MODEL,
     OUT,
     OVERWRITE,
@@ -23,7 +24,7 @@ from .options import (
 )
 from .session import Session
 
-STAGES = Option("stages", "Stages to train.", "none|1|2|both", default="both")
+STAGES = Option("stages", "Stages to train; both by default, 2 with --minutes.", "none|1|2|both")
 TEXT_TO_CALIBRATE = Option(
     "data",
     "Text to calibrate on; a held-out part of it is measured. All of it, where the preset looks at no text.",
@@ -31,7 +32,7 @@ TEXT_TO_CALIBRATE = Option(
 )
 
 
-@command(MODEL, DATA, OUT, *CONVERSION, TOKENS, STAGES, DEVICE, DTYPE, SEED, OVERWRITE, DRY_RUN)
+@command(MODEL, DATA, OUT, *CONVERSION, TOKENS, MINUTES, STAGES, DEVICE, DTYPE, SEED, OVERWRITE, DRY_RUN)
 def compress(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint, train it in two stages, measure it, save it. Repeat the command to continue a killed run."""
     from kvlatent.workflows.compress_checkpoint import compress
@@ -40,7 +41,7 @@ def compress(run: Session, given: dict[str, Any]) -> None:
     _show_record(run, record, given["out"])
 
 
-@command(MODEL, OUT, *CONVERSION, TEXT_TO_CALIBRATE, DEVICE, DTYPE, OVERWRITE, DRY_RUN)
+@command(MODEL, OUT, *CONVERSION, TEXT_TO_CALIBRATE, MINUTES, DEVICE, DTYPE, OVERWRITE, DRY_RUN)
 def convert(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint without training it: calibrate on --data, choose what to keep, and measure what it costs."""
     from kvlatent.workflows.convert_checkpoint import convert_checkpoint
@@ -69,4 +70,10 @@ def _show_record(run: Session, record: dict[str, Any], out: Path) -> None:
         run.show(record, *plan_lines(record["plan"]))
         return
     figures = [figures_listing(record["figures"])] if record["figures"] else []
-    run.show({**record, "out": str(out)}, *conversion_listing(record), *figures, f"saved in {out}")
+    run.show(
+        {**record, "out": str(out)},
+        *conversion_listing(record),
+        *minutes_lines(record),
+        *figures,
+        f"saved in {out}",
+    )

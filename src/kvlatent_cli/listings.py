@@ -28,13 +28,22 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"widths: {widths} (preset {plan['preset']})",
         f"cache: {most}{size['latent']:,} of {size['original']:,} bytes per token in {size['dtype']}: {plan['share']:.1%}",
     ]
+    minutes = plan.get("minutes")
     if plan["calibration_blocks"]:
         choices = plan["choices"]
+        steps = "steps by the time that is left"
+        if minutes is None:
+            steps = f"{choices['align']} steps of alignment a layer, {choices['global_steps']} on all layers at once"
         lines.append(
             f"calibration: up to {plan['calibration_blocks']} blocks of text, one rotary table per {choices['table']}, "
-            f"{choices['align']} steps of alignment a layer, {choices['global_steps']} on all layers at once"
+            f"{steps}"
         )
-    if tokens:
+    if minutes is not None:
+        lines.append(
+            f"time: {minutes:g} minutes on {plan['device']} in {plan['dtype']}, split between the steps once this "
+            "machine's speed is measured"
+        )
+    elif tokens:
         lines.append(
             f"training tokens: {tokens}; about {duration(plan['estimated_seconds'])} on {plan['device']} in "
             f"{plan['dtype']} (an estimate from the model's size and this machine's speed)"
@@ -105,6 +114,20 @@ def conversion_listing(record: Mapping[str, Any]) -> list[Any]:
         lines += [f"{name} is impossible: {why}" for name, why in reasons.items()]
     prices = ", ".join(f"{scope} {error:.4f}" for scope, error in conversion["scope_errors"].items())
     return [*lines, f"predicted error of the keys alone with one rotary table per: {prices}"]
+
+
+def minutes_lines(record: Mapping[str, Any]) -> list[str]:
+    """What the steps of a run with a budget took and gained."""
+    minutes = record.get("minutes")
+    if minutes is None:
+        return []
+    lines = [f"{minutes['spent']:.3g} of {minutes['asked']:g} minutes: {minutes['why']}"]
+    for row in minutes["steps"]:
+        steps = f", {row['steps']:,} steps" if row.get("steps") is not None else ""
+        gained = row.get("before") is not None and row.get("after") is not None
+        figures = f", divergence {row['before']:.4f} to {row['after']:.4f} nats" if gained else ""
+        lines.append(f"{row['step']}: {row['minutes']:.3g} minutes{steps}{figures}")
+    return lines
 
 
 def strategies_listing(layers: Sequence[Mapping[str, Any]]) -> Table:

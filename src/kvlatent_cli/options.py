@@ -181,6 +181,9 @@ OVERWRITE = switch("overwrite", "Replace what the output directory holds.")
 OVERWRITE_FILE = switch("overwrite", "Replace a file of that name.")
 DRY_RUN = switch("dry_run", "Print the plan and write nothing.")
 TOKENS = Option("tokens", "Training tokens, of all stages together.", "N", int)
+MINUTES = Option(
+    "minutes", "Minutes for the whole run, split between its steps by this machine's speed.", "M", float
+)
 MEMORY = Option(
     "memory", "Memory of the device that serves, for the longest context.", "24GB", read=read_bytes
 )

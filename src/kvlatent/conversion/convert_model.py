@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvlatent.conversion.attention_weights import attention_weights
-from kvlatent.conversion.global_pass import tune_all_layers
-from kvlatent.conversion.refinement import refine
+from kvlatent.conversion.text_tuning import tune_on_text
 from kvlatent.jobs.devices import check_product_dtype, faster_dtype
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.assembly import assemble, full_width
@@ -118,35 +117,10 @@ def convert(
     _check_source(model, config, family, head_dim)
     with torch.inference_mode(False):  # which also turns gradients on where the caller turned them off
         latent = assemble(model, config, _weights(model, family, config, choices, statistics))
-        kept = config.keys == config.values == "full"
-        if statistics is not None and choices.tunes and not kept:
+        if statistics is not None:
             told = Progress.of(progress, ("step", "done", "total"))
-            _tune(model, latent, config, choices, statistics, seed=seed, dtype=dtype, progress=told)
+            tune_on_text(model, latent, statistics, choices, seed=seed, dtype=dtype, progress=told)
     return latent
-
-
-def _tune(
-    model: Any,
-    latent: Any,
-    config: LatentConfig,
-    choices: Choices,
-    statistics: Statistics,
-    *,
-    seed: int,
-    dtype: str,
-    progress: Progress,
-) -> None:
-    """Fit the narrow weights to the text, layer by layer and then all together, in place."""
-    training = latent.training
-    twin = full_width(model).eval()
-    for each in (twin, latent.eval()):
-        each.requires_grad_(False)  # weights that are not tuned collect no gradients
-    shared: dict[str, Any] = {"seed": seed, "dtype": dtype, "progress": progress}
-    if choices.refit or choices.align:
-        refine(twin, latent, config, statistics, choices, **shared)
-    if choices.global_steps:
-        tune_all_layers(twin, latent, config, statistics, steps=choices.global_steps, **shared)
-    latent.train(training).requires_grad_(True)
 
 
 def _weights(

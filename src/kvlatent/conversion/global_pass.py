@@ -28,7 +28,7 @@ from kvlatent.model.logit_loss import stage2_loss
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["tune_all_layers"]
+__all__ = ["blocks_of_a_step", "held_out_divergence", "tune_all_layers"]
 
 _RATE = 0.5  # of what a layer alone takes: of .12 and .45 on SmolLM2-135M at half the cache the higher one gained twice as much
 _TOKENS = 4096  # of a step at most: the activations of the whole model are held
@@ -61,9 +61,7 @@ def tune_all_layers(
     ids, positions = (t.long().to(latent.device) for t in (statistics.input_ids, statistics.position_ids))
     held = held_out_blocks(len(ids))
     head, goal_head = latent.get_output_embeddings(), original.get_output_embeddings()
-    stored = latent.dtype
-    if stored != torch.float32:  # float32 weights meet activations of that dtype
-        dtype = str(stored).removeprefix("torch.")
+    stored, dtype = latent.dtype, _product_dtype(latent, dtype)
     goal = Stage2(objective="kl")
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         told = progress.step("tune all layers", steps)
@@ -87,7 +85,7 @@ def tune_all_layers(
             fan_in=latent.config.hidden_size,
             rate=rate,
             steps=steps,
-            together=max(1, min(BLOCKS, _TOKENS // ids.shape[1])),
+            together=blocks_of_a_step(ids.shape[1]),
             seed=seed,
             progress=told.advance,
         )
@@ -95,6 +93,37 @@ def tune_all_layers(
     for parameter, _ in chosen:
         parameter.data = parameter.data.to(stored)
     return measured
+
+
+def blocks_of_a_step(size: int) -> int:
+    """How many blocks of so many tokens a step takes."""
+    return max(1, min(BLOCKS, _TOKENS // size))
+
+
+@torch.no_grad()
+def held_out_divergence(original: Any, latent: Any, statistics: Statistics, *, dtype: str) -> float | None:
+    """KL(original || latent) of the next token on the held-out blocks of `statistics`, nats; None without any.
+
+    Args:
+        original, latent, dtype: as for `tune_all_layers`, whose "before" and "after" are this number.
+    """
+    ids, positions = (t.long().to(latent.device) for t in (statistics.input_ids, statistics.position_ids))
+    held = held_out_blocks(len(ids))
+    heads, total = (latent.get_output_embeddings(), original.get_output_embeddings()), 0.0
+    for some in torch.tensor(held, dtype=torch.long).split(blocks_of_a_step(ids.shape[1])):
+        with precision(latent.device, _product_dtype(latent, dtype)):
+            hidden, wanted = (
+                each.get_decoder()(input_ids=ids[some], position_ids=positions[some], use_cache=False)
+                for each in (latent, original)
+            )
+            states = hidden.last_hidden_state, heads[0], ids[some], Stage2(objective="kl")
+            total += float(stage2_loss(*states, wanted.last_hidden_state, heads[1])) * len(some)
+    return total / len(held) if held else None
+
+
+def _product_dtype(latent: Any, dtype: str) -> str:
+    """Of the products: float32 weights meet activations of that dtype, others are in one already."""
+    return dtype if latent.dtype == torch.float32 else str(latent.dtype).removeprefix("torch.")
 
 
 @torch.no_grad()

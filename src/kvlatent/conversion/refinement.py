@@ -9,7 +9,7 @@ Shapes: D model width, N query heads, T positions.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from kvlatent.conversion.alignment import TunedLayer, align_attention, align_output, copy_for_tuning
 from kvlatent.conversion.refit import refit_outputs
 from kvlatent.jobs.devices import precision
-from kvlatent.jobs.progress import Progress, Step
+from kvlatent.jobs.progress import Progress
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import parts_of
 from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hold_hidden_states, isolate_layer
@@ -42,6 +42,7 @@ def refine(
     seed: int,
     dtype: str,
     progress: Progress,
+    layers: int | None = None,
 ) -> list[dict[str, Any]]:
     """Align and refit `latent` in place, as `choices` say; sides at full width are left alone, bit for bit.
 
@@ -51,6 +52,7 @@ def refine(
         statistics: the text to look at.
         seed: of the sampling; dtype: of the products, "float32" or "bfloat16".
         progress: told after every step of every layer; steps that a layer does not need count as done.
+        layers: only so many, from the bottom; None: all.
 
     Returns:
         One dict a layer: attention divergence and output error before and after, where aligned; the ridge of the refit.
@@ -58,18 +60,24 @@ def refine(
     ids, positions = (t.long().to(twin.device) for t in (statistics.input_ids, statistics.position_ids))
     blocks, size = ids.shape
     report = []
+    count = len(twin.model.layers) if layers is None else layers
     each = 2 * choices.align + 1
-    steps = progress.step("refine layers", each * len(twin.model.layers))
+    steps = progress.step("refine layers", each * count)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         streams = layer_streams(Path(folder), twin, blocks, size, dtype)
         for name in ("inputs", "latent"):
             streams[name].write(twin.model.embed_tokens(ids[b, None]) for b in range(blocks))
         held = held_out_blocks(blocks)
-        for index in range(len(twin.model.layers)):
+        for index in range(count):
             steps.to(each * index)
             attention = copy_for_tuning(parts_of(latent.model, index).attention)
             tuned = TunedLayer(index, twin.model, latent.model, attention, streams, positions, held, dtype)
-            report.append(_refine_layer(tuned, config, choices, seed, steps))
+            last = each * (index + 1)
+
+            def advance(last: int = last) -> None:  # attempts at a lower rate are not counted
+                steps.to(min(steps.done + 1, last))
+
+            report.append(_refine_layer(tuned, config, choices, seed, advance))
             latent_layer = isolate_layer(latent.model, index)
             streams["latent"].write(
                 output for _, _, output in _pass(tuned, latent.model, latent_layer, "latent")
@@ -92,7 +100,7 @@ def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -
 
 
 def _refine_layer(
-    tuned: TunedLayer, config: LatentConfig, choices: Choices, seed: int, steps: Step
+    tuned: TunedLayer, config: LatentConfig, choices: Choices, seed: int, advance: Callable[[], None]
 ) -> dict[str, Any]:
     """Align, refit, align; returns what alignment measured."""
     keys = config.d_qk_at(tuned.index) < config.original_head_dim
@@ -100,14 +108,14 @@ def _refine_layer(
     pass_original(tuned, with_attention=bool(choices.align and keys))
     measured: dict[str, Any] = {"layer": tuned.index}
     if choices.align and keys:
-        measured["attention_divergence"] = align_attention(tuned, choices.align, seed, steps.advance)
+        measured["attention_divergence"] = align_attention(tuned, choices.align, seed, advance)
         _put_back(tuned)
     if choices.refit and values:
         measured["refit_ridge"] = refit_outputs(tuned)
         _put_back(tuned)
     if choices.align and (keys or values):
         measured["output_error"] = align_output(
-            tuned, choices.align, seed + 1, steps.advance, keys=keys, values=values
+            tuned, choices.align, seed + 1, advance, keys=keys, values=values
         )
         _put_back(tuned)
     return measured

@@ -6,6 +6,7 @@ in its work directory, see `StageDirectory`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe, Stage, Stage2
 from kvlatent.model.logit_loss import needs_teacher
+from kvlatent.training.held_out_checks import BestKept
 from kvlatent.training.loop import StageTrainer, training_arguments
 from kvlatent.training.placement import check_teacher, place_teacher
 from kvlatent.training.resume import (
@@ -41,6 +43,7 @@ def train_stage(
     *,
     device: str = "cpu",
     progress: Progress | Report | None = None,
+    divergence: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
     """Run one stage, or what is left of it, on a prepared model, in place.
 
@@ -59,10 +62,12 @@ def train_stage(
         work_dir: of this stage alone.
         device: "cpu" or "cuda".
         progress: told after every step.
+        divergence: of the model as it is, on blocks that are not trained on. The stage ends when it has not fallen for
+            several checks, and the weights of the least are the result, which may be those of the start.
 
     Returns:
         stage, steps, tokens, minutes, first_loss, last_loss, tokens_per_second, and for stage I
-        first_layer_losses and layer_losses.
+        first_layer_losses and layer_losses; with `divergence` "checks" and "kept_step" (see `BestKept`).
 
     Raises:
         ValueError: the model is not prepared, the teacher has another shape, there are no blocks, `work_dir`
@@ -93,10 +98,13 @@ def train_stage(
         )
     else:
         trainer = LayerTrainer(*common)
+    best = None if divergence is None else BestKept(divergence, decoder, place.path)
+    if best is not None:
+        trainer.add_callback(best)
     _run(trainer, place.path)
     if settings.activation_checkpointing:
         decoder.activation_checkpointing_disable()
-    summary = _summary(read_journal(place.journal))
+    summary = _summary(read_journal(place.journal)) | ({} if best is None else best.put_back())
     if trainer.is_world_process_zero():
         write_final(place.final, trainable_state(decoder), summary)
     trainer.accelerator.wait_for_everyone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from kvlatent.evaluation.standard import evaluate
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.progress import Progress, Report
+from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import TextReader, Texts, check_sources, read_texts
 from kvlatent.training.trainable import merged_copy
 from kvlatent.workflows.losses import judge_losses, warn_of_losses
+from kvlatent.workflows.minutes import Budget, noted, tokens_to_measure
 from kvlatent.workflows.run_plan import Plan, plan_run
 from kvlatent.workflows.steps import (
     EVALUATION_TOKENS,
@@ -32,6 +35,7 @@ from kvlatent.workflows.steps import (
     options_as_typed,
     save_run,
 )
+from kvlatent.workflows.timed_conversion import convert_in_minutes
 from kvlatent.workflows.width_choice import resolve_widths
 
 __all__ = ["convert_checkpoint"]
@@ -60,7 +64,9 @@ def convert_checkpoint(
         eval_data: another text to measure on.
         statistics: file of an earlier calibration of this model, instead of `data`.
         eval_tokens: measure on at most that many tokens.
-        options: see `RUN_OPTIONS`; the stages are "none" here.
+        options: see `RUN_OPTIONS`; the stages are "none" here. With `minutes`, of the whole call, the steps of alignment and
+            of the global pass are as many as fit by this machine's speed; the recipe that is written names them, and
+            "minutes" of the record says what each took and gained.
 
     Returns:
         The JSON-able record that is written as `out/run.json`; or the plan. Where the held-out text says that users would
@@ -70,6 +76,7 @@ def convert_checkpoint(
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
     options |= {"stages": "none"}
+    budget = None if options.get("minutes") is None else Budget(options["minutes"])
     replan = partial(
         plan_run,
         model,
@@ -94,16 +101,42 @@ def convert_checkpoint(
         texts = read_texts(reader, data, eval_data, eval_tokens=eval_tokens, calibrates=plan.calibrates)
         if announce is not None:
             announce(plan.summary())
-        seen, record["calibration"] = calibrate_or_load(plan, original, tokenizer, texts, statistics, report)
-        plan, predicted = resolve_widths(plan, original, seen, report)
-        latent, conversion = convert_and_report(original, plan, seen, report)
-        record |= {"plan": plan.summary(), "conversion": conversion | {"predicted": predicted}}
+        with noted(budget, "calibration", report) as told:
+            seen, record["calibration"] = calibrate_or_load(
+                plan, original, tokenizer, texts, statistics, told
+            )
+        plan, latent, conversion = _convert(plan, original, seen, texts, budget, report)
+        record |= {"plan": plan.summary(), "conversion": conversion}
         exported = merged_copy(latent, plan.stored_dtype)
         record["figures"] = _measure_both(plan, original, exported, tokenizer, texts, report)
+    if budget is not None:
+        record["minutes"] = budget.summary(record["conversion"])
     record["warnings"] = judge_losses("convert", record["figures"], plan, options, replan)
     save_run(exported, place, record, plan.recipe, tokenizer, overwrite=overwrite)
     warn_of_losses(record)
     return record
+
+
+def _convert(
+    plan: Plan,
+    original: PreTrainedModel,
+    statistics: Statistics | None,
+    texts: Texts,
+    budget: Budget | None,
+    progress: Progress,
+) -> tuple[Plan, PreTrainedModel, dict[str, Any]]:
+    """The plan with what was decided on the way, the latent model, and the figures of the conversion."""
+    with noted(budget, "widths", progress) as told:
+        plan, predicted = resolve_widths(plan, original, statistics, told)
+    if budget is None:
+        latent, conversion = convert_and_report(original, plan, statistics, progress)
+        return plan, latent, conversion | {"predicted": predicted}
+    assert statistics is not None, "plan_run refuses minutes without"
+    tokens = tokens_to_measure(texts.held_out, models=2, recalls=2)
+    plan, latent, conversion = convert_in_minutes(
+        original, plan, statistics, budget, progress, tokens_to_measure=tokens
+    )
+    return replace(plan, minutes=None), latent, conversion | {"predicted": predicted}
 
 
 def _measure_both(

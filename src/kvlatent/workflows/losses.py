@@ -18,7 +18,10 @@ __all__ = ["LEAST_KEPT", "MOST_RATIO", "judge_losses", "warn_of_losses"]
 MOST_RATIO, LEAST_KEPT = 1.1, 0.9
 """Perplexity over the original's from which on, and share of its recall below which, a result is warned of."""
 
-HEALING = "train it with `kvlatent compress MODEL --data FILE`"
+HEALING_MINUTES = 60
+"""A budget to propose where nobody gave one."""
+
+HEALING = f"train it with `kvlatent compress MODEL --data FILE --minutes {HEALING_MINUTES}`"
 """How a conversion is trained."""
 
 _BUDGETS = 8  # eighths of the cache are proposed
@@ -85,10 +88,20 @@ def _next_steps(command: str, plan: Plan, options: Mapping[str, Any], replan: Ca
     if plan.choices.keys in BY_PAIRS and plan.choices.table != "head" and planned(table="head"):
         steps.append("--table head")
     if command == "compress":
-        tokens = sum(plan.summary()["tokens"].values())
-        steps.append(f"--tokens {2 * tokens}" if 2 in plan.stages else "--stages both")
+        steps.append(_more_training(plan, options, planned))
     said = [f"try `kvlatent {command}` with {_join(steps)}"] if steps else []
     return ", or ".join([*said, *([] if command == "compress" else [HEALING])])
+
+
+def _more_training(plan: Plan, options: Mapping[str, Any], planned: Callable[..., Plan | None]) -> str:
+    """The option that trains longer: a budget in minutes, twice the old one where there was one."""
+    if (minutes := options.get("minutes")) is not None:
+        return f"--minutes {2 * minutes:g}" + (" without --stages" if not plan.stages else "")
+    if planned(minutes=HEALING_MINUTES, tokens=None, stages=None) is not None:
+        instead = [f"--{name}" for name in ("tokens", "stages") if options.get(name) not in (None, "both")]
+        return f"--minutes {HEALING_MINUTES}" + (f" instead of {' and '.join(instead)}" if instead else "")
+    tokens = sum(plan.summary()["tokens"].values())
+    return f"--tokens {2 * tokens}" if 2 in plan.stages else "--stages both"
 
 
 def _wider_budget(plan: Plan, planned: Callable[..., Plan | None]) -> float | None:

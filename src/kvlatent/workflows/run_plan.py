@@ -34,6 +34,7 @@ from kvlatent.selection.choices import (
     resolve_choices,
     without_statistics,
 )
+from kvlatent.workflows.minutes import ALIGNMENTS, check_minutes
 from kvlatent.workflows.settings import Width, check_options, resolve_recipe
 
 __all__ = ["STAGES", "Plan", "choices_from_recipe", "load_original_config", "plan_run"]
@@ -59,6 +60,7 @@ class Plan:
         seconds: rough estimate of the training time.
         notes: what the user should know before it starts.
         explain: compare strategies layer by layer, too.
+        minutes: of the whole run, where they have still to be split into steps and tokens; else None.
     """
 
     choices: Choices
@@ -76,6 +78,7 @@ class Plan:
     per_layer: bool = False
     notes: tuple[str, ...] = ()
     explain: bool = False
+    minutes: float | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -83,11 +86,15 @@ class Plan:
         return self.choices.needs_statistics
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able: widths (None while open), choices, bytes per token before and after, tokens per stage, seconds."""
+        """JSON-able: widths (None while open), choices, bytes per token before and after, tokens per stage, seconds.
+
+        With "minutes", which are still to be split, instead of the tokens.
+        """
         measured_in = working_dtype(self.recipe.dtype, self.device, self.stored_dtype)
         sizes = (self.num_layers, self.num_key_value_heads, getattr(torch, measured_in).itemsize)
         original = int(sum(layer_cache_bytes(self.head_dim, self.head_dim, *sizes)))
         reduced = int(self.kv * original)
+        settled = self.stages if self.minutes is None else ()
         if self.widths is not None:
             reduced = int(sum(layer_cache_bytes(*self.widths, *sizes)))
         return {
@@ -99,7 +106,8 @@ class Plan:
             "calibration_blocks": self.recipe.calibration.blocks if self.calibrates else 0,
             "cache_bytes_per_token": {"original": original, "latent": reduced, "dtype": measured_in},
             "share": reduced / original,
-            "tokens": {f"stage{stage}": stage_settings(self.recipe, stage).tokens for stage in self.stages},
+            "tokens": {f"stage{stage}": stage_settings(self.recipe, stage).tokens for stage in settled},
+            **({} if self.minutes is None else {"minutes": self.minutes}),
             "device": self.device,
             "dtype": self.recipe.dtype,
             "estimated_seconds": float(f"{self.seconds:.2g}"),
@@ -121,9 +129,8 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
         TypeError: an unknown option.
     """
     check_options(options)
-    stages = STAGES.get(options.get("stages") or "both")
-    if stages is None:
-        raise ValueError(f"--stages is one of {', '.join(STAGES)}: got {options['stages']!r}")
+    check_minutes(options)
+    stages, minutes = _stages_from_options(options), options.get("minutes")
     device = choose_device(options.get("device") or "auto")
     config = load_original_config(model)
     size, head = layer_size(config)
@@ -139,11 +146,13 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
         notes = (*notes, UNMEASURED)
     if not has_text or full:
         choices = without_statistics(choices)
+    why = "no text" if not has_text else "the full width" if full else f"preset {recipe.conversion.preset}"
+    if minutes is not None:
+        choices = _choices_in_minutes(choices, stages, why)
     if options.get("explain") and not choices.needs_statistics:
         raise ValueError(
-            "--explain judges strategies by the statistics of a text, and this conversion looks at none (got "
-            f"{'no text' if not has_text else 'the full width' if full else f'preset {recipe.conversion.preset}'}); "
-            "leave it out, or give a text and the preset calibrated"
+            "--explain judges strategies by the statistics of a text, and this conversion looks at none "
+            f"(got {why}); leave it out, or give a text and the preset calibrated"
         )
     kv = options.get("kv")
     given = options.get("d_qk") is not None or options.get("d_vo") is not None
@@ -159,12 +168,45 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
         stages=stages,
         device=device,
         stored_dtype=config.dtype,
-        seconds=estimate_seconds(recipe, stages, size, head, config.num_hidden_layers, device),
+        seconds=estimate_seconds(recipe, stages, size, head, config.num_hidden_layers, device)
+        if minutes is None
+        else 60.0 * minutes,
         engine=engine,
         per_layer=bool(options.get("per_layer")),
         notes=notes,
         explain=bool(options.get("explain")),
+        minutes=minutes,
     )
+
+
+def _stages_from_options(options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Which stages run; a budget in minutes goes to the second, whose goal the conversion's last step shares."""
+    asked, minutes = options.get("stages"), options.get("minutes")
+    stages = STAGES.get(asked or ("both" if minutes is None else "2"))
+    if stages is None:
+        raise ValueError(f"--stages is one of {', '.join(STAGES)}: got {asked!r}")
+    if minutes is not None and 1 in stages:
+        raise ValueError(
+            f"--minutes leaves stage 1 out, as all its time is better spent on the next token: got --stages {asked}; leave "
+            "it out, or give 2 or none"
+        )
+    return stages
+
+
+def _choices_in_minutes(choices: Choices, stages: tuple[int, ...], why: str) -> Choices:
+    """The choices with alignment still open, where a conversion looks at a text; `why` it would not.
+
+    Raises:
+        ValueError: nothing learns, neither the conversion nor a stage.
+    """
+    if choices.needs_statistics:
+        return replace(choices, align=ALIGNMENTS[-1])  # at the most; so that the text asks for recall
+    if not stages:
+        raise ValueError(
+            f"--minutes is split between steps that learn from a text, and this conversion looks at none (got {why}); "
+            "leave it out, or give a text and the preset calibrated"
+        )
+    return choices
 
 
 def load_original_config(model: str | Path) -> Any:

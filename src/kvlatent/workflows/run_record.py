@@ -61,6 +61,25 @@ class EarlierRun(Result):
     figures: dict[str, Figures] = Field(default_factory=dict)
 
 
+class StepMinutes(Result):
+    """A step of a run with a budget: what it took, and the divergence from the original in nats around it."""
+
+    step: str
+    minutes: float
+    steps: int | None = None
+    before: float | None = None
+    after: float | None = None
+
+
+class BudgetRecord(Result):
+    """Minutes asked for and spent, why they were split so, and the steps, in order."""
+
+    asked: float
+    spent: float
+    why: str
+    steps: list[StepMinutes] = Field(default_factory=list)
+
+
 class RunRecord(Provenance):
     """`run.json`; the first of `earlier` is the conversion, where a later stage was trained on its result.
 
@@ -78,6 +97,7 @@ class RunRecord(Provenance):
     conversion: ConversionFigures | None = None
     training: dict[str, StageSummary] = Field(default_factory=dict)
     figures: dict[str, Figures] = Field(default_factory=dict)
+    minutes: BudgetRecord | None = None
     warnings: list[str] = Field(default_factory=list)
     earlier: list[EarlierRun] = Field(default_factory=list)
 

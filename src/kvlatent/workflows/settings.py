@@ -24,6 +24,7 @@ RUN_OPTIONS = (
     "recipe",
     "overrides",
     "tokens",
+    "minutes",
     "stages",
     "device",
     *option_keys(),
@@ -35,6 +36,7 @@ RUN_OPTIONS = (
     explain: compare strategies layer by layer, too.
     recipe: YAML file, or a `Recipe`; overrides: `section.key=value` strings on top of it.
     tokens: of all stages together; stages: "none", "1", "2" or "both".
+    minutes: of the whole run, which decides steps and tokens itself, whatever the recipe file says of them.
     device: "auto", "cpu" or "cuda".
     preset, table, align, global_steps, blocks, dtype, seed: keys of the recipe that are marked as options (`recipe.OPTION`).
 """
@@ -58,7 +60,7 @@ def resolve_recipe(
 ) -> Recipe:
     """The recipe of a run, with its number of training tokens.
 
-    Without `tokens`, a recipe that was given keeps its own numbers, else one is chosen that finishes in reasonable
+    With `minutes` the numbers stay open. Without `tokens`, a recipe that was given keeps its own numbers, else one is chosen that finishes in reasonable
     time. The stages that run share `tokens` in proportion to the recipe's numbers.
 
     Args:
@@ -78,6 +80,8 @@ def resolve_recipe(
         )
     overrides = recipe_overrides(options)
     recipe = resolve_precision(Recipe.load(path, overrides), config, device)
+    if options.get("minutes") is not None:  # which decides them once the speed is known
+        return Recipe.load(recipe, ["conversion.align=null", "conversion.global_steps=null"])
     said = path is not None or any(key.startswith(("stage1.tokens=", "stage2.tokens=")) for key in overrides)
     if not stages or (tokens is None and said):
         return recipe

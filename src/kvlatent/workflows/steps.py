@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvlatent.checkpoints.card import model_card
@@ -23,16 +20,13 @@ from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
 from kvlatent.conversion.layer_report import layer_report
 from kvlatent.evaluation.recall import measure_recall
-from kvlatent.jobs.atomic import write_atomically
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import command_line, environment, name_for_record
-from kvlatent.model.assembly import assemble
 from kvlatent.model.classes import latent_config_of
-from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import family_of
 from kvlatent.selection.calibrate import calibrate
+from kvlatent.selection.choices import Choices
 from kvlatent.selection.pairs import scope_errors
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.documents import resolve
@@ -47,7 +41,9 @@ __all__ = [
     "calibrate_or_load",
     "check_texts",
     "collect_statistics",
+    "conversion_figures",
     "convert_and_report",
+    "convert_as_planned",
     "describe_run",
     "explain_layers",
     "hash_sources",
@@ -55,9 +51,7 @@ __all__ = [
     "load_statistics",
     "measure_copying",
     "options_as_typed",
-    "restore_attention",
     "save_run",
-    "write_attention",
 ]
 
 EVALUATION_TOKENS = 65_536
@@ -216,26 +210,48 @@ def convert_and_report(
         The latent model, and {"seconds"}; with statistics "scope_errors", what each scope of the rotary table costs;
         and "layers" where the plan explains (see `explain_layers`).
     """
-    assert plan.widths is not None
-    d_qk, d_vo = plan.widths
     start = time.monotonic()
     progress.report("convert")
-    latent = convert(
+    latent = convert_as_planned(model, plan, statistics, plan.choices, progress)
+    return latent, conversion_figures(model, latent, plan, statistics, time.monotonic() - start, progress)
+
+
+def convert_as_planned(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: Statistics | None,
+    choices: Choices,
+    progress: Progress,
+) -> PreTrainedModel:
+    """The original, converted with the plan's widths and seed."""
+    assert plan.widths is not None
+    return convert(
         model,
-        d_qk=d_qk,
-        d_vo=d_vo,
-        choices=plan.choices,
+        d_qk=plan.widths.d_qk,
+        d_vo=plan.widths.d_vo,
+        choices=choices,
         qk_norm=plan.recipe.conversion.qk_norm,
         statistics=statistics,
         seed=plan.recipe.seed,
         progress=progress,
     )
-    figures: dict[str, Any] = {"seconds": round(time.monotonic() - start, 2)}
+
+
+def conversion_figures(
+    model: PreTrainedModel,
+    latent: PreTrainedModel,
+    plan: Plan,
+    statistics: Statistics | None,
+    seconds: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What `convert_and_report` says of a conversion that took so many seconds."""
+    figures: dict[str, Any] = {"seconds": round(seconds, 2)}
     if statistics is not None:
         figures["scope_errors"] = scope_errors(statistics, latent_config_of(latent.config).d_qk)
         if plan.explain:
             figures |= explain_layers(model, latent, statistics, progress)
-    return latent, figures
+    return figures
 
 
 def explain_layers(
@@ -248,32 +264,6 @@ def explain_layers(
     """
     progress.report("explain")
     return {"layers": layer_report(model, statistics, latent_config_of(latent.config))}
-
-
-def write_attention(latent: PreTrainedModel, path: Path) -> None:
-    """Save what a conversion made, the attention tensors and the latent config, whole or not at all."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in latent.state_dict().items()
-        if f".{family_of(latent.config).attention}." in name
-    }
-    about = {"kv_latent": json.dumps(latent_config_of(latent.config).to_dict())}
-    write_atomically(path, lambda file: save_file(tensors, file, metadata=about))
-
-
-def restore_attention(model: PreTrainedModel, path: Path) -> PreTrainedModel:
-    """The latent model that `write_attention` saved, put together again from the original, bit for bit."""
-    with safe_open(path, framework="pt", device=str(model.device)) as file:
-        config = LatentConfig.from_dict(json.loads(file.metadata()["kv_latent"]))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-
-    def of_layer(index: int) -> dict[str, Tensor]:
-        prefix = f"model.layers.{index}.{family_of(model.config).attention}."
-        return {
-            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
-        }
-
-    return assemble(model, config, of_layer)
 
 
 def measure_copying(

@@ -23,11 +23,8 @@ from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import calibration_blocks, recall_share
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
-from kvlatent.workflows.steps import (
-    collect_statistics,
-    restore_attention,
-    write_attention,
-)
+from kvlatent.workflows.saved_attention import restore_attention, write_attention
+from kvlatent.workflows.steps import collect_statistics
 from kvlatent.workflows.width_choice import measure_errors
 from kvlatent_lab.study.grid_cells import MEASURED, Cell, choices_of, recipe_of
 from kvlatent_lab.study.other_selections import SELECTIONS
