@@ -5,7 +5,11 @@ import importlib.util
 import pytest
 import torch
 
+from kvlatent.checkpoints.load import load_model
+from kvlatent.conversion.narrow_divergences import narrow_divergences
 from kvlatent.planning import width_plan as planning
+from kvlatent.planning.predicted_errors import MEASURED, measured_errors
+from kvlatent.selection.choices import resolve_choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint, plan_checkpoint
 from on_disk import write_checkpoint, write_text
@@ -52,10 +56,13 @@ def test_a_plan_is_the_same_from_the_text_and_from_its_statistics(place):
     fresh = plan_checkpoint(place / "model", data=place / "text.txt", **OPTIONS)
     assert saved["plan"] == fresh["plan"] and saved["curve"] == fresh["curve"]
     assert saved["calibration"]["seconds"] == 0 < fresh["calibration"]["seconds"]
-    expected = planning.plan(Statistics.load(place / "s.safetensors"), 0.5)
+    model, statistics = load_model(place / "model"), Statistics.load(place / "s.safetensors")
+    found = narrow_divergences(model, statistics, resolve_choices("calibrated"), per_layer=False)
+    expected = planning.plan(statistics, 0.5, measured=measured_errors(found, 16, "head"))
     plan = saved["plan"]
     assert (plan["d_qk"], plan["d_vo"], plan["head_dim"]) == (expected.d_qk, expected.d_vo, 16)
-    assert plan["predicted_error"]["total"] == expected.error and plan["engines"]["head"] == ["transformers"]
+    assert plan["predicted_error"]["total"] == pytest.approx(expected.error, rel=1e-3)
+    assert plan["predicted_error"]["unit"] == MEASURED and plan["engines"]["head"] == ["transformers"]
     assert saved["serving"]["cache_bytes_per_token"] == {"original": 512, "latent": 256, "share": 0.5}
     assert [row["kv"] for row in saved["curve"]] == sorted(row["kv"] for row in saved["curve"])
     assert all(row["error"] <= row["symmetric_error"] + 1e-12 for row in saved["curve"])
@@ -72,10 +79,8 @@ def test_options_of_a_plan_reach_it(place):
     assert (engine["d_qk"], engine["d_vo"], engine["table"], engine["engine"]) == (8, 8, "model", "mlx")
     layers = plan_checkpoint(place / "model", kv=0.4, per_layer=True, table="layer", **saved)["plan"]
     assert layers["table"] == "layer" and layers["share"] <= 0.4
-    options = {**saved, "overrides": [*OPTIONS["overrides"], "conversion.align=0"]}
-    unaligned = plan_checkpoint(place / "model", kv=0.25, **options)["plan"]
-    assert not unaligned["aligned"]
-    assert unaligned["predicted_error"]["keys"] > small["plan"]["predicted_error"]["keys"]
+    wider = plan_checkpoint(place / "model", kv=0.5, **saved)["plan"]
+    assert wider["predicted_error"]["keys"] < small["plan"]["predicted_error"]["keys"]
 
 
 def test_a_picture(place, tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ class Terminal(io.StringIO):
 def printed(listing: Table, monkeypatch, stdout: io.StringIO) -> str:
     """What a command writes on stdout whose answer is that listing."""
     monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setenv("LINES", "25")  # without it, rich takes a dumb terminal for one of 80 columns
     monkeypatch.setenv("TERM", "dumb")  # no colours, which would stand between the characters
     with session() as run:
         run.show({}, listing)
