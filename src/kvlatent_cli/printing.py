@@ -42,7 +42,8 @@ def print_listing(console: Console, listing: Table) -> None:
         column.no_wrap, column.overflow = False, "fold"
         column.min_width = max(words, default=1) if column.justify == "right" else _SHORTEST_FOLD
     least = sum((column.min_width or 0) + sum(listing.padding[1::2]) for column in listing.columns)
-    console.width = max(console.width, least + len(listing.columns) + 1)  # a line between columns, and both edges
+    least += len(listing.columns) + 1  # a line between columns, and both edges
+    console.width = max(console.width, least)
     if console.measure(listing).maximum >= console.width:
         _fix_wide_columns(listing, console.width)
     console.print(listing, crop=False)
