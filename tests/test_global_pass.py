@@ -18,6 +18,8 @@ from kvlatent.text.recall_blocks import held_out_blocks
 from kvlatent.training.trainable import shared_copy
 from tiny import FAMILIES, HEAD_DIM
 
+pytestmark = pytest.mark.numerics
+
 BATCH = text(blocks=34, length=40)
 HELD = held_out_blocks(34)
 

@@ -18,6 +18,8 @@ from kvlatent.selection.choices import resolve_choices
 from kvlatent.text.recall_blocks import held_out_blocks
 from tiny import FAMILIES, HEAD_DIM
 
+pytestmark = pytest.mark.numerics
+
 BATCH = text(blocks=18, length=40)
 CHOICES = resolve_choices("calibrated")
 

@@ -32,12 +32,8 @@ from kvlatent.text.recall_blocks import held_out_blocks
 __all__ = ["SIDES", "narrow_divergences"]
 
 SIDES = ("keys", "values")
-_EIGHTHS = (
-    2,
-    3,
-    4,
-    6,
-)  # widths to measure, in eighths of a head; between them curves are close to exponential
+# Widths to measure, in eighths of a head; between them curves are close to exponential.
+_EIGHTHS = (2, 3, 4, 6)
 _TOKENS = 2048
 
 
@@ -95,9 +91,8 @@ def _with_table(decoder: Any, index: int) -> nn.Module:
     if attention.rotary is not None:
         return attention
     attention = copy.copy(attention)
-    attention.__dict__["rotary"] = (
-        decoder.rotary_emb
-    )  # not registered: that would write into the layer's own modules
+    # Not registered as a module: that would write into the layer's own.
+    attention.__dict__["rotary"] = decoder.rotary_emb
     return attention
 
 

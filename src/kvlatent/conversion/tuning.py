@@ -49,7 +49,8 @@ def tune(
         loss: of some blocks at sampled query rows [len(blocks), R].
         positions: [blocks, T]; held_out: indices of the blocks that only measure.
         fan_in: of the vectors among the parameters (biases, norms), which scales their rate.
-        steps: of the first attempt at most, and half as many again of the others; seed: of the sampling; progress: called after each.
+        steps: of the first attempt at most; each of the others takes what it left, or a third of it; seed: of the
+            sampling; progress: called after each.
         rate: times the rate that goes by the weights' size.
         together: blocks of a step.
 
