@@ -229,6 +229,20 @@ def test_training_chooses_its_rate_and_says_so(place, call, monkeypatch):
     (place / "tasks" / "hellaswag.jsonl").unlink()
 
 
+def test_another_rate_is_another_training_and_the_same_conversion(place, call, monkeypatch):
+    module = importlib.import_module("kvlatent_lab.baseline.table_rows")
+    monkeypatch.setitem(module.TOKENS, "0.3M", 512)
+    names, found = ("original", "paper-50-kl-0.3M"), {}
+    for rate in (1e-4, 1e-1):
+        out = place / f"rate-{rate}"
+        assert call("--only", ",".join(names), "--rate", rate, out=out).split() == list(names)
+        found[rate] = json.loads((out / f"{names[1]}.json").read_text())["figures"]
+    assert found[1e-4]["text fineweb"] != found[1e-1]["text fineweb"]
+    with pytest.raises(SystemExit, match=r"paper-50-kl-0.3M.json is of another rate \(0.1, now 0.01\)"):
+        call("--only", ",".join(names), "--rate", 1e-2, out=place / "rate-0.1")
+    assert call("--only", "original", "--rate", 1e-2, out=place / "rate-0.1") == "\n"
+
+
 def test_a_quantised_cache_is_read_by_every_column(place, call, monkeypatch):
     module = importlib.import_module("kvlatent_lab.baseline.table_rows")
     monkeypatch.setitem(module.QUANTISED, "int4", "quantized-fp8")

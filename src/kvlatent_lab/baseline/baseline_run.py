@@ -91,8 +91,12 @@ class Request:
             "sizes": asdict(self.sizes),
             "recipe": self.recipe.model_dump(mode="json"),
             "dtype": self.dtype,
-            "rate": self.rate or [*RATES, self.pilot_tokens],
         }
+
+    def settings_of(self, row: TableRow) -> dict[str, Any]:
+        """What decides a row beside that: its own, and how the rate of its training is found."""
+        trained = row.cell is not None and row.cell.stage2
+        return row.settings | ({"rate": self.rate or [*RATES, self.pilot_tokens]} if trained else {})
 
     @property
     def train(self) -> Path:
@@ -127,7 +131,7 @@ class Baseline:
         inputs = {"model": request.model, "texts": request.texts, "tasks": request.tasks}
         decides = request.decides()
         self.folder = StudyFolder(request.out, "real-tables", decides, inputs)
-        made_of = {name: decides[name] for name in ("model", "train", "recipe", "rate")}
+        made_of = {name: decides[name] for name in ("model", "train", "recipe")}
         self.folder.work = request.work.absolute() / fingerprint(made_of)[:12]
         self.folder.join()
         source = Source(request.model, name_for_record(request.model), request.train, None)
@@ -187,7 +191,8 @@ class Baseline:
         for row in rows:
             told = (self.folder.done(row.name) or {}).get("settings", {})
             # A file is silent about what was no option yet when it was made.
-            changed = differences(told, {name: row.settings.get(name) for name in told})
+            settings = self.request.settings_of(row)
+            changed = differences(told, {name: settings.get(name) for name in told})
             if changed:
                 raise ValueError(
                     f"{self.folder.step_file(row.name)} is of another {', '.join(changed)}; call it with the same "
@@ -231,14 +236,15 @@ class Baseline:
             "kind": "real-tables",
             "row": row.name,
             "model": self.subject.source.name,
-            "settings": row.settings,
+            "settings": self.request.settings_of(row),
             "figures": figures,
             "seconds": seconds,
             "record": record,
         }
         write_text(self.folder.step_file(row.name), json.dumps(document) + "\n")
-        if row.cell is not None:  # the trained weights stay, for columns that are still to come
-            for checkpoint in (self.folder.work / "training" / row.cell.name).glob("stage*/checkpoint-*"):
+        if "training" in figures:  # the trained weights stay, for columns that are still to come
+            name = _trained_at(row.cell, figures["training"]["learning_rate"])
+            for checkpoint in (self.folder.work / "training" / name).glob("stage*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _column(self, name: str, model: PreTrainedModel, cache: str) -> dict[str, Any]:
@@ -256,7 +262,8 @@ class Baseline:
             model = convert_cell(self.subject, cell, told)
         else:
             rate = self.request.rate or self._rate(cell, told)
-            cell = replace(cell, recipe={**cell.recipe, "stage2.learning_rate": rate})
+            recipe = {**cell.recipe, "stage2.learning_rate": rate}
+            cell = replace(cell, name=_trained_at(cell, rate), recipe=recipe)
             model, trained = train_cell(self.subject.with_room_for(cell.stage2), cell, told)
             made["seconds"]["training"] = trained["training_seconds"]
             made["training"] = trained | {"learning_rate": rate}
@@ -311,6 +318,11 @@ class Baseline:
                 self.columns.write_states(self.subject.model, path)
 
         return self.folder.shared_file(name, write)
+
+
+def _trained_at(cell: Cell, rate: float) -> str:
+    """The name that training at a rate lies under, so that another rate does not find it."""
+    return f"{cell.name}-{rate:g}"
 
 
 def _commit() -> str | None:
