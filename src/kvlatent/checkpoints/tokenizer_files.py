@@ -23,7 +23,7 @@ from kvlatent.checkpoints.gguf_files import open_gguf
 from kvlatent.checkpoints.weight_files import first_line
 from kvlatent.jobs.fingerprints import tokenizer_state
 
-__all__ = ["load_tokenizer", "write_tokenizer"]
+__all__ = ["has_tokenizer", "load_tokenizer", "write_tokenizer"]
 
 _CONFIG = "tokenizer_config.json"
 _FILES = (
@@ -85,6 +85,11 @@ def _without_tokens_from(number: int, tokenizer: Any) -> Any:
     backend = Tokenizer.from_str(json.dumps(state | {"added_tokens": kept}))
     special = tokenizer.special_tokens_map
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **special)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's directory holds a tokenizer of any kind."""
+    return any(_files_in(folder))
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
