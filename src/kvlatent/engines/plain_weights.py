@@ -41,7 +41,9 @@ class PlainShape:
     changes: tuple[str, ...]
 
 
-def plain_shape(latent: Any, target: str, engine: str, *, pad: bool, unequal: bool = False) -> PlainShape:
+def plain_shape(
+    latent: Any, target: str, engine: str, *, pad: bool, unequal: bool = False, has_window: bool = True
+) -> PlainShape:
     """The plain decoder that a latent model can be.
 
     Args:
@@ -49,6 +51,7 @@ def plain_shape(latent: Any, target: str, engine: str, *, pad: bool, unequal: bo
         target: as users call it; engine: of `facts.ENGINES`, that a conversion for it has to name.
         pad: unequal widths may be filled up with zeros.
         unequal: keys may be of another width than values.
+        has_window: it knows sliding windows.
 
     Raises:
         ValueError: unequal widths that may not be padded; heads that hold different frequencies; a QK-norm at full width.
@@ -73,7 +76,7 @@ def plain_shape(latent: Any, target: str, engine: str, *, pad: bool, unequal: bo
         )
     if family_of(latent.config).qk_norm:
         _check_norms(config, table, key_width, target, engine)
-    context, changes = context_of(latent.config, target)
+    context, changes = context_of(latent.config, target, has_window=has_window)
     if is_padded:
         changes = (*changes, _padding_sentence(latent.config, config, width))
     return PlainShape(key_width, value_width, table, is_padded, context, changes)

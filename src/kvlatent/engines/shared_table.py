@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.table import RotaryTable
 
@@ -18,6 +20,7 @@ __all__ = ["SharedTable", "frequency_factors", "share_table"]
 BASE = 10_000.0  # every engine's fallback, so an engine that misses the key still has it right
 # A frequency of 0 as a factor: finite in bfloat16, also times BASE, and below 1e-12 radians at a million tokens.
 _STILL = 2.0**60
+_NEIGHBOURS = 4
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,25 @@ def share_table(latent: LatentConfig, num_layers: int, slots: int) -> SharedTabl
 
 
 def frequency_factors(frequencies: tuple[float, ...]) -> list[float]:
-    """What divides the plain frequencies BASE^(-2j/D): longrope's factors, and llama.cpp's rope_freqs."""
+    """What divides the plain frequencies BASE^(-2j/D): longrope's factors, and llama.cpp's rope_freqs.
+
+    In float32, and of the neighbours the one whose frequency, as transformers computes it, is nearest: an error of one bit
+    grows with the position.
+    """
     half = len(frequencies)
-    return [
-        min(BASE ** (-slot / half) / frequency, _STILL) if frequency else _STILL
-        for slot, frequency in enumerate(frequencies)
-    ]
+    plain = BASE ** (torch.arange(0, 2 * half, 2, dtype=torch.int64).float() / (2 * half))
+    wanted = torch.tensor(frequencies, dtype=torch.float32)
+    still = wanted < 1 / _STILL
+    factors = (1 / (wanted.where(~still, 1.0).double() * plain.double())).float()
+    tried = [factors]
+    for direction in (0.0, torch.inf):
+        near = factors
+        for _ in range(_NEIGHBOURS):
+            near = torch.nextafter(near, torch.tensor(direction))
+            tried.append(near)
+    errors = torch.stack([(1 / (near * plain) - wanted).abs() for near in tried])
+    best = torch.stack(tried).gather(0, errors.argmin(0)[None])[0]
+    return best.where(~still, _STILL).tolist()
 
 
 def _frequencies(table: RotaryTable, d_qk: int) -> list[float]:
