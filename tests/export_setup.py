@@ -33,7 +33,7 @@ def difference(exporter, latent, source, out, input_ids, **options):
     chosen = ExportOptions(**options)
     exporter.check_exportable(latent, chosen)
     facts = exporter.write_export(latent, source, out, chosen)
-    input_ids = input_ids[:1, : facts["context"]]
+    input_ids = input_ids[:1, : facts["context"] - 1]
     theirs = exporter.read_logits(out, input_ids)
     with torch.no_grad():
         ours = latent(input_ids, use_cache=False).logits

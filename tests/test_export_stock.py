@@ -72,23 +72,28 @@ def test_full_width_goes_out_too(tmp_path):
     assert off <= 1e-5 * float(ours.abs().max())
 
 
-@pytest.mark.parametrize(("name", "d_qk", "d_vo"), [("llama", 8, 16), ("llama", 16, 8), ("phi3", 8, 24), ("qwen3", 16, 8)])
+@pytest.mark.parametrize(
+    ("name", "d_qk", "d_vo"), [("llama", 8, 16), ("llama", 16, 8), ("phi3", 8, 24), ("qwen3", 16, 8)]
+)
 def test_unequal_widths_are_padded_when_asked(name, d_qk, d_vo, tmp_path):
     latent = latent_toy(name, d_qk, d_vo)
     with pytest.raises(ValueError, match=f"got d_qk={d_qk} and d_vo={d_vo}; convert with .*--d-vo .*--pad"):
         stock_checkpoint.check_exportable(latent, ExportOptions())
-    facts, off, ours = difference(
-        stock_checkpoint, latent, tmp_path, tmp_path / "out", tokens(), pad=True
-    )
+    facts, off, ours = difference(stock_checkpoint, latent, tmp_path, tmp_path / "out", tokens(), pad=True)
     assert off <= 1e-5 * float(ours.abs().max())
     width = max(d_qk, d_vo)
     assert f"filled up with zeros to {width}" in facts["changes"][0]
-    assert f"{width / 32:.1%} of the original's and not the latent {(d_qk + d_vo) / 64:.1%}" in facts["changes"][0]
+    assert (
+        f"{width / 32:.1%} of the original's and not the latent {(d_qk + d_vo) / 64:.1%}"
+        in facts["changes"][0]
+    )
     assert facts["cache_bytes_per_token"] == 2 * width * 3 * 2 * 4
 
 
 def test_layers_of_different_widths_are_padded(tmp_path):
-    latent = latent_toy("llama", (8, 16, 16), (16, 8, 16), Choices())  # a stride of 4 keeps pairs that one of 2 keeps
+    latent = latent_toy(
+        "llama", (8, 16, 16), (16, 8, 16), Choices()
+    )  # a stride of 4 keeps pairs that one of 2 keeps
     _, off, ours = difference(stock_checkpoint, latent, tmp_path, tmp_path / "out", tokens(), pad=True)
     assert off <= 1e-5 * float(ours.abs().max())
     with pytest.raises(ValueError, match="got d_qk=8 to 16 and d_vo=8 to 16"):
@@ -96,7 +101,9 @@ def test_layers_of_different_widths_are_padded(tmp_path):
 
 
 def test_keys_under_a_norm_are_not_padded():
-    with pytest.raises(ValueError, match="cannot be filled up with zeros, and a plain checkpoint needs keys of width 16"):
+    with pytest.raises(
+        ValueError, match="cannot be filled up with zeros, and a plain checkpoint needs keys of width 16"
+    ):
         stock_checkpoint.check_exportable(latent_toy("qwen3", 8, 16), ExportOptions(pad=True))
 
 
@@ -106,7 +113,9 @@ def reordered(latent):
     pairs = config.d_qk // 2
     tables, channels = [], []
     for layer, module in enumerate(latent.model.layers):
-        orders = [torch.randperm(pairs, generator=torch.Generator().manual_seed(7 * layer + h)) for h in range(2)]
+        orders = [
+            torch.randperm(pairs, generator=torch.Generator().manual_seed(7 * layer + h)) for h in range(2)
+        ]
         old = config.tables_at(layer)[0]
         tables.append(tuple(old.subset(order.tolist()) for order in orders))
         rows = [torch.cat([order, order + pairs]) for order in orders]
@@ -134,7 +143,9 @@ def test_orders_of_one_set_of_frequencies_are_free(tmp_path):
 
 def test_heads_with_other_frequencies_are_refused():
     latent = latent_toy("llama", choices=Choices(keys="weights", table="head"))
-    with pytest.raises(ValueError, match=r"one set of 8 rotary frequencies .* --engine transformers-stock --d-qk 16"):
+    with pytest.raises(
+        ValueError, match=r"one set of 8 rotary frequencies .* --engine transformers-stock --d-qk 16"
+    ):
         stock_checkpoint.check_exportable(latent, ExportOptions())
 
 
@@ -148,7 +159,9 @@ def test_a_norm_before_the_selection_is_refused():
 
 
 def test_a_changing_table_bounds_the_context(tmp_path):
-    facts, *_ = difference(stock_checkpoint, latent_toy("phi3-longrope"), tmp_path, tmp_path / "out", tokens())
+    facts, *_ = difference(
+        stock_checkpoint, latent_toy("phi3-longrope"), tmp_path, tmp_path / "out", tokens()
+    )
     assert facts["context"] == config_of(tmp_path / "out")["max_position_embeddings"] == SWITCH
     assert f"the context is cut to {SWITCH} tokens" in facts["changes"][0]
 

@@ -36,6 +36,7 @@ _STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # The engine rounds activations to the type of the weights, too: twice what SmolLM2-135M gave.
 _TOLERANCES = {"f32": 1e-4, "f16": 5e-3, "bf16": 2.5e-2, "q8_0": 1.8e-1}
 _TARGET = "llama.cpp"
+_FFN_BIASES = ("gate_proj.bias", "up_proj.bias", "down_proj.bias")
 _WINDOW = 128  # of the empty layer; any does
 
 
@@ -57,9 +58,16 @@ def _shape(latent: Any, options: ExportOptions) -> PlainShape:
         raise ValueError(
             f"llama.cpp's architecture llama has the activation silu: got {config.hidden_act!r}; export with --to stock"
         )
-    return plain_shape(
+    shape = plain_shape(
         latent, _TARGET, "llama.cpp", pad=options.pad, unequal=options.experimental, has_window=False
     )
+    placeless = [name for name in latent.state_dict() if name.endswith(("o_proj.bias", *_FFN_BIASES))]
+    if shape.key_width != shape.value_width and placeless:
+        raise ValueError(
+            f"llama.cpp's architecture step35 has biases for queries, keys and values alone: got {len(placeless)} others, e.g. "
+            f"{placeless[0]}; use --pad instead of --experimental"
+        )
+    return shape
 
 
 def write_export(latent: Any, source: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
@@ -180,9 +188,17 @@ def _facts(
     heads = config.num_key_value_heads * config.num_hidden_layers
     changes = list(shape.changes)
     if coarse:
-        changes.append(f"{len(coarse)} matrices are f16, as their rows are no whole blocks of 32, e.g. {coarse[0]}")
+        changes.append(
+            f"{len(coarse)} matrices are f16, as their rows are no whole blocks of 32, e.g. {coarse[0]}"
+        )
+    if vocabulary.composes:
+        changes.append(
+            "letters with combining marks are not composed (NFC) before they are tokens, as in any GGUF file"
+        )
     if shape.key_width != shape.value_width:
-        changes.append("experimental: the file is of architecture step35, which llama.cpp may change with any version")
+        changes.append(
+            "experimental: the file is of architecture step35, which llama.cpp may change with any version"
+        )
     file = f"DIR/model-{kind}.gguf"
     return {
         "engine": llama_cpp_reading.engine_installed(),

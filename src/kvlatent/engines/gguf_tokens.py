@@ -44,6 +44,7 @@ class Vocabulary:
         special: ids by name ("bos", "eos", "unk", "pad").
         adds: whether "bos" and "eos" are put around a text.
         adds_space: whether a text gets a space in front.
+        composes: letters with combining marks are composed first (NFC), which llama.cpp does not do.
         template: of a chat, one or several by name; None: the model does not chat.
     """
 
@@ -56,6 +57,7 @@ class Vocabulary:
     special: dict[str, int]
     adds: dict[str, bool]
     adds_space: bool = False
+    composes: bool = False
     template: Any = field(default=None)
 
 
@@ -99,7 +101,9 @@ def read_vocabulary(source: Path, config: Any) -> Vocabulary:
             "bos": len(marked) > len(plain) and marked[0] == special.get("bos"),
             "eos": len(marked) > len(plain) and marked[-1] == special.get("eos"),
         },
-        adds_space=not is_bytes and _SPACE in json.dumps(state.get("normalizer") or state.get("pre_tokenizer"), ensure_ascii=False),
+        adds_space=not is_bytes
+        and _SPACE in json.dumps(state.get("normalizer") or state.get("pre_tokenizer"), ensure_ascii=False),
+        composes=state.get("normalizer") == {"type": "NFC"},
         template=tokenizer.chat_template,
     )
 

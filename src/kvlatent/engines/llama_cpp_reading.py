@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,11 @@ def _module() -> str:
 
 
 def read_logits(file: Path, input_ids: Tensor) -> Tensor:
-    """Logits [1, T, V] of a row [1, T]; or log-probabilities of its last positions."""
+    """Logits [1, T, V] of a row [1, T], shorter than the context; or log-probabilities of its last positions.
+
+    Raises:
+        RuntimeError: llama.cpp answers with an error.
+    """
     ids = input_ids[0].tolist()
     return (_logits if _module() == "llama_cpp" else _log_probabilities)(file, ids)[None]
 
@@ -54,9 +59,14 @@ def read_token_ids(file: Path, texts: list[str]) -> list[list[int]]:
 
 
 def _load(file: Path, length: int) -> Any:
-    import llama_cpp
+    llama_cpp: Any = import_module("llama_cpp")
 
-    plain: Any = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "n_gpu_layers": 0}
+    plain: Any = {
+        "type_k": llama_cpp.GGML_TYPE_F32,
+        "type_v": llama_cpp.GGML_TYPE_F32,
+        "n_gpu_layers": 0,
+        "n_threads": torch.get_num_threads(),
+    }
     return llama_cpp.Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, verbose=False, **plain)
 
 
@@ -67,7 +77,7 @@ def _logits(file: Path, ids: list[int]) -> Tensor:
 
 
 def _serve(file: Path, length: int) -> Any:
-    import xllamacpp
+    xllamacpp: Any = import_module("xllamacpp")  # compiled, without types
 
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
@@ -75,7 +85,12 @@ def _serve(file: Path, length: int) -> Any:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.verbosity = False, 0
-    return xllamacpp.Server(params)
+    # More threads than cores spin on each other.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+    # One that is closed before its loop has begun never ends.
+    server.handle_completions({"prompt": [0], "max_tokens": 1})
+    return server
 
 
 def _log_probabilities(file: Path, ids: list[int]) -> Tensor:
@@ -92,6 +107,8 @@ def _log_probabilities(file: Path, ids: list[int]) -> Tensor:
     for end in range(max(1, len(ids) - _SERVED_POSITIONS + 1), len(ids) + 1):
         answer = server.handle_completions({"prompt": ids[:end], **asked})
         answer = json.loads(answer) if isinstance(answer, str) else answer
+        if "choices" not in answer:
+            raise RuntimeError(f"llama.cpp answers {json.dumps(answer.get('error', answer))}")
         row = torch.full((len(tokens),), torch.nan)
         for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             row[one["id"]] = one["logprob"]

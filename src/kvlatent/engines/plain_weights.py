@@ -90,21 +90,29 @@ def recipe_of(engine: str, width: int) -> str:
 def context_of(config: Any, target: str, *, has_window: bool = True) -> tuple[int, tuple[str, ...]]:
     """Tokens for which a model with one table, and with or without sliding windows, is the same one; and why not more."""
     context, changes = config.max_position_embeddings, ()
-    switches = {table.switch for tables in latent_config_of(config).tables for table in tables if table.long}
+    switches = {
+        table.switch for tables in latent_config_of(config).tables for table in tables if table.switch
+    }
     if switches and (switch := min(switches)) < context:
         context = switch
-        changes = (f"the context is cut to {switch:,} tokens, where the model changes its rotary table, which {target} cannot",)
+        changes = (
+            f"the context is cut to {switch:,} tokens, where the model changes its rotary table, which {target} cannot",
+        )
     windows = {family_of(config).sliding_window(config, layer) for layer in range(config.num_hidden_layers)}
     window = min((w for w in windows if w is not None), default=context)
     if not has_window and window < context:
         context = window
-        changes = (f"the context is cut to {window:,} tokens, the model's sliding window, which {target} does not know",)
+        changes = (
+            f"the context is cut to {window:,} tokens, the model's sliding window, which {target} does not know",
+        )
     return context, changes
 
 
 def plain_weights(latent: Any, shape: PlainShape) -> dict[str, Tensor]:
     """State dict of the plain decoder, in the latent model's dtype, under Llama's names; norms of queries and keys under Qwen3's."""
-    state = {name: tensor.detach() for name, tensor in latent.state_dict().items() if ".self_attn." not in name}
+    state = {
+        name: tensor.detach() for name, tensor in latent.state_dict().items() if ".self_attn." not in name
+    }
     for name in [name for name in state if name.endswith("gate_up_proj.weight")]:
         gate, up = state.pop(name).chunk(2)
         state |= {name.replace("gate_up", "gate"): gate, name.replace("gate_up", "up"): up}
@@ -151,7 +159,9 @@ def _arranged(heads: Tensor, channels: Sequence[Sequence[int | None]]) -> Tensor
     new = heads.new_zeros(heads.shape[0], len(channels[0]), *heads.shape[2:])
     group = heads.shape[0] // len(channels)
     for head in range(heads.shape[0]):
-        places = [(slot, channel) for slot, channel in enumerate(channels[head // group]) if channel is not None]
+        places = [
+            (slot, channel) for slot, channel in enumerate(channels[head // group]) if channel is not None
+        ]
         slots, taken = zip(*places, strict=True)
         new[head, list(slots)] = heads[head, list(taken)]
     return new
@@ -188,13 +198,20 @@ def _unequal_sentence(config: Any, target: str, engine: str, width: int) -> str:
     return (
         f"{target} has one width for keys and values of all layers: got {' and '.join(said)}; convert with "
         f"{recipe_of(engine, min(even, width))}, or fill up with zeros to {width} by --pad, which caches {width} for both"
-        + (", or keep them apart by --experimental" if engine == "llama.cpp" and len(set(keys)) == len(set(values)) == 1 else "")
+        + (
+            ", or keep them apart by --experimental"
+            if engine == "llama.cpp" and len(set(keys)) == len(set(values)) == 1
+            else ""
+        )
     )
 
 
 def _padding_sentence(hf_config: Any, config: Any, width: int) -> str:
     heads, layers = hf_config.num_key_value_heads, hf_config.num_hidden_layers
-    own, original = config.cache_bytes_per_token(layers, heads, 1), 2 * config.original_head_dim * layers * heads
+    own, original = (
+        config.cache_bytes_per_token(layers, heads, 1),
+        2 * config.original_head_dim * layers * heads,
+    )
     padded = 2 * width * layers * heads
     return (
         f"widths are filled up with zeros to {width} for keys and values, so the cache takes {padded / original:.1%} of the "

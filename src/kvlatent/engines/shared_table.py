@@ -41,7 +41,9 @@ class SharedTable:
 
 def share_table(latent: LatentConfig, num_layers: int, slots: int) -> SharedTable | None:
     """One table of so many slots for a model, or None where its heads hold too many different frequencies for that."""
-    order = _frequencies(latent.tables_at(0)[0], latent.d_qk_at(0))  # so a model with one table keeps its rows
+    order = _frequencies(
+        latent.tables_at(0)[0], latent.d_qk_at(0)
+    )  # so a model with one table keeps its rows
     needed = Counter(order)
     for layer in range(num_layers):
         for table in latent.tables_at(layer):

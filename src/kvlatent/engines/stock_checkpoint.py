@@ -44,8 +44,23 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 _CARRIED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("hidden_act", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
+    *(
+        "hidden_act",
+        "initializer_range",
+        "rms_norm_eps",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    ),
     *("tie_word_embeddings", "attention_dropout", "mlp_bias"),
 )
 _ENGINE = "transformers-stock"
@@ -150,7 +165,10 @@ def _add_older_keys(path: Path) -> None:
 
 def _facts(latent: Any, shape: PlainShape, carrier: str, options: ExportOptions) -> dict[str, Any]:
     config, width = latent.config, shape.key_width
-    heads, size = config.num_key_value_heads * config.num_hidden_layers, getattr(torch, options.stored_dtype).itemsize
+    heads, size = (
+        config.num_key_value_heads * config.num_hidden_layers,
+        getattr(torch, options.stored_dtype).itemsize,
+    )
     engines = engines_for(width, width, "model", model_type=family_of(config).model_type)
     run_with = ["transformers chat DIR"]
     run_with += ["vllm serve DIR"] if "vllm" in engines else []

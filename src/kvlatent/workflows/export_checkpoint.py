@@ -7,6 +7,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
+from unicodedata import normalize
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.lineage import lineage
 from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.tokenizer_files import HARD_STRINGS, load_tokenizer
-from kvlatent.engines.export_options import ExportFacts, Exporter, ExportOptions
+from kvlatent.engines.export_options import Exporter, ExportFacts, ExportOptions
 from kvlatent.jobs.atomic import atomic_directory, prepare_output
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.progress import Progress, Report
@@ -35,6 +36,9 @@ TARGETS = {"stock": "stock_checkpoint", "gguf": "gguf_export"}
 EXPORT_RECORD = "export.json"
 _TAKEN = {"dtype": ("gguf",), "pad": ("stock", "gguf"), "experimental": ("gguf",)}
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
+_TEXTS = [
+    normalize("NFC", text) for text in HARD_STRINGS
+]  # which tokenizers may do first, and engines do not
 _CHECK_TOKENS = 128  # far enough that a wrong frequency shows, short enough for any context
 
 
@@ -112,7 +116,7 @@ def export(
         input_ids, ours = _our_logits(model, facts.get("context"))
         del model  # the process that reads back needs the memory
         report.report("read back")
-        theirs, token_ids = read_in_fresh_process(TARGETS[to], written, input_ids, HARD_STRINGS)
+        theirs, token_ids = read_in_fresh_process(TARGETS[to], written, input_ids, _TEXTS)
         check = _compare(to, theirs, ours, facts)
         if token_ids is not None:
             _compare_tokens(to, token_ids, folder, facts)
@@ -172,7 +176,9 @@ def _check_latent(source: str | Path) -> str:
 def _our_logits(model: PreTrainedModel, context: int | None) -> tuple[Tensor, Tensor]:
     """Random tokens [1, T], the same for every call and within the context, and our logits [1, T, V] for them."""
     config: Any = model.config
-    length = min(_CHECK_TOKENS, context or config.max_position_embeddings)
+    length = min(
+        _CHECK_TOKENS, (context or config.max_position_embeddings) - 1
+    )  # a server wants room for the next
     random = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (1, length), generator=random)
     return input_ids, model(input_ids, use_cache=False).logits.float()
@@ -213,7 +219,7 @@ def _compare(to: str, theirs: Tensor, ours: Tensor, facts: dict[str, Any]) -> di
 def _compare_tokens(to: str, theirs: list[list[int]], source: Path, facts: dict[str, Any]) -> None:
     """Raise `ValueError` unless the engine's own tokenizer makes the ids that the checkpoint's does, of hard strings."""
     tokenizer = load_tokenizer(source, load_config(str(source)))
-    for text, found in zip(HARD_STRINGS, theirs, strict=True):
+    for text, found in zip(_TEXTS, theirs, strict=True):
         wanted = tokenizer(text, verbose=False)["input_ids"]
         if wanted != found:
             raise ValueError(

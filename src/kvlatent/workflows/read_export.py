@@ -49,6 +49,7 @@ def read_in_fresh_process(
         # -P: nothing in the working directory takes the place of a library.
         done = subprocess.run(
             [sys.executable, "-P", "-m", __name__, module, str(export), place],
+            check=False,
             capture_output=True,
             text=True,
             errors="replace",
