@@ -36,6 +36,7 @@ CONVERSION = [
 FLAGS = {
     "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--seed", "--overwrite", "--dry-run", *SHARED],
     "convert": ["MODEL", "--out", *CONVERSION, "--data", "--overwrite", "--dry-run", *SHARED],
+    "export": ["DIR", "--to", "--out", "--dtype", "--pad", "--experimental", "--overwrite", "--json"],
     "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "plan": ["MODEL", *WIDTHS, "--kv-bytes", "--context", "--batch", "--kv-dtype", "--backend", "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--seed", "--overwrite", *SHARED],
@@ -51,9 +52,9 @@ FLAGS = {
 
 def test_public_names():
     assert set(kvlatent.__all__) >= {
-        "LatentConfig", "Recipe", "Statistics", "calibrate", "compress", "convert", "evaluate", "plan", "train",
+        "LatentConfig", "Recipe", "Statistics", "calibrate", "compress", "convert", "evaluate", "export", "plan", "train",
     }  # fmt: skip
-    assert len(kvlatent.__all__) <= 13
+    assert len(kvlatent.__all__) <= 14
     for name in kvlatent.__all__:
         assert getattr(kvlatent, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'shrink'"):
@@ -122,7 +123,7 @@ def test_public_functions_are_not_shadowed_by_their_modules():
 import importlib, pkgutil, kvlatent
 for module in pkgutil.walk_packages(kvlatent.__path__, "kvlatent."):
     importlib.import_module(module.name)
-print([name for name in ("calibrate", "compress", "convert", "evaluate", "plan", "train") if not callable(getattr(kvlatent, name))])
+print([name for name in ("calibrate", "compress", "convert", "evaluate", "export", "plan", "train") if not callable(getattr(kvlatent, name))])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

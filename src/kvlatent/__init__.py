@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvlatent.selection.calibrate import calibrate
     from kvlatent.selection.statistics import Statistics
     from kvlatent.workflows.compress_checkpoint import compress
+    from kvlatent.workflows.export_checkpoint import export
     from kvlatent.workflows.train_checkpoint import train
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "compress",
     "convert",
     "evaluate",
+    "export",
     "load_model",
     "plan",
     "save",
@@ -52,6 +54,7 @@ _LAZY = {
     "compress": "workflows.compress_checkpoint",
     "convert": "conversion.convert_model",
     "evaluate": "evaluation.standard",
+    "export": "workflows.export_checkpoint",
     "load_model": "checkpoints.load",
     "plan": "planning.width_plan",
     "save": "checkpoints.save",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import convert, inspect, measure, plan, train
+from . import convert, export, inspect, measure, plan, train
 
 app = typer.Typer(
     name="kvlatent",
@@ -17,6 +17,7 @@ app = typer.Typer(
 for name, function in {
     "compress": convert.compress,
     "convert": convert.convert,
+    "export": export.export,
     "calibrate": plan.calibrate,
     "plan": plan.plan,
     "train": train.train,
