@@ -15,12 +15,12 @@ def test_equal_widths_and_one_table_run_everywhere():
 def test_what_asymmetry_and_finer_tables_cost():
     assert engines_for(40, 24, "model") == ("transformers", "llama.cpp-step35", "openvino")
     assert engines_for(40, 24, "layer") == ("transformers", "openvino")
-    assert engines_for(40, 24, "head") == ("transformers",)
-    assert engines_for(36, 28, "model") == ("transformers",)
-    assert engines_for((40, 32), (24, 32), "model") == ("transformers",)
+    assert engines_for(40, 24, "head") == ("transformers", "openvino")
+    assert engines_for(36, 28, "model") == ("transformers", "openvino")
+    assert engines_for((40, 32), (24, 32), "model") == ("transformers", "openvino")
     assert engines_for((32, 32), (32, 32), "model") == engines_for(32, 32, "model")
     assert "vllm" not in engines_for(16, 16, "model") and "mlx" in engines_for(16, 16, "model")
-    assert engines_for(18, 7, "head") == ("transformers",)
+    assert engines_for(18, 7, "head") == ("transformers", "openvino")
 
 
 def test_families_that_cannot_carry_their_table():
@@ -39,12 +39,12 @@ def test_families_that_cannot_carry_their_table():
         (("zzz", 32, 32, "model"), r"unknown engine 'zzz'; choose one of"),
         (("vllm", 32, 32, "row"), "unknown table 'row'; choose one of head, layer, model"),
         (("vllm", 32, 32, "head"), "vllm takes one rotary table per model: got one per head; use --table model"),
-        (("openvino", 32, 32, "head"), "one rotary table per layer or model: got one per head; use --table layer"),
+        (("llama.cpp-step35", 40, 24, "layer"), "one rotary table per model: got one per layer; use --table model"),
         (("vllm", 40, 24, "model"), "vllm needs d_qk = d_vo: got d_qk=40, d_vo=24; try 32 for both"),
         (("mlx", 28, 28, "model"), "mlx needs widths that are multiples of 8: got d_qk=28; try 24"),
-        (("openvino", 40, 20, "model"), "openvino needs widths that are multiples of 8: got d_vo=20; try 16"),
+        (("llama.cpp-step35", 40, 20, "model"), "step35 needs widths that are multiples of 8: got d_vo=20; try 16"),
         (("vllm", 16, 16, "model"), "vllm needs widths of at least 32: got d_qk=16; try 32"),
-        (("openvino", (32, 40), (32, 24), "model"), "same widths in every layer: got 2 different d_qk and 2 "),
+        (("llama.cpp-step35", (32, 40), (32, 24), "model"), "same widths in every layer: got 2 different d_qk and 2 "),
     ],
 )  # fmt: skip
 def test_refusals(arguments, sentence):
