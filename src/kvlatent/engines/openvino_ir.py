@@ -105,7 +105,7 @@ def write_export(latent: Any, source: Path, out: Path, options: ExportOptions) -
         "versions": {name: version(name) for name in _PACKAGES},
         "weights": _dtype(options),
         "cache_bytes_per_token": int(cache["bytes_per_token"]),
-        "cache_dtype": _CACHE_DTYPE,
+        "cache_dtype": cache["cache_dtype"],
         "context": context,
         "k_head_size": _of_all(cache["k_head_sizes"]),
         "v_head_size": _of_all(cache["v_head_sizes"]),

@@ -27,7 +27,8 @@ def paged_cache(out: Path, cache_dtype: str | None = None) -> dict[str, Any]:
 
     Args:
         out: directory of the export.
-        cache_dtype: "f32", "f16" or "u8"; None: what the export asks for.
+        cache_dtype: "f32", "f16" or "u8"; None: what the export asks for. Where the processor has units for bfloat16 and no
+            precision is asked for, f16 becomes bf16.
 
     Returns:
         "k_head_sizes", "v_head_sizes" and "windows" (tokens, None for full attention) by layer, "cache_dtype", and
@@ -53,7 +54,7 @@ def paged_cache(out: Path, cache_dtype: str | None = None) -> dict[str, Any]:
         "k_head_sizes": sizes["k_head_size"],
         "v_head_sizes": sizes["v_head_size"],
         "windows": windows,
-        "cache_dtype": sorted({page.element_type.get_type_name() for page in pages}),
+        "cache_dtype": pages[0].element_type.get_type_name() if pages else None,
         "bytes_per_token": page_bytes / _BLOCK_TOKENS,
     }
 
