@@ -27,8 +27,7 @@ def paged_cache(out: Path, cache_dtype: str | None = None) -> dict[str, Any]:
 
     Args:
         out: directory of the export.
-        cache_dtype: "f32", "f16" or "u8"; None: what the export asks for. Where the processor has units for bfloat16 and no
-            precision is asked for, f16 becomes bf16.
+        cache_dtype: "f32", "f16" or "u8"; None: what the export asks for.
 
     Returns:
         "k_head_sizes", "v_head_sizes" and "windows" (tokens, None for full attention) by layer, "cache_dtype", and
@@ -42,9 +41,11 @@ def paged_cache(out: Path, cache_dtype: str | None = None) -> dict[str, Any]:
     sizes = {
         name: [layer.get_rt_info()[name].value for layer in layers] for name in ("k_head_size", "v_head_size")
     }
-    compiled = core.compile_model(
-        graph, "CPU", {} if cache_dtype is None else {"KV_CACHE_PRECISION": cache_dtype}
+    # Without the hint, processors with units for bfloat16 take it for computing, and then for the cache in place of f16.
+    asked = {"INFERENCE_PRECISION_HINT": "f32"} | (
+        {} if cache_dtype is None else {"KV_CACHE_PRECISION": cache_dtype}
     )
+    compiled = core.compile_model(graph, "CPU", asked)
     pages = [port for port in compiled.inputs if port.any_name.startswith(("key_cache.", "value_cache."))]
     page_bytes = sum(
         prod(size.get_length() for size in list(page.partial_shape)[1:]) * page.element_type.size
