@@ -281,7 +281,7 @@ def test_a_kv_dtype_with_a_share_of_the_cache(place):
         ({"batch": 0}, "--batch must be at least 1: got 0; try --batch 1"),
         ({"per_layer": True}, "--per-layer needs a text that tells layers apart: got none; give --data FILE or"),
         ({"engine": "vlm"}, "unknown engine 'vlm'; did you mean vllm"),
-        ({"engine": "openvino", "per_layer": True, "data": "text.txt"}, "openvino needs the same widths in every layer"),
+        ({"engine": "llama.cpp", "per_layer": True, "data": "text.txt"}, "llama.cpp needs the same widths in every layer"),
         ({"engine": "vllm", "table": "rows"}, "unknown table 'rows'"),
         ({"engine": "vllm", "kv_dtype": "q4_0"}, "engine vllm on cuda has no KV dtype 'q4_0'; choose one of bfloat16"),
         ({"engine": "vllm", "kv_dtype": "nvfp4"}, "a cache of engine vllm in nvfp4 takes widths 128, 256 and 512 .*: got no such width from 32 to 64; choose another"),
