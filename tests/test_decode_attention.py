@@ -27,20 +27,15 @@ MODULE = SimpleNamespace(training=False)
 
 
 def slow(query, key, value, seen, scaling):
-    """Oracle in float64: one sequence, one head, one position at a time."""
+    """Oracle in float64: one sequence and one head at a time, over the positions that are seen."""
     out = torch.zeros(*query.shape[:3], value.shape[-1], dtype=torch.float64)
-    query, key, value = (x.double() for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     for row in range(query.shape[0]):
-        positions = [s for s in range(key.shape[2]) if seen is None or seen[row, s]]
+        kept = torch.ones(key.shape[2], dtype=torch.bool) if seen is None else seen[row]
         for head in range(query.shape[1]):
-            scores = torch.stack(
-                [scaling * query[row, head, 0] @ key[row, head // groups, s] for s in positions]
-            )
-            shares = scores.exp() / scores.exp().sum()
-            out[row, head, 0] = sum(
-                w * value[row, head // groups, s] for w, s in zip(shares, positions, strict=True)
-            )
+            keys, values = (x[row, head // groups, kept].double() for x in (key, value))
+            shares = (scaling * keys @ query[row, head, 0].double()).exp()
+            out[row, head, 0] = shares @ values / shares.sum()
     return out
 
 
@@ -60,9 +55,9 @@ ways = pytest.mark.parametrize(
 
 @ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("length", [1, 7, 128, 300])
-@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 7, 8])
-@pytest.mark.parametrize("widths", [(64, 32), (24, 40), (16, 16), (7, 33), (96, 64)])
+@pytest.mark.parametrize("length", [1, 128, 300])
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("widths", [(64, 32), (24, 40), (7, 33), (16, 96)])
 def test_one_query_against_a_slow_oracle(attend, widths, groups, length, dtype):
     """Widths that are whole vectors and odd ones, groups that fill the registers and others, views with strides."""
     d_qk, d_vo = widths
@@ -253,10 +248,11 @@ def test_source_is_compiled_once_and_a_broken_one_says_where(tmp_path):
     with pytest.raises(NoNativeCode, match="does not compile twice.cpp: .*error"):
         load_native(source, tmp_path / "kept")
     assert [kept] == list((tmp_path / "kept").iterdir())
-    kept.write_bytes(b"not a library")
     source.write_text('extern "C" int twice(int x) { return 2 * x; }')
+    (tmp_path / "spoilt").mkdir()
+    (tmp_path / "spoilt" / kept.name).write_bytes(b"not a library")
     with pytest.raises(NoNativeCode, match="cannot be compiled or loaded"):
-        load_native(source, tmp_path / "kept")
+        load_native(source, tmp_path / "spoilt")
 
 
 @needs_compiler
