@@ -39,7 +39,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--widths", nargs="+", default=["128/128", "64/64", "32/32", "64/96"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"]
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["kernel", "products"])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--key-value-heads", type=int, default=8)

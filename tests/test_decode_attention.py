@@ -220,7 +220,9 @@ def test_what_a_compiler_or_another_device_sees_is_torchs():
 
 def test_without_a_compiler_the_products_take_over_with_a_warning(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(NoNativeCode, match="no C\\+\\+ compiler is on the PATH .* install one, such as g\\+\\+"):
+    with pytest.raises(
+        NoNativeCode, match="no C\\+\\+ compiler is on the PATH .* install one, such as g\\+\\+"
+    ):
         load_native(tmp_path / "any.cpp", tmp_path)
     fresh = copy.copy(cpu_decode.kernel.__wrapped__)
     monkeypatch.setattr(cpu_decode, "kernel", fresh)

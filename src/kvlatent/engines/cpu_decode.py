@@ -37,6 +37,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("heads", "group", "length", "d_qk", "d_vo")),
         *((name, ctypes.c_int64 * 3) for name in ("key_strides", "value_strides")),
         ("mask_stride", ctypes.c_int64),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -80,7 +81,7 @@ def _attend(
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     mask = _seen(attention_mask, key.shape[2])
     fits = mask is not None or attention_mask is None
-    if not fits or needs_gradient or dropout > 0 or not _readable(key, value) or kernel() is None:
+    if not fits or needs_gradient or dropout > 0 or not _readable(query, key, value) or kernel() is None:
         return grouped_attention(module, query, key, value, attention_mask, **options)
     return decode_attention(query, key, value, mask, scaling).transpose(1, 2), None
 
@@ -92,9 +93,10 @@ def _seen(mask: Tensor | None, length: int) -> Tensor | None:
     return mask[:, 0, 0, :length]
 
 
-def _readable(key: Tensor, value: Tensor) -> bool:
+def _readable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel can read the cache where it lies."""
-    return key.dtype in _TYPES and value.dtype == key.dtype and key.stride(-1) == value.stride(-1) == 1
+    same_type = query.dtype == key.dtype == value.dtype
+    return key.dtype in _TYPES and same_type and key.stride(-1) == value.stride(-1) == 1
 
 
 def decode_attention(
@@ -103,7 +105,7 @@ def decode_attention(
     """Attention of one query by the compiled kernel; float32 inside, whatever the type of the cache.
 
     Args:
-        query: [B, N, 1, d_qk].
+        query: [B, N, 1, d_qk], of the cache's type.
         key: [B, K, S, d_qk], float32 or bfloat16, rows contiguous.
         value: [B, K, S, d_vo], of the same type.
         seen: [B or 1, S], true where a position is seen; None for all.
@@ -114,18 +116,19 @@ def decode_attention(
     """
     batch, heads, _, d_qk = query.shape
     length, d_vo = key.shape[2], value.shape[-1]
-    scaled = (query.float() * (d_qk**-0.5 if scaling is None else scaling)).contiguous()
+    asked = query.float().contiguous()
     out = torch.empty(batch, heads, 1, d_vo)
     if seen is not None:
         seen = seen.expand(batch, -1).contiguous()
     call = _Call(
-        *(tensor.data_ptr() for tensor in (scaled, key, value)),
+        *(tensor.data_ptr() for tensor in (asked, key, value)),
         None if seen is None else seen.data_ptr(),
         out.data_ptr(),
         *(key.shape[1], heads // key.shape[1], length, d_qk, d_vo),
         (ctypes.c_int64 * 3)(*key.stride()[:3]),
         (ctypes.c_int64 * 3)(*value.stride()[:3]),
         length,
+        d_qk**-0.5 if scaling is None else scaling,
     )
     function = kernel()
     assert function is not None, "asked before the call"

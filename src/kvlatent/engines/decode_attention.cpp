@@ -10,10 +10,15 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int LANES = 16, BLOCK = 128, TILE = 4, AHEAD = 32;  // tokens a block; vectors of a value row that are summed together
+// Tokens a block; vectors of a value row that are summed together; tokens by which rows are fetched before they are read:
+// a block's worth, since keys and values take turns and the processor follows neither by itself.
+constexpr int LANES = 16, BLOCK = 64, TILE = 4, AHEAD = 64;
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -31,6 +36,11 @@ inline float widen(uint16_t bfloat16) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+inline uint16_t narrow(float bfloat16) {
+    uint32_t bits;
+    std::memcpy(&bits, &bfloat16, 4);
+    return bits >> 16;
 }
 template <typename T>
 constexpr bool starts_line(int column) {
@@ -102,6 +112,35 @@ void score_block(const float* query, const T* keys, int64_t row, int tokens, int
     }
 }
 
+#ifdef __AVX512BF16__
+constexpr bool MULTIPLIES_PAIRS = true;
+
+// The same in the processor's own products of bfloat16 pairs, summed in float32; width in whole 64 bytes.
+template <typename T, int HEADS>
+void score_block(const uint16_t* query, const T* keys, int64_t row, int tokens, int width, float* scores) {
+    constexpr int ROWS = LANES / HEADS;
+    auto pairs = [](const uint16_t* from) { return (__m512bh)_mm512_loadu_si512(from); };
+    for (int token = 0; token < tokens; token += ROWS) {
+        vec sums[LANES] = {};
+        const T* key[ROWS];
+        UNROLL for (int at = 0; at < ROWS; at++) key[at] = keys + std::min(token + at, tokens - 1) * row;
+        for (int i = 0; i < width; i += 2 * LANES) {
+            UNROLL for (int at = 0; at < ROWS; at++) {
+                __m512bh k = pairs(key[at] + i);
+                __builtin_prefetch(key[at] + i + AHEAD * row);
+                UNROLL for (int head = 0; head < HEADS; head++) {
+                    vec& sum = sums[at * HEADS + head];
+                    sum = (vec)_mm512_dpbf16_ps((__m512)sum, pairs(query + head * width + i), k);
+                }
+            }
+        }
+        *(vec*)(scores + token * HEADS) = sums_of(sums);
+    }
+}
+#else
+constexpr bool MULTIPLIES_PAIRS = false;
+#endif
+
 template <typename T, int HEADS, int VECTORS>
 void add_values(const float* weights, const T* values, int64_t row, int tokens, float* out, int width) {
     vec sums[HEADS][VECTORS];
@@ -117,17 +156,18 @@ void add_values(const float* weights, const T* values, int64_t row, int tokens, 
         for (int i = 0; i < VECTORS; i++) *(vec*)(out + head * width + i * LANES) = sums[head][i];
 }
 
-template <typename K, typename V, int HEADS>
-void attend_block(const float* query, const K* keys, int64_t key_row, int d_qk, const V* values, int64_t value_row,
+template <typename Q, typename K, typename V, int HEADS>
+void attend_block(const Q* query, float scale, const K* keys, int64_t key_row, int d_qk, const V* values, int64_t value_row,
                   int d_vo, int tokens, const uint8_t* mask, vec& largest, vec& weight, float* out) {
     alignas(64) float scores[BLOCK * HEADS];
     score_block<K, HEADS>(query, keys, key_row, tokens, d_qk, scores);
-    for (int i = tokens * HEADS; i < (tokens * HEADS + LANES - 1) / LANES * LANES; i++) scores[i] = LOWEST;
+    int vectors = (tokens * HEADS + LANES - 1) / LANES;
+    for (int i = 0; i < vectors; i++) *(vec*)(scores + i * LANES) *= scale;
+    for (int i = tokens * HEADS; i < vectors * LANES; i++) scores[i] = LOWEST;
     if (mask)
         for (int token = 0; token < tokens; token++)
             if (!mask[token])
                 for (int head = 0; head < HEADS; head++) scores[token * HEADS + head] = LOWEST;
-    int vectors = (tokens * HEADS + LANES - 1) / LANES;
     vec most = largest;
     for (int i = 0; i < vectors; i++) most = larger(most, load(scores + i * LANES));
     most = larger(most, SWAP(most, 8));  // until every lane of a head has that head's largest
@@ -164,32 +204,32 @@ struct Heads {
 };
 
 struct Call {
-    const float* query;   // [B, K, G, d_qk], scaled
+    const float* query;   // [B, K, G, d_qk], numbers of the cache's type
     const char *keys, *values;  // [B, K, S, width], rows contiguous
     const uint8_t* mask;  // [B, S] or null
     float* out;           // [B, K, G, d_vo]
     int64_t heads, group, length, d_qk, d_vo, key_strides[3], value_strides[3], mask_stride;
+    float scale;
 };
 
 inline int64_t whole(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
 // Rows of whole vectors: those of the cache where the width allows it, else a copy filled up with zeros.
 template <typename T>
-const float* filled_up(const T* from, int64_t row, int tokens, int64_t width, float* to) {
+void fill_up(const T* from, int64_t row, int tokens, int64_t width, float* to) {
     for (int token = 0; token < tokens; token++)
         for (int64_t i = 0; i < width; i++) to[token * whole(width) + i] = widen(from[token * row + i]);
-    return to;
 }
 
-template <typename K, typename V>
-void attend_heads(Heads& heads, const float* query, const K* keys, int64_t key_row, int d_qk, const V* values,
+template <typename Q, typename K, typename V>
+void attend_heads(Heads& heads, const Q* query, float scale, const K* keys, int64_t key_row, int d_qk, const V* values,
                   int64_t value_row, int d_vo, int tokens, const uint8_t* mask, float* out) {
     query += heads.first * d_qk;
     out += heads.first * d_vo;
-    auto attend = heads.lanes == 4   ? attend_block<K, V, 4>
-                  : heads.lanes == 2 ? attend_block<K, V, 2>
-                                     : attend_block<K, V, 1>;
-    attend(query, keys, key_row, d_qk, values, value_row, d_vo, tokens, mask, heads.largest, heads.weight, out);
+    auto attend = heads.lanes == 4   ? attend_block<Q, K, V, 4>
+                  : heads.lanes == 2 ? attend_block<Q, K, V, 2>
+                                     : attend_block<Q, K, V, 1>;
+    attend(query, scale, keys, key_row, d_qk, values, value_row, d_vo, tokens, mask, heads.largest, heads.weight, out);
 }
 
 // Positions from `begin` to `end` of one key-value head. Leaves G x (largest, weight, weighted sum [d_vo]) in `part`.
@@ -199,6 +239,9 @@ void attend_span(const Call& call, int64_t batch, int64_t head, int64_t begin, i
     std::vector<float> query(slots * d_qk), out(slots * d_vo), key_copy, value_copy;
     const float* asked = call.query + (batch * call.heads + head) * call.group * call.d_qk;
     for (int64_t g = 0; g < call.group; g++) std::copy_n(asked + g * call.d_qk, call.d_qk, &query[g * d_qk]);
+    std::vector<uint16_t> pairs;  // the query as it came, where it and the keys are bfloat16
+    if (MULTIPLIES_PAIRS && sizeof(T) == 2 && call.d_qk % (2 * LANES) == 0)
+        for (float q : query) pairs.push_back(narrow(q));
     if (d_qk != call.d_qk) key_copy.resize(BLOCK * d_qk);
     if (d_vo != call.d_vo) value_copy.resize(BLOCK * d_vo);
     std::vector<Heads> runs;
@@ -214,17 +257,24 @@ void attend_span(const Call& call, int64_t batch, int64_t head, int64_t begin, i
         const T* value = values + at * call.value_strides[2];
         const uint8_t* mask = call.mask ? call.mask + batch * call.mask_stride + at : nullptr;
         if (mask && !std::memchr(mask, 1, tokens)) continue;
-        const float* k = key_copy.empty() ? nullptr
-                                          : filled_up(key, call.key_strides[2], tokens, call.d_qk, key_copy.data());
-        const float* v = value_copy.empty()
-                             ? nullptr
-                             : filled_up(value, call.value_strides[2], tokens, call.d_vo, value_copy.data());
+        if (!key_copy.empty()) fill_up(key, call.key_strides[2], tokens, call.d_qk, key_copy.data());
+        if (!value_copy.empty()) fill_up(value, call.value_strides[2], tokens, call.d_vo, value_copy.data());
         for (Heads& run : runs) {
-            float *q = query.data(), *o = out.data();
-            if (k && v) attend_heads(run, q, k, d_qk, d_qk, v, d_vo, d_vo, tokens, mask, o);
-            else if (k) attend_heads(run, q, k, d_qk, d_qk, value, call.value_strides[2], d_vo, tokens, mask, o);
-            else if (v) attend_heads(run, q, key, call.key_strides[2], d_qk, v, d_vo, d_vo, tokens, mask, o);
-            else attend_heads(run, q, key, call.key_strides[2], d_qk, value, call.value_strides[2], d_vo, tokens, mask, o);
+            auto attend = [&](const auto* q, const auto* k, int64_t row) {
+                if (value_copy.empty())
+                    attend_heads(run, q, call.scale, k, row, d_qk, value, call.value_strides[2], d_vo, tokens, mask,
+                                 out.data());
+                else
+                    attend_heads(run, q, call.scale, k, row, d_qk, value_copy.data(), d_vo, d_vo, tokens, mask,
+                                 out.data());
+            };
+            if constexpr (MULTIPLIES_PAIRS && sizeof(T) == 2)
+                if (!pairs.empty()) {
+                    attend((const uint16_t*)pairs.data(), key, call.key_strides[2]);
+                    continue;
+                }
+            if (key_copy.empty()) attend((const float*)query.data(), key, call.key_strides[2]);
+            else attend((const float*)query.data(), (const float*)key_copy.data(), d_qk);
         }
     }
     for (const Heads& run : runs)

@@ -148,7 +148,9 @@ def measure_decode_attention(
         shapes = ((heads, 1, d_qk), (key_value_heads, context, d_qk), (key_value_heads, context, d_vo))
         size = batch * key_value_heads * context * (d_qk + d_vo) * getattr(torch, dtype).itemsize
         layers = [
-            tuple(torch.randn(batch, *shape, generator=generator).to(getattr(torch, dtype)) for shape in shapes)
+            tuple(
+                torch.randn(batch, *shape, generator=generator).to(getattr(torch, dtype)) for shape in shapes
+            )
             for _ in range(max(1, -(-_COLD_BYTES // size)))
         ]
         sizes[d_qk, d_vo] = size
