@@ -1,6 +1,7 @@
 """A cache that grows in place gives what upstream's gives, writes only what is new, and keeps out of what it must not touch."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_a_token_is_written_into_room_that_is_there(window):
         for at in range(1, 400):
             keys, _ = update(cache, 1, at, grows=True)
             places.append(keys.untyped_storage().data_ptr())
-    moves = sum(a != b for a, b in zip(places, places[1:], strict=False))
+    moves = sum(a != b for a, b in itertools.pairwise(places))
     assert moves <= (7 if window is None else 13)  # an eighth of 400 and more; 32 beside a window of 5
     room = cache.layers[0]._rooms[0]
     assert room.shape[2] <= max(33, keys.shape[2]) * 9 // 8 + 33

@@ -1,7 +1,7 @@
 """The attention implementation "kvlatent": torch's, and for one token on a CPU a kernel that reads the cache once.
 
 `model.set_attn_implementation("kvlatent")` works for latent models and for their originals. The kernel
-(`decode_attention.cpp`) is compiled at first use; where there is no compiler a warning says so and the grouped products
+(`cpu_decode.cpp`) is compiled at first use; where there is no compiler a warning says so and the grouped products
 of `model/grouped_attention` take its place.
 
 Shapes: B batch, S cached positions, N query heads, K key-value heads.
@@ -25,7 +25,7 @@ from kvlatent.model.grouped_attention import adds_one_token, grouped_attention
 __all__ = ["IMPLEMENTATION", "decode_attention", "kernel", "register_cpu_decode"]
 
 IMPLEMENTATION = "kvlatent"
-_KERNEL = Path(__file__).with_name("decode_attention.cpp")
+_KERNEL = Path(__file__).with_name("cpu_decode.cpp")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 

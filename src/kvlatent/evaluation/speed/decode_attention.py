@@ -244,8 +244,10 @@ def write_lines(rows: Sequence[WriteRow]) -> list[str]:
 def decode_lines(rows: Sequence[DecodeRow]) -> list[str]:
     """A table of rows; the two last columns are what is asked of them: 1.15 and 1.5 at most."""
     lines = [
-        f"{'batch':>5} {'context':>8} {'type':>9} {'widths':>8} {'way':>9} {'MB':>7} {'ms':>9} {'read ms':>8} {'GB/s':>6} "
-        f"{'time':>6} {'bytes':>6} {'time/bytes':>10} {'of read':>8}"
+        (
+            f"{'batch':>5} {'context':>8} {'type':>9} {'widths':>8} {'way':>9} {'MB':>7} {'ms':>9} {'read ms':>8} {'GB/s':>6} "
+            f"{'time':>6} {'bytes':>6} {'time/bytes':>10} {'of read':>8}"
+        )
     ]
     for row in rows:
         one = asdict(row)

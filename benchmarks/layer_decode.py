@@ -1,6 +1,6 @@
 """One layer's attention when a token is added, on a CPU: narrow widths against the first, and against a plain read.
 
-    OMP_NUM_THREADS=2 python benchmarks/decode_attention.py --out benchmarks/results/decode_attention.json
+    OMP_NUM_THREADS=2 python benchmarks/layer_decode.py --out benchmarks/results/decode_attention.json
 
 Defaults are Llama-3-8B's heads at 8k and 32k tokens, batch 1 and 8, in both types. `--ways kernel products sdpa` adds what
 transformers does, which takes seconds a call at 32k: give it few --repeats and short --contexts. Nothing else may run.
@@ -53,7 +53,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def command(args: argparse.Namespace) -> str:
     """A command that repeats the run, the results file by its last name."""
-    words = ["python", "benchmarks/decode_attention.py"]
+    words = ["python", "benchmarks/layer_decode.py"]
     for name, value in vars(args).items():
         if value is not None:
             values = value if isinstance(value, list) else [value]
