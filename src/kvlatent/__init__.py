@@ -1,7 +1,7 @@
 """kvlatent: shrink the KV cache of a pretrained RoPE decoder by narrowing keys and values inside every head.
 
 Importing the package registers the latent model classes with transformers' `Auto*` classes, so that
-`AutoModelForCausalLM.from_pretrained(DIR)` loads a converted checkpoint. What stands in the packages, from
+`AutoModelForCausalLM.from_pretrained(DIR)` loads a converted checkpoint, and the attention implementation "kvlatent". What stands in the packages, from
 the ground up: `jobs`, `model`, `checkpoints` and `text`, `selection` and `engines`, `planning`, `conversion`, `training` and
 `evaluation`, `workflows` (docs/architecture.md); docs/walkthrough.md follows one width through them.
 """
@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvlatent.checkpoints.load import register
+from kvlatent.engines.cpu_decode import register_cpu_decode
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.table import RotaryTable
 
@@ -69,3 +70,4 @@ def __getattr__(name: str) -> Any:
 
 
 register()
+register_cpu_decode()

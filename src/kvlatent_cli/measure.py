@@ -77,7 +77,7 @@ SPEED = (
     Option("new_tokens", "Tokens added to a prompt; 16 by default.", "N", int),
     Option("repeats", "Timed rounds, 3 or more; 5 by default.", "N", int),
     MEMORY,
-    Option("attention", "Attention kernel.", "eager|sdpa|flex_attention|flash_attention_2"),
+    Option("attention", "Attention kernel.", "eager|sdpa|flex_attention|flash_attention_2|kvlatent"),
     switch("compile", "Compile the step that adds a token."),
 )
 

@@ -18,7 +18,7 @@ __all__ = ["MODULE_NAME", "NEEDS", "remote_code"]
 MODULE_NAME = "modeling_kv_latent"
 _MODULES = (
     *("widths", "table", "config", "families", "rotary"),
-    *("projection", "kernel_width", "attention", "classes"),
+    *("projection", "kernel_width", "grouped_attention", "growing_cache", "attention", "classes"),
 )
 """Of `kvlatent.model`, in import order."""
 # The first release with `AttentionInterface.get_interface`; loads and generates alike up to 5.24.

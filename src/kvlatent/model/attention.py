@@ -2,7 +2,8 @@
 
 `LatentAttention` replaces an upstream attention module instance by instance and speaks upstream's contracts: the
 attention interface, the cache (which stores d_qk and d_vo unpadded), the masks. One class serves all families; at
-full width it does upstream's arithmetic in upstream's order, so the result is bit-identical.
+full width it does upstream's arithmetic in upstream's order, so the result is bit-identical. Narrower, and for one
+token on a CPU, it has an attention of its own in place of sdpa's.
 
 Shapes: B batch, T query positions, S cached positions, D model width, N query heads, K key-value heads.
 """
@@ -18,6 +19,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import family_of
+from kvlatent.model.grouped_attention import adds_one_token, grouped_attention
+from kvlatent.model.growing_cache import grow_in_place
 from kvlatent.model.kernel_width import kernel_width, refuse_flex_training
 from kvlatent.model.projection import Projections
 from kvlatent.model.rotary import LatentRotary, apply_rotary
@@ -44,6 +47,7 @@ class LatentAttention(Projections):
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.head_dim = self.d_qk
         self.scaling = self.d_qk**-0.5
+        self.is_narrow = (self.d_qk, self.d_vo) != (latent.original_head_dim,) * 2
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.sliding_window = family_of(config).sliding_window(config, layer_idx)
@@ -68,6 +72,7 @@ class LatentAttention(Projections):
         assert position_embeddings is not None, "the decoder shares one table"
         query, key = (apply_rotary(x, *position_embeddings) for x in (query, key))
         if past_key_values is not None:
+            grow_in_place(past_key_values, self.layer_idx, key)
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         refuse_flex_training(self.config, query)
@@ -75,9 +80,10 @@ class LatentAttention(Projections):
         width = kernel_width(self.config, self.d_qk, self.d_vo, query, is_paged=is_paged)
         if width is not None:
             query, key, value = (pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation == "sdpa" and self.is_narrow and adds_one_token(query) and not is_paged:
+            attend = grouped_attention
         output, weights = attend(
             self,
             query,

@@ -26,7 +26,7 @@ def kernel_width(config: Any, d_qk: int, d_vo: int, query: Tensor, *, is_paged: 
     if d_qk == d_vo:
         return None
     implementation = config._attn_implementation
-    on_cpu = implementation == "sdpa" and query.device.type == "cpu" and query.shape[2] > 1
+    on_cpu = implementation in ("sdpa", "kvlatent") and query.device.type == "cpu" and query.shape[2] > 1
     return max(d_qk, d_vo) if on_cpu or "flash" in implementation else None
 
 

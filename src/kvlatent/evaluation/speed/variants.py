@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvlatent.engines.cpu_decode import IMPLEMENTATION
 from kvlatent.evaluation.speed.caches import make_cache
 from kvlatent.evaluation.speed.memory import held_bytes, memory_rise, token_bytes, weight_bytes
 
@@ -36,7 +37,7 @@ __all__ = [
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
-ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", IMPLEMENTATION)
 UNTIMED = 2
 """Runs before the timed ones: a warm-up, and one whose memory is measured."""
 
