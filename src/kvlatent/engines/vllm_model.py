@@ -11,15 +11,17 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvlatent.checkpoints.self_check import SELF_CHECK, SelfCheck
-from kvlatent.engines.vllm_plugin import check_version, describe_cache
+from kvlatent.engines import vllm_diffkv
+from kvlatent.engines.vllm_plugin import check_version, current_device, describe_cache
 from kvlatent.engines.vllm_prompt import attention_layers, compare, read_self_check
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.projection import KeptChannels
 from kvlatent.model.rotary import LatentRotary
 
-__all__ = ["LatentBackend", "check_settings", "latent_model_class"]
+__all__ = ["LatentBackend", "check_settings", "latent_model_class", "wants_diffkv"]
 
 _log = logging.getLogger("vllm.kvlatent")
 """Under vLLM's own logger, which has the handlers."""
@@ -54,6 +56,12 @@ def check_settings(vllm_config: Any) -> None:
         )
 
 
+def wants_diffkv(vllm_config: Any) -> bool:
+    """Whether the user asked for the backend that keeps keys and values at their own widths."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == vllm_diffkv.BACKEND
+
+
 class LatentBackend:
     """What a latent checkpoint adds to vLLM's Transformers backend, the class behind this one in the order of bases.
 
@@ -63,9 +71,7 @@ class LatentBackend:
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        from vllm.platforms import current_platform
-
-        note = check_version(current_platform.device_type)
+        note = check_version(current_device())
         if note is not None:
             _log.warning(note)
         check_settings(vllm_config)
@@ -76,9 +82,15 @@ class LatentBackend:
         self._unbound = attention_layers(self)
         for layer in self._unbound:
             layer.on_bound = self._layer_is_bound
-        size = self._unbound[0].kv_cache_torch_dtype.itemsize
-        widths = [layer.head_size for layer in self._unbound]
         config = model.hf_config
+        if wants_diffkv(vllm_config):
+            ALL_ATTENTION_FUNCTIONS.register(vllm_diffkv.INTERFACE, vllm_diffkv.attend)
+            config._attn_implementation = vllm_diffkv.INTERFACE
+            _log.warning(
+                f"{vllm_diffkv.BACKEND} was never run with kvlatent: the self-check at start decides"
+            )
+        size = self._unbound[0].kv_cache_torch_dtype.itemsize
+        widths = [(layer.head_size, layer.head_size_v) for layer in self._unbound]
         _log.info(describe_cache(latent_config_of(config), widths, config.num_key_value_heads, size))
         if self_check is None:
             _log.warning(
@@ -86,7 +98,22 @@ class LatentBackend:
             )
 
     def _get_attn_cls(self) -> Any:
-        return _reporting(super()._get_attn_cls())  # ty: ignore[missing-attribute]
+        """What builds a layer's attention from vLLM's arguments."""
+        attention = _reporting(super()._get_attn_cls())  # ty: ignore[missing-attribute]
+        vllm_config = self.vllm_config  # ty: ignore[missing-attribute]
+        if not wants_diffkv(vllm_config):
+            return attention
+        config = vllm_config.model_config.hf_config
+        latent = latent_config_of(config)
+        vllm_diffkv.check_diffkv(latent, config.num_hidden_layers, current_device())
+        backend = vllm_config.attention_config.backend.get_class()
+        backend.set_head_size_v(latent.max_d_vo)
+
+        def build(**arguments: Any) -> Any:
+            widths = vllm_diffkv.layer_arguments(latent, arguments["prefix"])
+            return attention(**{**arguments, **widths}, attn_backend=backend)
+
+        return build
 
     def process_weights_after_loading(self) -> None:
         """Put tables and indices on the device before vLLM compiles: they are made at first use."""

@@ -19,7 +19,15 @@ from kvlatent.model.classes import latent_classes, latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import FAMILIES, LATENT_PREFIX
 
-__all__ = ["TESTED", "UNTESTED_VARIABLE", "cache_widths", "check_version", "register_vllm"]
+__all__ = [
+    "TESTED",
+    "UNTESTED_VARIABLE",
+    "cache_widths",
+    "check_version",
+    "current_device",
+    "describe_cache",
+    "register_vllm",
+]
 
 TESTED = {"0.32.0": ("cpu",)}
 """Versions of vLLM that the tests ran with, and on what."""
@@ -69,6 +77,13 @@ def _convertor(base: Any) -> type:
             return layers
 
     return LatentArchConfigConvertor
+
+
+def current_device() -> str:
+    """vLLM's name for what it runs on: "cpu", "cuda", ..."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
 
 
 def check_version(device: str) -> str | None:
@@ -123,18 +138,23 @@ def _cache_width(width: int, device: str) -> int:
 
 
 def describe_cache(
-    latent: LatentConfig, widths: Sequence[int], num_key_value_heads: int, element_size: int
+    latent: LatentConfig, widths: Sequence[tuple[int, int]], num_key_value_heads: int, element_size: int
 ) -> str:
-    """A sentence for the log: bytes a token in vLLM's cache, and what the padding among them costs."""
+    """A sentence for the log: bytes a token in vLLM's cache, and what the padding among them costs.
+
+    Args:
+        widths: of keys and of values in each layer's cache.
+    """
     layers = len(widths)
-    cached = sum(2 * width for width in widths) * num_key_value_heads * element_size
+    cached = sum(map(sum, widths)) * num_key_value_heads * element_size
     needed = latent.cache_bytes_per_token(layers, num_key_value_heads, element_size)
     if cached == needed:
         return f"the cache holds {cached:,} bytes a token, nothing is padded"
-    padded = [layer for layer, width in enumerate(widths) if latent.widths_at(layer) != (width, width)]
+    padded = [layer for layer in range(layers) if latent.widths_at(layer) != widths[layer]]
     first = padded[0]
-    d_qk, d_vo = latent.widths_at(first)
+    (d_qk, d_vo), (keys, values) = latent.widths_at(first), widths[first]
     return (
-        f"the cache is padded in {len(padded)} of {layers} layers, since vLLM keeps keys and values at one width: {cached:,} "
-        f"bytes a token where {needed:,} would do (layer {first}: keys of {d_qk} and values of {d_vo} at {widths[first]} each)"
+        f"the cache is padded in {len(padded)} of {layers} layers, since vLLM's kernels take one width for keys and values: "
+        f"{cached:,} bytes a token where {needed:,} would do (layer {first}: keys of {d_qk} at {keys}, values of {d_vo} at "
+        f"{values})"
     )
