@@ -1,5 +1,6 @@
 """The vLLM plugin without vLLM: registration, versions, widths of the cache, and padding against the unpadded path."""
 
+import subprocess
 import sys
 import tomllib
 from importlib import import_module
@@ -414,3 +415,17 @@ def test_tables_and_indices_are_made_before_vllm_compiles(monkeypatch):
     assert (
         len([m for m in made if m._on_device]) == 3 + 2
     )  # layer 1 is at full width, the decoder has no table
+
+
+def test_the_plugin_imports_nothing_that_vllm_does_not_bring():
+    """It is installed without the package's dependencies, beside an older transformers."""
+    code = """
+import subprocess
+import sys
+import kvlatent.engines.vllm_plugin, kvlatent.engines.vllm_model
+from kvlatent.model.classes import latent_classes
+latent_classes("llama")
+print(*{name.partition(".")[0] for name in sys.modules} & {"datasets", "gguf", "jaxtyping", "peft", "typer"})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
