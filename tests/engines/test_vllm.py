@@ -43,7 +43,6 @@ SERVED = {
 REFUSED = {
     "a number changed": "log-probabilities differ by 0.01, allowed are 0.002 in float32; it is not served",
     "a file cut short": "self_check.json is damaged, not JSON",
-    "two devices": "a latent checkpoint runs on one device of vLLM: got tensor_parallel_size=2",
     "beyond the first table": "got max_model_len=40; pass --max-model-len 32",
 }
 
@@ -80,7 +79,6 @@ def served(tmp_path_factory):
         if case in ("a number changed", "a file cut short"):
             damage(place / SELF_CHECK, case)
     (folder / "no-vector" / SELF_CHECK).unlink()
-    requests["two devices"]["options"] = {"tensor_parallel_size": 2, "distributed_executor_backend": "uni"}
     requests["beyond the first table"]["options"] = {"max_model_len": 40}
     (folder / "requests.json").write_text(json.dumps(list(requests.values())))
     done = subprocess.run(
@@ -130,15 +128,16 @@ def test_log_probabilities_tokens_and_bytes(case, served):
     heads = latent.config.num_key_value_heads
     padded = 2 * sum(cache_widths(config, 3, "cpu")) * heads * FP32_BYTES
     needed = config.cache_bytes_per_token(3, heads, FP32_BYTES)
-    assert cache["allocated_bytes"] == cache["num_blocks"] * sum(cache["page_bytes"])
+    # Of layers with and without windows, pages of several groups lie in the same blocks.
+    groups = len(cache["page_bytes"])
+    assert cache["allocated_bytes"] * groups == cache["num_blocks"] * sum(cache["page_bytes"])
     if case == "equal in each layer":
         assert cache["specs"] == ["UniformTypeKVCacheSpecs"] and padded == needed
         assert bytes_per_token(cache) == needed
         assert f"the cache holds {needed:,} bytes a token, nothing is padded" in log
     else:
         assert f"{padded:,} bytes a token where {needed:,} would do" in log
-        if case != "windows by layer type":  # their pages lie over each other
-            assert bytes_per_token(cache) == padded
+        assert bytes_per_token(cache) == padded
 
 
 def test_without_a_vector_it_is_served_and_said(served):
