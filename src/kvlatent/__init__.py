@@ -9,7 +9,7 @@ the ground up: `jobs`, `model`, `checkpoints` and `text`, `selection` and `engin
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvlatent.checkpoints.load import register
+from kvlatent.checkpoints.registration import register
 from kvlatent.engines.cpu_decode import register_cpu_decode
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.table import RotaryTable

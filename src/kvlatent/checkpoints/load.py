@@ -1,6 +1,6 @@
-"""Where checkpoints come from and go to: registration with transformers, loading, atomic saving.
+"""Where checkpoints come from: loading with its checks.
 
-safetensors, or a GGUF file dequantised. What is written appears whole or not at all (see `output`).
+safetensors, or a GGUF file dequantised.
 """
 
 from __future__ import annotations
@@ -12,30 +12,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from kvlatent.checkpoints.gguf_files import Gguf, check_tensors_read, gguf_config, open_gguf
-from kvlatent.checkpoints.remote_code import MODULE_NAME, remote_code
+from kvlatent.checkpoints.registration import register
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.checkpoints.weight_files import check_weights, first_line, weights_dtype
 from kvlatent.model.assembly import has_tied_head
-from kvlatent.model.classes import latent_classes
-from kvlatent.model.families import FAMILIES, LATENT_PREFIX, family_of
+from kvlatent.model.families import FAMILIES, family_of
 from kvlatent.model.finite import check_finite_weights
 
-__all__ = ["check_block_size", "load_config", "load_model", "load_tokenizer", "register"]
+__all__ = ["check_block_size", "load_config", "load_model", "load_tokenizer"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-def register() -> None:
-    """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know every latent family. Idempotent."""
-    for model_type in FAMILIES:
-        config, decoder, causal = latent_classes(model_type)
-        AutoConfig.register(LATENT_PREFIX + model_type, config, exist_ok=True)
-        AutoModel.register(config, decoder, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal, exist_ok=True)
-        decoder.add_code = causal.add_code = staticmethod(_add_code)
 
 
 def load_model(
@@ -141,14 +130,3 @@ def check_block_size(config: Any, block_size: int) -> None:
             f"a block cannot be longer than the model's context: got data.block_size={block_size}, "
             f"max_position_embeddings={limit}; pass --set data.block_size={limit}"
         )
-
-
-def _add_code(folder: str | os.PathLike[str], config: Any) -> None:
-    """Put the modelling file into a saved directory and name it in `auto_map`, for loading without kvlatent."""
-    model_type = str(config.model_type).removeprefix(LATENT_PREFIX)
-    path = Path(folder) / "config.json"
-    data = json.loads(path.read_text())
-    names = zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), latent_classes(model_type), strict=True)
-    data["auto_map"] = {auto: f"{MODULE_NAME}.{kind.__name__}" for auto, kind in names}
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
-    (Path(folder) / f"{MODULE_NAME}.py").write_text(remote_code(model_type))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from kvlatent.checkpoints.self_check import SELF_CHECK, SelfCheck
 from kvlatent.checkpoints.tokenizer_files import write_tokenizer
 from kvlatent.checkpoints.weight_files import first_line
 from kvlatent.jobs.atomic import atomic_directory
@@ -29,7 +31,8 @@ def save(
     """Write a latent model as a loadable checkpoint, whole or not at all.
 
     The directory carries config, safetensors (sharded above `max_shard_size`), generation config, tokenizer with its
-    chat template, the self-contained modelling file named by `auto_map`, a model card, and `files` (name -> text).
+    chat template, the self-contained modelling file named by `auto_map`, what the model says to one prompt
+    (`self_check`), a model card, and `files` (name -> text).
 
     A latent model may replace the directory that it was loaded from; an original is never written to.
 
@@ -44,6 +47,8 @@ def save(
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
             raise OSError(f"cannot write the weights to {out}: {first_line(error)}") from error
+        if getattr(model.config, "kv_latent", None) and (check := SelfCheck.of(model)) is not None:
+            (folder / SELF_CHECK).write_text(json.dumps(check.to_dict()) + "\n")
         if tokenizer is not None:
             write_tokenizer(tokenizer, folder)
         for name, text in {**({} if card is None else {"README.md": card}), **(files or {})}.items():

@@ -77,7 +77,11 @@ class LatentAttention(Projections):
 
         refuse_flex_training(self.config, query)
         is_paged = kwargs.get("cache") is not None
-        width = kernel_width(self.config, self.d_qk, self.d_vo, query, is_paged=is_paged)
+        # vLLM's Transformers backend hangs its attention layer, which owns the cache, onto this module as `attn`.
+        cache_width = getattr(getattr(self, "attn", None), "head_size", None)
+        width = kernel_width(
+            self.config, self.d_qk, self.d_vo, query, is_paged=is_paged, cache_width=cache_width
+        )
         if width is not None:
             query, key, value = (pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
         implementation = self.config._attn_implementation
@@ -95,7 +99,7 @@ class LatentAttention(Projections):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        if width is not None:
-            output = output[..., : self.d_vo]
+        if width is not None:  # vLLM gives the heads side by side: [T, N x width]
+            output = output.reshape(*hidden_states.shape[:-1], self.num_heads, width)[..., : self.d_vo]
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return self.o_proj(output), weights

@@ -31,11 +31,15 @@ class KeptChannels(nn.Module):
         self.channels = channels
         self._on_device: dict[torch.device, Tensor] = {}
 
+    def index(self, device: torch.device) -> Tensor:
+        """The lists as a tensor, made once on each device."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self.channels, device=device)
+        return self._on_device[device]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, H, head_dim] -> [B, T, H, d_qk]; H is N or K, each list serving the heads of its group."""
-        if x.device not in self._on_device:
-            self._on_device[x.device] = torch.tensor(self.channels, device=x.device)
-        index = self._on_device[x.device]
+        index = self.index(x.device)
         if len(self.channels) == 1:
             return x[..., index[0].clone()]  # saved for backward, which a tensor of inference mode cannot be
         index = index.repeat_interleave(x.shape[2] // len(self.channels), dim=0)  # a new tensor, too
