@@ -48,9 +48,9 @@ def test_a_checkpoint_goes_out_by_the_command(to, place, tmp_path):
     assert document["command"] == f"kvlatent export latent --to {to} --out out"
     assert document["check"]["relative"] < 1e-5 and document["check"]["same_argmax"] == 1.0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert document["export"]["engine"] in card and "768 bytes per token" in card.replace(
-        "1,536", "768 bytes per token"
-    )
+    facts = document["export"]
+    assert facts["cache_bytes_per_token"] == {"stock": 768, "gguf": 384}[to]
+    assert facts["engine"] in card and f"{facts['cache_bytes_per_token']} bytes per token" in card
     engine = {"stock": "transformers 5", "gguf": "llama.cpp in "}[to]
     assert document["export"]["engine"].startswith(engine)
     assert str(tmp_path) not in card + json.dumps(document)
@@ -60,7 +60,7 @@ def test_a_checkpoint_goes_out_by_the_command(to, place, tmp_path):
 def test_the_function_is_public(place, tmp_path, read_here):
     assert kvlatent.export is export
     document = kvlatent.export(place / "unequal", tmp_path / "out", to="stock", pad=True)
-    assert document["d_qk"], document["d_vo"] == (8, 16)
+    assert (document["d_qk"], document["d_vo"]) == (8, 16)
     assert "filled up with zeros to 16" in (tmp_path / "out" / "README.md").read_text()
 
 

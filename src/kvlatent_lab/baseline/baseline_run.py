@@ -242,7 +242,9 @@ class Baseline:
             "record": record,
         }
         write_text(self.folder.step_file(row.name), json.dumps(document) + "\n")
-        if row.cell is not None and "training" in figures:  # the trained weights stay, for columns that are still to come
+        if (
+            row.cell is not None and "training" in figures
+        ):  # the trained weights stay, for columns that are still to come
             name = _trained_at(row.cell, figures["training"]["learning_rate"])
             for checkpoint in (self.folder.work / "training" / name).glob("stage*/checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
