@@ -119,7 +119,9 @@ def test_mistakes_are_one_sentence_and_leave_nothing(place, tmp_path, tiny_token
     assert "got d_qk=8 and d_vo=16; convert with `kvlatent convert" in said(
         "--to", "stock", "--out", out, source="unequal"
     )
-    assert "--dtype is for --to gguf: got --to stock" in said("--to", "stock", "--dtype", "f16", "--out", out)
+    assert "--dtype is for --to gguf or openvino: got --to stock" in said(
+        "--to", "stock", "--dtype", "f16", "--out", out
+    )
     assert "unknown dtype 'q4_0'; choose one of f32" in said("--to", "gguf", "--dtype", "q4_0", "--out", out)
     assert "got both; give one" in said("--to", "gguf", "--pad", "--experimental", "--out", out)
     assert "must be apart" in said("--to", "stock", "--out", place / "latent", "--overwrite")
