@@ -10,6 +10,7 @@ import torch
 from bench_setup import FULL, HEADS, LAYERS, QUICK, make_pair
 from kvlatent.conversion.convert_model import convert
 from kvlatent.engines.roofline import decode_speedup
+from kvlatent.engines.kv_dtypes import kv_dtype_named
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.evaluation.result_models import Bench
 from kvlatent.evaluation.speed import variants as cells
@@ -126,7 +127,8 @@ def weight_bytes_of(document, role):
 
 def test_prediction_is_the_bound_by_bytes(pair, document):
     figures = serving_figures(pair[0].config, 16, 8, element_size=4)
-    quantised = serving_figures(pair[0].config, 16, 8, element_size=4, cache_element_size=1)
+    fp8 = kv_dtype_named("fp8", "transformers")
+    quantised = serving_figures(pair[0].config, 16, 8, element_size=4, kv_dtype=fp8, original_kv_dtype=fp8)
     for row in document["ratios"]:
         known = figures if row["cache"] == "dynamic" else quantised
         expected = known.speedup(row["context"], row["batch"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
+from kvlatent.engines.kv_dtypes import KVDtype
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.config import LatentConfig
@@ -105,7 +106,10 @@ def test_widths_by_layer_are_their_sum():
 
 
 def test_a_quantised_cache_stacks():
-    two, half = (serving_figures(llama_8b(), 64, 64, cache_element_size=size) for size in (None, 0.5))
+    two, half = (
+        serving_figures(llama_8b(), 64, 64, kv_dtype=dtype) for dtype in (None, KVDtype("four bits", 4, 4))
+    )
+    assert half.original == two.original
     assert half.latent.bytes_per_token == two.latent.bytes_per_token / 4
     assert half.latent.weight_bytes == two.latent.weight_bytes
 

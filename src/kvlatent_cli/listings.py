@@ -94,7 +94,7 @@ def conversion_listing(record: Mapping[str, Any]) -> list[Any]:
     plan = record["plan"]
     seconds = (
         f"calibrated on {calibration['tokens']:,} tokens in {calibration['seconds']:.1f} s, converted in "
-        f"{conversion['seconds']:.1f} s: d_qk {_widths(plan['d_qk'])}, d_vo {_widths(plan['d_vo'])} of {plan['head_dim']}"
+        f"{conversion['seconds']:.1f} s: d_qk {widths_text(plan['d_qk'])}, d_vo {widths_text(plan['d_vo'])} of {plan['head_dim']}"
     )
     lines: list[Any] = [seconds]
     if calibration.get("recall_blocks"):
@@ -142,45 +142,9 @@ def strategies_listing(layers: Sequence[Mapping[str, Any]]) -> Table:
     return listing
 
 
-def budget_listing(document: Mapping[str, Any]) -> list[Any]:
-    """A plan for a budget: the curve with the chosen row marked, then what the widths are worth."""
-    plan, serving = document["plan"], document["serving"]
-    curve = Table(box=box.SIMPLE_HEAD)
-    for name in ("cache kept", "d_qk", "d_vo", "predicted error", "d_qk = d_vo", "its error"):
-        curve.add_column(name, justify="right")
-    for row in document["curve"]:
-        curve.add_row(
-            f"{row['kv']:.1%}",
-            *(str(row[name]) for name in ("d_qk", "d_vo")),
-            f"{row['error']:.5f}",
-            str(row["symmetric_width"]),
-            f"{row['symmetric_error']:.5f}",
-        )
-    size, error = serving["cache_bytes_per_token"], plan["predicted_error"]
-    facts = {
-        "widths": f"d_qk {_widths(plan['d_qk'])}, d_vo {_widths(plan['d_vo'])} of {plan['head_dim']} a head",
-        "cache": f"{size['latent']:,.0f} of {size['original']:,.0f} bytes per token: {size['share']:.1%}",
-        "predicted error": f"{error['total']:.5f} (keys {error['keys']:.5f}, values {error['values']:.5f}), "
-        f"{error['unit']}",
-    }
-    for row in serving.get("maximum_context", ()):
-        name = f"longest context, batch {row['batch']}"
-        facts[name] = f"{_context(row['original'])} -> {_context(row['latent'])} tokens"
-    for row in serving["decode_speedup"]:
-        name = f"decoding, {row['context']:,} tokens, batch {row['batch']}"
-        facts[name] = f"x{row['speedup']:.2f} at the most (by bytes read)"
-    for scope, names in plan["engines"].items():
-        facts[f"engines, one rotary table per {scope}"] = ", ".join(names) or "none"
-    drawn = [f"drawn in {document['figure']}"] if document["figure"] else []
-    return [curve, list_pairs(facts), *drawn]
-
-
-def _widths(widths: int | Sequence[int]) -> str:
+def widths_text(widths: int | Sequence[int]) -> str:
+    """One number, or one per layer."""
     return str(widths) if isinstance(widths, int) else ",".join(map(str, widths))
-
-
-def _context(tokens: int | None) -> str:
-    return "any number of" if tokens is None else f"{tokens:,}"
 
 
 def list_pairs(pairs: Mapping[str, Any]) -> Table:

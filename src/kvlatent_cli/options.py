@@ -155,6 +155,24 @@ def read_bytes(flag: str, text: str) -> float:
     return size
 
 
+_TOKENS = {"": 1, "K": 2**10, "M": 2**20}
+
+
+def read_context(flag: str, text: str) -> int:
+    """`128k` in tokens, 1,024 of them a k, as contexts are named; also `1M`, and plain numbers.
+
+    Raises:
+        ValueError: no whole number of tokens.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmM]?)\s*", text)
+    tokens = float(match[1]) * _TOKENS[match[2].upper()] if match else 0.0
+    if tokens < 1 or tokens % 1:
+        raise ValueError(
+            f"--{flag} is a number of tokens, or of k (1,024) or M (1,048,576): got {text!r}; try 32k"
+        )
+    return int(tokens)
+
+
 MODEL = positional(
     "model",
     "MODEL",

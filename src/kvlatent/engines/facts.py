@@ -24,9 +24,10 @@ class Engine:
     Args:
         name: as users give it.
         route: how a latent model gets there.
-        scopes: of the rotary table, the finest first: one per key-value head, per layer, or for the model.
-        symmetric: d_qk must equal d_vo. (Zero-padding to the wider one would fit, at the cost of the wider cache.)
-        uniform: every layer must have the same widths.
+        scopes: of the rotary table, the one that plans take first: one per key-value head, per layer, or for the model.
+        symmetric: d_qk must equal d_vo in every layer. (Zero-padding to the wider one would fit, at the cost of the wider
+            cache.)
+        sizes: most different widths that layers may have; None for any number.
         multiple: widths are multiples of this.
         smallest: least width, channels.
         ran: it was run; else its source was read.
@@ -38,11 +39,16 @@ class Engine:
     route: str
     scopes: tuple[str, ...] = ("model",)
     symmetric: bool = True
-    uniform: bool = True
+    sizes: int | None = 1
     multiple: int = 8
     smallest: int = 8
     ran: bool = True
     refused: tuple[str, ...] = ()
+
+    def scope(self, *, per_layer: bool = False) -> str:
+        """Of the rotary table where nobody named one; widths that differ by layer cannot share one for the model."""
+        finer = [scope for scope in self.scopes if scope != "model"]
+        return finer[0] if per_layer and finer else self.scopes[0]
 
 
 ENGINES = {
@@ -53,13 +59,21 @@ ENGINES = {
             "as it is: with kvlatent installed, or with the checkpoint's own modelling file",
             scopes=TABLE_SCOPES,
             symmetric=False,
-            uniform=False,
+            sizes=None,
             multiple=1,
             smallest=1,
         ),
         Engine("transformers-stock", "as a plain Llama (Mistral, Qwen2, Qwen3) with a longrope table"),
-        # The CPU backend refused width 16 and ran 32, 48 and 64; the Triton backend starts at 32.
-        Engine("vllm", "as a plain Llama with a longrope table", smallest=32),
+        # The CPU backend refused width 16 and ran 32, 48 and 64; the Triton backend starts at 32. One table for the model and
+        # one width need no plugin, so they come first; tables per layer ran through the plugin. Layers of different sizes
+        # cost their exact bytes as long as all of them have full attention (read in `UniformTypeKVCacheSpecs`).
+        Engine(
+            "vllm",
+            "as a plain Llama with a longrope table; tables or widths per layer through kvlatent's plugin",
+            scopes=("model", "layer", "head"),
+            sizes=3,
+            smallest=32,
+        ),
         Engine("sglang", "as a plain Llama with a longrope table", ran=False, refused=("qwen3",)),
         Engine("llama.cpp", "as GGUF of architecture llama with rope_freqs", refused=("qwen3",)),
         Engine(
@@ -110,7 +124,7 @@ def check_engine(
     row = engine_named(engine)
     if scope not in TABLE_SCOPES:
         raise ValueError(f"unknown table {scope!r}; choose one of {', '.join(TABLE_SCOPES)}")
-    obstacle = _obstacle(row, _distinct(d_qk), _distinct(d_vo), scope, model_type)
+    obstacle = _obstacle(row, _distinct(d_qk, d_vo), scope, model_type)
     if obstacle is not None:
         raise ValueError(obstacle)
     return row
@@ -120,20 +134,20 @@ def engines_for(
     d_qk: Width, d_vo: Width, scope: str = "head", *, model_type: str | None = None
 ) -> tuple[str, ...]:
     """Names of the engines that accept these widths with a rotary table of this scope."""
-    keys, values = _distinct(d_qk), _distinct(d_vo)
-    return tuple(
-        name for name, row in ENGINES.items() if _obstacle(row, keys, values, scope, model_type) is None
-    )
+    pairs = _distinct(d_qk, d_vo)
+    return tuple(name for name, row in ENGINES.items() if _obstacle(row, pairs, scope, model_type) is None)
 
 
-def _distinct(width: Width) -> tuple[int, ...]:
-    return tuple(sorted(set(width_per_layer(width))))
+def _distinct(d_qk: Width, d_vo: Width) -> tuple[tuple[int, int], ...]:
+    """The different (d_qk, d_vo) of the layers, ascending."""
+    layers = max(len(width_per_layer(width)) for width in (d_qk, d_vo))
+    return tuple(sorted(set(zip(width_per_layer(d_qk, layers), width_per_layer(d_vo, layers), strict=True))))
 
 
 def _obstacle(
-    row: Engine, keys: tuple[int, ...], values: tuple[int, ...], scope: str, model_type: str | None
+    row: Engine, pairs: tuple[tuple[int, int], ...], scope: str, model_type: str | None
 ) -> str | None:
-    """What keeps an engine from running these distinct widths, as a sentence, or None."""
+    """What keeps an engine from running layers of these widths, as a sentence, or None."""
     engine = f"engine {row.name}"
     if model_type in row.refused:
         return (
@@ -142,27 +156,39 @@ def _obstacle(
     if scope not in row.scopes:
         return (
             f"{engine} takes one rotary table per {' or '.join(row.scopes)}: got one per {scope}; "
-            f"use --table {row.scopes[0]}"
+            f"use --table {row.scope()}"
         )
-    if row.uniform and max(len(keys), len(values)) > 1:
+    if row.sizes == 1 and len(pairs) > 1:
+        keys, values = (len(set(side)) for side in zip(*pairs, strict=True))
         return (
-            f"{engine} needs the same widths in every layer: got {len(keys)} different d_qk and {len(values)} "
+            f"{engine} needs the same widths in every layer: got {keys} different d_qk and {values} "
             "different d_vo; give one number each"
         )
-    if row.symmetric and keys != values:
+    if row.sizes is not None and len(pairs) > row.sizes:
         return (
-            f"{engine} needs d_qk = d_vo: got d_qk={keys[0]}, d_vo={values[0]}; "
-            f"try {_nearest((keys[0] + values[0]) / 2, row)} for both"
+            f"{engine} takes layers of at most {row.sizes} different sizes: got {len(pairs)}; "
+            "let --kv with --per-layer choose, or use --engine transformers"
         )
-    for name, widths in (("d_qk", keys), ("d_vo", values)):
-        for width in widths:
-            if width % row.multiple:
-                return (
-                    f"{engine} needs widths that are multiples of {row.multiple}: got {name}={width}; "
-                    f"try {_nearest(width, row)}"
-                )
-            if width < row.smallest:
-                return f"{engine} needs widths of at least {row.smallest}: got {name}={width}; try {row.smallest}"
+    return next((sentence for pair in pairs if (sentence := _width_obstacle(row, *pair))), None)
+
+
+def _width_obstacle(row: Engine, d_qk: int, d_vo: int) -> str | None:
+    """What keeps an engine from running a layer of these widths, as a sentence, or None."""
+    engine = f"engine {row.name}"
+    if row.symmetric and d_qk != d_vo:
+        where = "" if row.sizes == 1 else " in every layer"
+        return (
+            f"{engine} needs d_qk = d_vo{where}: got d_qk={d_qk}, d_vo={d_vo}; "
+            f"try {_nearest((d_qk + d_vo) / 2, row)} for both"
+        )
+    for name, width in (("d_qk", d_qk), ("d_vo", d_vo)):
+        if width % row.multiple:
+            return (
+                f"{engine} needs widths that are multiples of {row.multiple}: got {name}={width}; "
+                f"try {_nearest(width, row)}"
+            )
+        if width < row.smallest:
+            return f"{engine} needs widths of at least {row.smallest}: got {name}={width}; try {row.smallest}"
     return None
 
 

@@ -6,11 +6,12 @@ Read from a source model's config alone; nothing is loaded and nothing is measur
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from kvlatent.engines.kv_dtypes import KVDtype, kv_bytes_by_layer
 from kvlatent.engines.roofline import attention_parameters, decode_speedup, maximum_context
-from kvlatent.model.cache_bytes import cache_bytes, layer_cache_bytes
+from kvlatent.model.cache_bytes import cache_bytes
 from kvlatent.model.families import family_of, head_dim_of
 from kvlatent.model.widths import Width, width_per_layer
 
@@ -45,6 +46,10 @@ class Footprint:
     def cache_bytes(self, context: int) -> float:
         """Cache bytes of one sequence at a context of so many tokens."""
         return cache_bytes(context, self.layer_bytes, self.windows)
+
+    def cache_only(self) -> Footprint:
+        """The same cache, and no weights: for a memory that is the cache's alone."""
+        return replace(self, weight_bytes=0)
 
     def maximum_context(self, memory_bytes: float, batch: int = 1) -> int | None:
         """Longest context of `batch` sequences, in tokens, in a memory that also holds the weights.
@@ -132,7 +137,8 @@ def serving_figures(
     d_vo: Width,
     *,
     element_size: float | None = None,
-    cache_element_size: float | None = None,
+    kv_dtype: KVDtype | None = None,
+    original_kv_dtype: KVDtype | None = None,
     qk_norm: str = "full",
 ) -> ServingFigures:
     """Bytes of a model before and after it gets these widths.
@@ -141,7 +147,7 @@ def serving_figures(
         config: transformers config of the source model.
         d_qk, d_vo: widths in channels, one number or one per layer.
         element_size: bytes of one weight; left out, that of the config's dtype (4 where it names none).
-        cache_element_size: bytes of one cached number, 1 for fp8, 0.5 for four bits; left out, as the weights.
+        kv_dtype, original_kv_dtype: of the caches of the latent model and of the original; left out, that of the weights.
         qk_norm: for models with a QK-norm, as in `latent_config.choose`.
 
     Raises:
@@ -151,17 +157,16 @@ def serving_figures(
     if element_size is None:
         dtype = getattr(config, "dtype", None)
         element_size = 4 if dtype is None else dtype.itemsize
-    sizes = (element_size, element_size if cache_element_size is None else cache_element_size)
-    head_dim = head_dim_of(config)
+    head_dim, stored = head_dim_of(config), KVDtype("as the weights", 8 * element_size, 8 * element_size)
     return ServingFigures(
-        original=_footprint(config, head_dim, head_dim, qk_norm, *sizes),
-        latent=_footprint(config, d_qk, d_vo, qk_norm, *sizes),
+        original=_footprint(config, head_dim, head_dim, qk_norm, element_size, original_kv_dtype or stored),
+        latent=_footprint(config, d_qk, d_vo, qk_norm, element_size, kv_dtype or stored),
         trained_context=getattr(config, "max_position_embeddings", None),
     )
 
 
 def _footprint(
-    config: Any, d_qk: Width, d_vo: Width, qk_norm: str, element_size: float, cache_element_size: float
+    config: Any, d_qk: Width, d_vo: Width, qk_norm: str, element_size: float, kv_dtype: KVDtype
 ) -> Footprint:
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     family, embeddings = family_of(config), config.vocab_size * config.hidden_size
@@ -172,7 +177,7 @@ def _footprint(
     return Footprint(
         weight_bytes=held * element_size,
         read_bytes=read * element_size,
-        layer_bytes=layer_cache_bytes(keys, values, layers, heads, cache_element_size),
+        layer_bytes=kv_bytes_by_layer(kv_dtype, keys, values, layers, heads),
         windows=tuple(family.sliding_window(config, layer) for layer in range(layers)),
     )
 

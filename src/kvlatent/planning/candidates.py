@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from kvlatent.engines.facts import Engine, check_engine, engine_named
+from kvlatent.engines.kv_dtypes import KVDtype
 
 __all__ = ["Candidates", "candidates_for", "equal_widths", "share_at_least"]
 
@@ -107,6 +108,7 @@ def candidates_for(
     per_layer: bool = False,
     symmetric: bool = False,
     multiple: int | None = None,
+    kv_dtype: KVDtype | None = None,
 ) -> Candidates:
     """The widths that an engine (or, with None, kvlatent itself) takes.
 
@@ -115,16 +117,18 @@ def candidates_for(
     Args:
         head_dim: original head width.
         engine: a key of `engines.ENGINES`, or None.
-        table: scope of the rotary table; left out, the finest that the engine takes.
+        table: scope of the rotary table; left out, the engine's own.
         per_layer: layers are to differ.
         symmetric: only d_qk = d_vo.
         multiple: of which widths are to be multiples instead.
+        kv_dtype: that the cache is to have, which may not take all of them.
 
     Raises:
-        ValueError: an unknown engine or table, something that the engine does not take, or a head too narrow for it.
+        ValueError: an unknown engine or table, something that the engine does not take, or a head too narrow for it, or for
+            the KV dtype.
     """
     row = None if engine is None else engine_named(engine)
-    table = table or ("head" if row is None else row.scopes[0])
+    table = table or ("head" if row is None else row.scope(per_layer=per_layer))
     step = _step(row, multiple, head_dim)
     least = step if row is None else -(-max(step, row.smallest) // step) * step
     widths = tuple(range(least, head_dim + 1, step))
@@ -134,8 +138,10 @@ def candidates_for(
         raise ValueError(
             f"the smallest width{_of(engine)} is {least}: got head_dim={head_dim}; choose another engine or multiple"
         )
+    if kv_dtype is not None:
+        widths = _widths_taken(widths, kv_dtype, engine)
     check_engine(engine or "transformers", widths[0], widths[0], table)
-    if per_layer and row is not None and row.uniform:
+    if per_layer and row is not None and row.sizes == 1:
         raise ValueError(
             f"engine {row.name} needs the same widths in every layer, so 1 group: got a plan per layer, with up to 3; "
             "leave --per-layer out or use --engine transformers"
@@ -146,6 +152,17 @@ def candidates_for(
             "to 3; use --table layer or head"
         )
     return Candidates(widths, head_dim, table, symmetric or (row is not None and row.symmetric), engine)
+
+
+def _widths_taken(widths: tuple[int, ...], kv_dtype: KVDtype, engine: str | None) -> tuple[int, ...]:
+    """Those that a KV dtype takes; raises `ValueError` where there is none."""
+    taken = tuple(width for width in widths if kv_dtype.takes(width))
+    if not taken:
+        raise ValueError(
+            f"a {kv_dtype.name} cache{_of(engine)} takes {kv_dtype.rule}, and no width from {widths[0]} to {widths[-1]} is "
+            "one: choose another --kv-dtype or --backend"
+        )
+    return taken
 
 
 def _step(row: Engine | None, multiple: int | None, head_dim: int) -> int:

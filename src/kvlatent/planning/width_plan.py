@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlatent.engines.facts import TABLE_SCOPES, engines_for
+from kvlatent.engines.kv_dtypes import KVDtype
 from kvlatent.model.widths import Width, Widths, width_per_layer
 from kvlatent.planning.candidates import Candidates, candidates_for
 from kvlatent.planning.layer_groups import best_options, group_layers
@@ -104,6 +105,7 @@ def plan(
     symmetric: bool = False,
     aligned: bool = True,
     multiple: int | None = None,
+    kv_dtype: KVDtype | None = None,
     measured: LayerErrors | None = None,
 ) -> WidthPlan:
     """The widths with the least predicted error that keep at most the share `kv` of the cache.
@@ -112,12 +114,13 @@ def plan(
         statistics: of the model.
         kv: share of the original cache, in (0, 1].
         engine: one that must be able to run the result (a key of `engines.ENGINES`), or None.
-        table: scope of the rotary table, "head", "layer" or "model"; left out, the finest that the engine takes.
+        table: scope of the rotary table, "head", "layer" or "model"; left out, the engine's own.
         per_layer: let layers differ, by at most a factor of 2 from the uniform plan; in at most three groups where an engine
             is named or errors are not measured.
         symmetric: only d_qk = d_vo (some engines need it anyway).
         aligned: the conversion aligns the attention, so key errors count `prediction.ALIGNED_SHARE` of what they are.
         multiple: widths are multiples of this; left out, of 4, and of 8 when an engine is named.
+        kv_dtype: of the cache, which may not take every width.
         measured: errors to go by instead of those that the statistics predict, of the same scope of the table.
 
     Raises:
@@ -126,7 +129,13 @@ def plan(
             energy.
     """
     candidates = candidates_for(
-        statistics.head_dim, engine, table, per_layer=per_layer, symmetric=symmetric, multiple=multiple
+        statistics.head_dim,
+        engine,
+        table,
+        per_layer=per_layer,
+        symmetric=symmetric,
+        multiple=multiple,
+        kv_dtype=kv_dtype,
     )
     splits = candidates.splits(kv)
     errors = _errors(statistics, candidates, measured, aligned=aligned)
@@ -142,18 +151,19 @@ def error_curve(
     table: str | None = None,
     aligned: bool = True,
     multiple: int | None = None,
+    kv_dtype: KVDtype | None = None,
     measured: LayerErrors | None = None,
 ) -> tuple[CurvePoint, ...]:
     """Predicted error against budget: for each share the best split and the symmetric one, the same in every layer.
 
     Args:
         shares: of the cache; left out, those of `SHARES` that some width can meet.
-        statistics, engine, table, aligned, multiple, measured: as for `plan`.
+        statistics, engine, table, aligned, multiple, kv_dtype, measured: as for `plan`.
 
     Raises:
         ValueError: as `plan`.
     """
-    candidates = candidates_for(statistics.head_dim, engine, table, multiple=multiple)
+    candidates = candidates_for(statistics.head_dim, engine, table, multiple=multiple, kv_dtype=kv_dtype)
     equal = replace(candidates, symmetric=True)
     if shares is None:
         shares = [kv for kv in SHARES if candidates.meets(kv)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,24 @@ from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.engines.facts import check_engine
+from kvlatent.engines.kv_dtypes import KVDtype, kv_dtype_named
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.jobs.atomic import prepare_file
 from kvlatent.jobs.devices import choose_device, resolve_precision, working_dtype
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.families import head_dim_of
+from kvlatent.model.widths import Width
 from kvlatent.planning.candidates import candidates_for
 from kvlatent.planning.figure import check_picture, draw_error_curve
+from kvlatent.planning.predicted_errors import LayerErrors
 from kvlatent.planning.width_plan import CurvePoint, error_curve
 from kvlatent.planning.width_plan import plan as plan_widths
+from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.documents import resolve
 from kvlatent.text.parts import TextReader, check_statistics, text_to_calibrate
+from kvlatent.workflows.plan_kv_bytes import Cache, check_counts, plan_kv_bytes
 from kvlatent.workflows.run_plan import choices_from_recipe, load_original_config
 from kvlatent.workflows.settings import check_options, recipe_overrides
 from kvlatent.workflows.steps import (
@@ -80,6 +87,11 @@ def plan_checkpoint(
     data: str | Path | None = None,
     statistics: str | Path | None = None,
     memory_bytes: float | None = None,
+    kv_bytes: float | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    kv_dtype: str | None = None,
+    backend: str | None = None,
     figure: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | Report | None = None,
@@ -87,10 +99,15 @@ def plan_checkpoint(
 ) -> dict[str, Any]:
     """The widths that a budget is best spent on, what they are worth, and the error at other budgets.
 
+    The budget is a share of the cache, or bytes: then KV dtypes are part of the answer, and a text is not needed.
+
     Args:
         model: directory, hub id or GGUF file of the original.
         data: text to calibrate on; statistics: file of an earlier calibration instead.
         memory_bytes: of the device that serves, for the longest context.
+        kv_bytes: of the caches of all sequences together, instead of a share.
+        context: tokens of one sequence; batch: sequences at once. With a share, the ones that speed is said for.
+        kv_dtype: of the cache on `engine`, see `kv_dtypes`; backend: what the engine runs on.
         figure: picture of error against budget to write (.svg, .png or .pdf); overwrite: replace it.
         progress: see `Progress`.
         options: of `RUN_OPTIONS`, `kv` (0.5 by default), `engine`, `per_layer` and `table`; and `blocks`, `seed`, `device`, `dtype`,
@@ -98,41 +115,127 @@ def plan_checkpoint(
 
     Returns:
         {"plan": see `WidthPlan.summary`, "serving": see `ServingFigures.summary`, "curve": budgets with their best and
-        their symmetric widths, "calibration", "figure"}.
+        their symmetric widths, "calibration", "figure"}; with `kv_bytes` what `plan_kv_bytes` says.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
     check_options(options)
+    check_counts(context, batch)
     config = load_original_config(model)
     recipe, device = _recipe(options, config)
-    kv, engine = options.get("kv"), options.get("engine")
-    kv, per_layer = 0.5 if kv is None else kv, bool(options.get("per_layer"))
-    choices, qk_norm = choices_from_recipe(recipe.conversion, engine), recipe.conversion.qk_norm
-    table, told = choices.table, Progress.of(progress)
-    (least, *_), *_ = candidates_for(head_dim_of(config), engine, table, per_layer=per_layer).splits(kv)
+    engine, per_layer = options.get("engine"), bool(options.get("per_layer"))
+    choices = choices_from_recipe(recipe.conversion, engine, per_layer=per_layer)
+    cache = Cache(engine, backend, kv_dtype, choices.table, recipe.conversion.qk_norm, per_layer)
+    text = _Text(model, data, statistics, recipe, device, Progress.of(progress), choices, per_layer)
+    if kv_bytes is not None:
+        _check_alone(kv=options.get("kv"), memory=memory_bytes, figure=figure)
+        has_text = data is not None or statistics is not None
+        return plan_kv_bytes(config, cache, kv_bytes, context, batch or 1, text.look if has_text else None)
+    kv, stored = options.get("kv"), _stored(cache)
+    kv = 0.5 if kv is None else kv
+    candidates = candidates_for(
+        head_dim_of(config), engine, cache.table, per_layer=per_layer, kv_dtype=stored
+    )
+    least, _ = candidates.splits(kv)[0]
     if engine is not None:
-        check_engine(engine, least, least, table, model_type=str(config.model_type))
-    serving_figures(config, least, least, qk_norm=qk_norm).summary(memory_bytes)
+        check_engine(engine, least, least, cache.table, model_type=str(config.model_type))
+    sizes = {"contexts": (context,)} if context else {}
+    summary = partial(
+        _serving, config, cache, stored, memory_bytes, sizes | ({"batches": (batch,)} if batch else {})
+    )
+    summary(least, least)
     if figure is not None:
         inputs = {"model": model, "data": data, "statistics": statistics, "recipe": options.get("recipe")}
         check_picture(prepare_file(figure, overwrite, inputs), overwrite=overwrite)
-    original, seen, calibration = _calibrate_or_load(
-        model, data, statistics, recipe, device, told, learns=choices.learns_from_text
-    )
-    errors = measure_errors(original, seen, choices, recipe, told, per_layer=per_layer)
-    widths = plan_widths(seen, kv, engine=engine, table=table, per_layer=per_layer, measured=errors)
-    curve = error_curve(seen, engine=engine, table=table, measured=errors)
+    seen, errors, calibration = text.look()
+    common = {"engine": engine, "table": cache.table, "kv_dtype": stored, "measured": errors}
+    widths = plan_widths(seen, kv, per_layer=per_layer, **common)
+    curve = error_curve(seen, **common)
     if figure is not None:
         draw_error_curve(curve, figure, overwrite=overwrite)
-    worth = serving_figures(config, widths.d_qk, widths.d_vo, qk_norm=qk_norm)
+    asked = {
+        "head_dim": widths.head_dim,
+        "engine": engine,
+        "kv_dtype": None if stored is None else stored.name,
+    }
     return {
-        "plan": widths.summary(str(config.model_type)) | {"head_dim": widths.head_dim, "engine": engine},
-        "serving": worth.summary(memory_bytes),
+        "plan": widths.summary(str(config.model_type)) | asked,
+        "serving": summary(widths.d_qk, widths.d_vo),
         "curve": _rows(curve),
         "calibration": calibration,
         "figure": None if figure is None else str(figure),
     }
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text to look at, or the statistics of one, and how."""
+
+    model: str | Path
+    data: str | Path | None
+    statistics: str | Path | None
+    recipe: Recipe
+    device: str
+    progress: Progress
+    choices: Choices
+    per_layer: bool
+
+    def look(self) -> tuple[Statistics, LayerErrors, dict[str, Any]]:
+        """Statistics, what narrow widths were measured to cost, and the figures of the calibration."""
+        original, seen, calibration = _calibrate_or_load(
+            self.model,
+            self.data,
+            self.statistics,
+            self.recipe,
+            self.device,
+            self.progress,
+            learns=self.choices.learns_from_text,
+        )
+        errors = measure_errors(
+            original, seen, self.choices, self.recipe, self.progress, per_layer=self.per_layer
+        )
+        return seen, errors, calibration
+
+
+def _check_alone(**others: Any) -> None:
+    """Raise `ValueError` where a budget in bytes has a companion that it leaves no room for."""
+    reasons = {
+        "kv": "--kv is a budget too",
+        "memory": "--memory holds the weights as well",
+        "figure": "--figure draws shares of the cache",
+    }
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"--kv-bytes is the budget of the cache alone, and {reasons[name]}: got both; give one of them"
+            )
+
+
+def _stored(cache: Cache) -> KVDtype | None:
+    """The KV dtype that was asked for; None for that of the model."""
+    if cache.kv_dtype is not None:
+        return kv_dtype_named(cache.kv_dtype, cache.engine, cache.backend)
+    if cache.backend is not None:
+        raise ValueError(
+            f"--backend says which KV dtypes there are, so it goes with --kv-dtype or --kv-bytes: got --backend {cache.backend} "
+            "alone; give one of them, or leave it out"
+        )
+    return None
+
+
+def _serving(
+    config: Any,
+    cache: Cache,
+    stored: KVDtype | None,
+    memory_bytes: float | None,
+    sizes: Mapping[str, Any],
+    d_qk: Width,
+    d_vo: Width,
+) -> dict[str, Any]:
+    """What widths are worth in the KV dtype that was asked for."""
+    figures = serving_figures(config, d_qk, d_vo, kv_dtype=stored, qk_norm=cache.qk_norm)
+    return figures.summary(memory_bytes, **sizes)
 
 
 def _recipe(options: Mapping[str, Any], config: Any) -> tuple[Recipe, str]:

@@ -136,7 +136,10 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
     size, head = layer_size(config)
     recipe = resolve_recipe(options, config=config, size=size, device=device, stages=stages)
     engine = options.get("engine")
-    choices = choices_from_recipe(recipe.conversion, engine)
+    lists = any(isinstance(options.get(side), list | tuple) for side in ("d_qk", "d_vo"))
+    choices = choices_from_recipe(
+        recipe.conversion, engine, per_layer=lists or bool(options.get("per_layer"))
+    )
     asked = _widths_from_options(config, choices, has_text, options)
     full = asked == (head_dim_of(config), head_dim_of(config))
     notes: tuple[str, ...] = ()
@@ -221,13 +224,13 @@ def load_original_config(model: str | Path) -> Any:
     return config
 
 
-def choices_from_recipe(wanted: Conversion, engine: str | None) -> Choices:
-    """The recipe's choices; a table that nobody named is as fine as the engine takes."""
+def choices_from_recipe(wanted: Conversion, engine: str | None, *, per_layer: bool = False) -> Choices:
+    """The recipe's choices; a table that nobody named is the engine's own, for one width or for one per layer."""
     settings = wanted.model_dump(exclude={"qk_norm"})
     choices = resolve_choices(**settings)
     if engine is None or wanted.table is not None or choices.keys not in BY_PAIRS:
         return choices
-    return replace(choices, table=engine_named(engine).scopes[0])
+    return replace(choices, table=engine_named(engine).scope(per_layer=per_layer))
 
 
 def _widths_from_options(

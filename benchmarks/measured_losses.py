@@ -1,0 +1,54 @@
+"""What is measured of narrow caches, for `kvlatent plan`: collects the finished rows of the real models' tables.
+
+    python benchmarks/measured_losses.py
+
+It reads `benchmarks/results/real_tables` and writes `src/kvlatent/engines/measured_losses.json`, which the package
+carries. Left out is the paper's preset, which no default makes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "benchmarks/results/real_tables"
+OUT = ROOT / "src/kvlatent/engines/measured_losses.json"
+TEXT = "fineweb"
+HEAD_DIMS = {"SmolLM2-135M-Instruct-from-4-bit-weights": 64}
+
+
+def collect(folder: Path = TABLES) -> list[dict[str, Any]]:
+    """The finished rows of calibrated conversions, as `MeasuredLoss` has them."""
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    original = files["original"]["figures"][f"text {TEXT}"]["perplexity"]
+    return [
+        _row(name, file, original)
+        for name, file in files.items()
+        if file.get("settings", {}).get("preset") == "calibrated"
+    ]
+
+
+def _row(name: str, file: dict[str, Any], original: float) -> dict[str, Any]:
+    settings, figures = file["settings"], file["figures"]
+    text = figures[f"text {TEXT}"]
+    return {
+        "row": name,
+        "model": file["model"],
+        "head_dim": HEAD_DIMS[file["model"]],
+        "d_qk": settings["d_qk"],
+        "d_vo": settings["d_vo"],
+        "table": settings["table"],
+        "engine": "transformers",
+        "kv_dtype": file["record"]["dtype"],
+        "tokens_trained": figures.get("training", {}).get("tokens_trained", 0),
+        "text": TEXT,
+        "kl": text["kl"],
+        "kl_standard_error": text["kl_standard_error"],
+        "perplexity_ratio": text["perplexity"] / original,
+    }
+
+
+if __name__ == "__main__":
+    OUT.write_text(json.dumps(collect(), indent=2) + "\n")
