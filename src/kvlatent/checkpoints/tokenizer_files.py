@@ -23,7 +23,7 @@ from kvlatent.checkpoints.gguf_files import open_gguf
 from kvlatent.checkpoints.weight_files import first_line
 from kvlatent.jobs.fingerprints import tokenizer_state
 
-__all__ = ["has_tokenizer", "load_tokenizer", "write_tokenizer"]
+__all__ = ["HARD_STRINGS", "has_tokenizer", "load_tokenizer", "write_tokenizer"]
 
 _CONFIG = "tokenizer_config.json"
 _FILES = (
@@ -34,7 +34,7 @@ _FILES = (
 _LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError)
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 _PLAIN_CLASS = "PreTrainedTokenizerFast"  # what 5.x calls TokenizersBackend and 4.x knows
-_HARD_STRINGS = (
+HARD_STRINGS = (
     "The cat, and 'the dog'.",
     "  two spaces  inside\tand\n\n\nlines \r\n ",
     "naïve café 東京 🙂 e\u0301 \u00a0",
@@ -201,7 +201,7 @@ def _encodes_alike(tokenizer: Any, folder: Path) -> bool:
         written: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except _LOADING_FAILS:
         return False
-    strings = [*_HARD_STRINGS, " ".join(map(str, tokenizer.all_special_tokens))]
+    strings = [*HARD_STRINGS, " ".join(map(str, tokenizer.all_special_tokens))]
     for special in (True, False):
         wanted, found = (
             [each(text, add_special_tokens=special, verbose=False)["input_ids"] for text in strings]

@@ -1,11 +1,13 @@
 """What every exporter is given, and what an exporter is.
 
-An exporter is a module of this package with three functions; `workflows/export_checkpoint.py` lists them by target.
+An exporter is a module of this package with these functions; `workflows/export_checkpoint.py` lists them by target.
 - `check_exportable(latent, options)`: raises `ValueError`, one sentence with the nearest profile that works, before anything
   is written.
 - `write_export(latent, source, out, options)`: writes into the folder `out` and returns JSON-able facts, `ExportFacts`.
 - `read_logits(out, input_ids)`: what the engine makes of the written files, in a process of its own; input_ids [B, T] to
   [B, T, V], or fewer positions, the last ones; logits, or log-probabilities where the engine gives no logits.
+- `read_token_ids(out, texts)`, where what was written has a tokenizer that is not the checkpoint's files: the ids of texts,
+  with what the tokenizer puts around them, in that process, too.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from kvlatent.engines.export_options import check_installed
 __all__ = ["engine_installed", "read_logits", "read_token_ids"]
 
 _PACKAGES = {"llama_cpp": "llama-cpp-python", "xllamacpp": "xllamacpp"}
-_SERVED_POSITIONS = 8  # each is a request that answers with the whole vocabulary
+_SERVED_POSITIONS = 4  # each is a request that answers with the whole vocabulary
 
 
 def engine_installed() -> str:

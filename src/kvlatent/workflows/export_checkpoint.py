@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kvlatent.checkpoints.lineage import lineage
 from kvlatent.checkpoints.load import load_config, load_model
+from kvlatent.checkpoints.tokenizer_files import HARD_STRINGS, load_tokenizer
 from kvlatent.engines.export_options import ExportFacts, Exporter, ExportOptions
 from kvlatent.jobs.atomic import atomic_directory, prepare_output
 from kvlatent.jobs.fingerprints import identity
@@ -108,7 +109,10 @@ def export(
         facts = exporter.write_export(model, folder, written, options)
         del model  # the process that reads back needs the memory
         report.report("read back")
-        check = _compare(to, read_in_fresh_process(TARGETS[to], written, input_ids), ours, facts)
+        theirs, token_ids = read_in_fresh_process(TARGETS[to], written, input_ids, HARD_STRINGS)
+        check = _compare(to, theirs, ours, facts)
+        if token_ids is not None:
+            _compare_tokens(to, token_ids, folder, facts)
         record = ExportRecord.checked(
             {
                 "command": command_line("export", source, {"to": to, "out": place, **typed}),
@@ -200,3 +204,15 @@ def _compare(to: str, theirs: Tensor, ours: Tensor, facts: dict[str, Any]) -> di
             "report it"
         )
     return check
+
+
+def _compare_tokens(to: str, theirs: list[list[int]], source: Path, facts: dict[str, Any]) -> None:
+    """Raise `ValueError` unless the engine's own tokenizer makes the ids that the checkpoint's does, of hard strings."""
+    tokenizer = load_tokenizer(source, load_config(str(source)))
+    for text, found in zip(HARD_STRINGS, theirs, strict=True):
+        wanted = tokenizer(text, verbose=False)["input_ids"]
+        if wanted != found:
+            raise ValueError(
+                f"the export to {to} was removed, since {facts['engine']} splits {text!r} into other tokens than the "
+                f"checkpoint's tokenizer: {found[:8]} and not {wanted[:8]} first; export with --to stock, and report it"
+            )
