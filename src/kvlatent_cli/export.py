@@ -10,11 +10,15 @@ from .session import Session
 
 TARGET = Option(
     "to",
-    "A plain checkpoint (transformers, vLLM, SGLang, MLX) or a GGUF file (llama.cpp).",
-    "stock|gguf",
+    "A plain checkpoint (transformers, vLLM, SGLang, MLX), a GGUF file (llama.cpp), or a graph (OpenVINO GenAI).",
+    "stock|gguf|openvino",
     default=REQUIRED,
 )
-DTYPE = Option("dtype", "Type of a GGUF file's matrices; as stored by default.", "f32|f16|bf16|q8_0")
+DTYPE = Option(
+    "dtype",
+    "Type of the matrices of a GGUF file or a graph (f32 or f16); as stored by default.",
+    "f32|f16|bf16|q8_0",
+)
 PAD = switch("pad", "Fill unequal widths up with zeros to the widest, which is then what the cache costs.")
 EXPERIMENTAL = switch(
     "experimental", "Write unequal widths into a GGUF file under the architecture name step35."

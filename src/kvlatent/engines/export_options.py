@@ -31,7 +31,8 @@ class ExportOptions:
 
     Args:
         stored_dtype: of the checkpoint, "float32", "bfloat16" or "float16"; exports keep it unless told otherwise.
-        dtype: of a GGUF file's matrices, "f32", "f16", "bf16" or "q8_0"; None: as stored.
+        dtype: of the matrices: of a GGUF file "f32", "f16", "bf16" or "q8_0", of an OpenVINO graph "f32" or "f16"; None: as
+            stored.
         pad: unequal widths may be filled up with zeros to the widest.
         experimental: unequal widths may go into a GGUF file under the architecture name step35.
     """
@@ -66,7 +67,9 @@ class Exporter(Protocol):
     """A module that exports; see above."""
 
     def check_exportable(self, latent: Any, options: ExportOptions) -> None: ...
-    def write_export(self, latent: Any, source: Path, out: Path, options: ExportOptions) -> dict[str, Any]: ...
+    def write_export(
+        self, latent: Any, source: Path, out: Path, options: ExportOptions
+    ) -> dict[str, Any]: ...
     def read_logits(self, out: Path, input_ids: Tensor) -> Tensor: ...
 
 

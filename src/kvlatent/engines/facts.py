@@ -85,8 +85,11 @@ ENGINES = {
         Engine(
             "openvino",
             "as an IR traced from the decoder",
-            scopes=("layer", "model"),
+            scopes=TABLE_SCOPES,
             symmetric=False,
+            uniform=False,
+            multiple=1,
+            smallest=1,
         ),
         Engine("mlx", "as a plain Llama with a longrope table", refused=("qwen3",)),
     )

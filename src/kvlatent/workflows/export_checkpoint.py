@@ -29,11 +29,11 @@ from kvlatent.workflows.run_record import read_record
 
 __all__ = ["EXPORT_RECORD", "TARGETS", "ExportRecord", "export"]
 
-TARGETS = {"stock": "stock_checkpoint", "gguf": "gguf_export"}
+TARGETS = {"stock": "stock_checkpoint", "gguf": "gguf_export", "openvino": "openvino_ir"}
 """Modules of `kvlatent.engines` by what `--to` calls them; see `export_options` for what such a module has."""
 
 EXPORT_RECORD = "export.json"
-_TAKEN = {"dtype": ("gguf",), "pad": ("stock", "gguf"), "experimental": ("gguf",)}
+_TAKEN = {"dtype": ("gguf", "openvino"), "pad": ("stock", "gguf"), "experimental": ("gguf",)}
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
 _CHECK_TOKENS = 128  # far enough that a wrong frequency shows, short enough for any context
 
@@ -79,7 +79,8 @@ def export(
         source: directory or hub id of a latent checkpoint.
         out: directory to write: whole, or not at all.
         to: one of `TARGETS`.
-        dtype: of the matrices of a GGUF file: "f32", "f16", "bf16" or "q8_0"; None: as stored.
+        dtype: of the matrices of a GGUF file: "f32", "f16", "bf16" or "q8_0", of an OpenVINO graph: "f32" or "f16"; None: as
+            stored.
         pad: unequal widths may be filled up with zeros, at the cost of the wider one's cache.
         experimental: unequal widths may go into a GGUF file under the architecture name step35.
         overwrite: replace what `out` holds.
