@@ -14,19 +14,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
 from kvlatent.jobs.record import Result
 
-__all__ = ["BenchRun", "EngineFacts", "EngineProcess", "EngineSettings"]
+__all__ = ["BenchRun", "EngineFacts", "EngineProcess", "EngineSettings", "kept_stderr"]
 
-_LINES_KEPT = 400
+_LINES_KEPT, _LOG_BYTES = 400, 2**26
 _SECONDS_TO_STOP = 10.0
 _SIGNS_OF_FAILURE = ("error", "failed", "unable", "cannot", "not support")
 
@@ -65,7 +66,7 @@ class EngineFacts(Result):
         engine: name and version.
         url: where it listens; None for a bench.
         cache_dtype: of keys and values.
-        cache_bytes_per_token: as the engine reports it, or where it reports nothing of the kind, by its own layout.
+        cache_bytes_per_token: as the engine reports it; None where it says nothing.
         cache_bytes: of all that it allocated; None where it allocates as it goes.
         cache_said_by: where the bytes are from.
     """
@@ -73,7 +74,7 @@ class EngineFacts(Result):
     engine: str
     url: str | None = None
     cache_dtype: str
-    cache_bytes_per_token: float
+    cache_bytes_per_token: float | None
     cache_bytes: float | None = None
     cache_said_by: str
 
@@ -180,6 +181,19 @@ class EngineProcess:
             self._log.append(line)
 
 
+@contextmanager
+def kept_stderr() -> Generator[Callable[[], str]]:
+    """What goes to stderr inside the block, from other languages and processes as well, read by the function it yields."""
+    with tempfile.TemporaryFile("w+b") as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: os.pread(file.fileno(), _LOG_BYTES, 0).decode(errors="replace")
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
 def main(module: str, task: str, settings: str) -> None:
     """Run an engine until stdin ends."""
     say = _own_stdout()
@@ -208,7 +222,7 @@ def _own_stdout() -> Callable[[dict[str, Any]], None]:
     os.dup2(2, 1)
 
     def say(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=answers, flush=True)  # noqa: T201 - the other process reads it
+        print(json.dumps(answer), file=answers, flush=True)
 
     return say
 

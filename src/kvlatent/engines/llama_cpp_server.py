@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kvlatent.engines.engine_process import EngineSettings
+from kvlatent.engines.engine_process import EngineSettings, kept_stderr
 
-__all__ = ["open_bench", "serve"]
+__all__ = ["file_sizes", "open_bench", "serve"]
 
 _DEFAULT_CACHE = "f16"
 _SLOTS = 4  # requests at once, which share the context, as llama-server has it
@@ -26,7 +24,9 @@ _SECONDS_FOR_LOG = 5.0  # its log is written by a thread of its own
 def serve(settings: EngineSettings) -> tuple[dict[str, Any], Callable[[], None]]:
     """Listen; `EngineFacts`, and what ends it."""
     server, facts = _load(settings, slots=_SLOTS)
-    return facts | {"url": server.listening_address}, [server].clear  # it listens as long as it is referred to
+    return facts | {"url": server.listening_address}, [
+        server
+    ].clear  # it listens as long as it is referred to
 
 
 def open_bench(settings: EngineSettings) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
@@ -82,43 +82,49 @@ def _load(settings: EngineSettings, *, slots: int) -> tuple[Any, dict[str, Any]]
 
 
 def _logged(load: Callable[[], Any]) -> tuple[Any, str]:
-    """What `load` gives, and what was written to stderr until the size of the cache stood there, by C++ as well."""
-    with tempfile.TemporaryFile("w+b") as file:
-        before = os.dup(2)
-        os.dup2(file.fileno(), 2)
+    """What `load` gives, and what was logged until the size of the cache stood there."""
+    with kept_stderr() as read:
         try:
-            try:
-                server = load()
-            except RuntimeError as error:
-                raise ValueError(f"llama.cpp does not load it: {_reason(_read(file)) or error}") from error
-            until = time.monotonic() + _SECONDS_FOR_LOG
-            while not _CACHE_SIZE.search(log := _read(file)):
-                if time.monotonic() > until:
-                    raise ValueError(
-                        f"llama.cpp in xllamacpp {version('xllamacpp')} does not say how large its cache is; "
-                        "pip install xllamacpp==2026.10.11549"
-                    )
-                time.sleep(0.01)
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
+            server = load()
+        except RuntimeError as error:
+            raise ValueError(f"llama.cpp does not load it: {_reason(read()) or error}") from error
+        until = time.monotonic() + _SECONDS_FOR_LOG
+        while not _CACHE_SIZE.search(log := read()):
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"llama.cpp in xllamacpp {version('xllamacpp')} does not say how large its cache is; "
+                    "pip install xllamacpp==2026.10.11549"
+                )
+            time.sleep(0.01)
     return server, log
-
-
-def _read(file: Any) -> str:
-    return os.pread(file.fileno(), 2**26, 0).decode(errors="replace")
 
 
 def _reason(log: str) -> str:
     """The first line that tells of an error."""
-    lines = [line for line in log.splitlines() if re.search(r"\bE\b.*(error|failed|unsupported|require)", line)]
+    lines = [
+        line for line in log.splitlines() if re.search(r"\bE\b.*(error|failed|unsupported|require)", line)
+    ]
     return re.sub(r"^[\d.]+ E ", "", lines[0]).strip() if lines else ""
 
 
-def weight_bytes(file: Path) -> tuple[int, int]:
-    """Bytes of the weights in a file, and of those that a step reads: all but embeddings that are not the head, too."""
+def file_sizes(file: Path) -> tuple[int, int, int]:
+    """Context in tokens, widths of keys and of values that a GGUF file is made for.
+
+    Raises:
+        ValueError: it is damaged, or does not say.
+    """
     from gguf import GGUFReader
 
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
-    total = sum(sizes.values())
-    return total, total - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)
+    try:
+        fields = GGUFReader(file).fields
+        arch = fields["general.architecture"].contents()
+        said = {name: field.contents() for name, field in fields.items() if name.startswith(f"{arch}.")}
+        heads = said[f"{arch}.attention.head_count"]
+        heads = max(heads) if isinstance(heads, list) else heads
+        width = said[f"{arch}.embedding_length"] // heads
+        lengths = [said.get(f"{arch}.attention.{side}_length", width) for side in ("key", "value")]
+        return int(said[f"{arch}.context_length"]), int(lengths[0]), int(lengths[1])
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{file} is no GGUF file of a model ({error}); download or export it again"
+        ) from error

@@ -35,14 +35,18 @@ def serve_model(model: Any, tokenizer: Any, settings: EngineSettings) -> tuple[s
 
     logging.set_verbosity_error()
     server = uvicorn.Server(
-        uvicorn.Config(_application(model, tokenizer, settings), settings.host, settings.port, log_level="error")
+        uvicorn.Config(
+            _application(model, tokenizer, settings), settings.host, settings.port, log_level="error"
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + _SECONDS_TO_LISTEN
     while not server.started:
         if time.monotonic() > until or not thread.is_alive():
-            raise ValueError(f"the server does not listen on {settings.host}:{settings.port}; give another --port")
+            raise ValueError(
+                f"the server does not listen on {settings.host}:{settings.port}; give another --port"
+            )
         time.sleep(0.02)
     port = server.servers[0].sockets[0].getsockname()[1]
 
@@ -108,7 +112,9 @@ def _generation_state(context: int) -> Any:
     from transformers.cli.serving.utils import GenerateManager, GenerationState
 
     class Fitting(GenerateManager):
-        def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, *a: Any, **k: Any) -> Any:
+        def generate_streaming(
+            self, model: Any, processor: Any, inputs: Any, gen_config: Any, *a: Any, **k: Any
+        ) -> Any:
             _fit(inputs, gen_config, context)
             return super().generate_streaming(model, processor, inputs, gen_config, *a, **k)
 
@@ -131,7 +137,9 @@ def _fit(inputs: Any, generation_config: Any, context: int) -> None:
     length = inputs["input_ids"].shape[-1]
     if not 0 < length < context:
         rule = f"a prompt has 1 to {context - 1} tokens, one less than the context of {context}"
-        raise HTTPException(400, f"{rule}: got {length}; shorten it, or start the server with a longer --context")
+        raise HTTPException(
+            400, f"{rule}: got {length}; shorten it, or start the server with a longer --context"
+        )
     generation_config.max_new_tokens = min(generation_config.max_new_tokens, context - length)
 
 
@@ -192,5 +200,3 @@ def _answer_mistakes(application: Any) -> None:
 
     for kind in (KeyError, TypeError, ValueError):
         application.exception_handler(kind)(unusable)
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,9 @@ class OpenVINOModel:
 
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens + 1, True, False
-        said = self._pipeline.generate(openvino.Tensor(torch.tensor([input_ids]).numpy()), config).perf_metrics
+        said = self._pipeline.generate(
+            openvino.Tensor(torch.tensor([input_ids]).numpy()), config
+        ).perf_metrics
         steps = said.get_num_generated_tokens() - 1
         return {
             "prefill_s": said.get_ttft().mean / 1e3,
@@ -137,12 +138,12 @@ def open_bench(settings: EngineSettings) -> tuple[dict[str, Any], Callable[..., 
 
 
 def _facts(settings: EngineSettings) -> dict[str, Any]:
-    from kvlatent.engines.openvino_ir import paged_cache
+    from kvlatent.engines.openvino_paging import paged_cache
 
     cache = paged_cache(Path(settings.path), settings.kv_dtype)
     return {
         "engine": f"OpenVINO GenAI {version('openvino-genai')}",
-        "cache_dtype": cache["cache_dtype"],
+        "cache_dtype": " and ".join(cache["cache_dtype"]),
         "cache_bytes_per_token": cache["bytes_per_token"],
         "cache_said_by": "the blocks of its compiled model",
     }

