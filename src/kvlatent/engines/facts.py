@@ -87,7 +87,7 @@ ENGINES = {
             "as an IR traced from the decoder",
             scopes=TABLE_SCOPES,
             symmetric=False,
-            uniform=False,
+            sizes=None,
             multiple=1,
             smallest=1,
         ),

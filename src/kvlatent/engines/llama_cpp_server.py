@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,7 @@ def open_bench(settings: EngineSettings) -> tuple[dict[str, Any], Callable[..., 
 
 
 def _load(settings: EngineSettings, *, slots: int) -> tuple[Any, dict[str, Any]]:
-    import xllamacpp
-
+    xllamacpp: Any = import_module("xllamacpp")  # a compiled module without types
     params = xllamacpp.CommonParams()
     params.model.path = settings.path
     params.model_alias = {settings.name}

@@ -101,7 +101,7 @@ def _managed(model: Any, tokenizer: Any, name: str) -> Any:
             return Modality.LLM
 
         @staticmethod
-        def get_gen_models(*_: Any) -> list[dict[str, Any]]:
+        def get_gen_models(*_: Any, **__: Any) -> list[dict[str, Any]]:
             return [{"id": name, "object": "model", "created": int(time.time()), "owned_by": "kvlatent"}]
 
     return OneModel()
@@ -126,7 +126,7 @@ def _generation_state(context: int) -> Any:
 
     state = GenerationState()
     manager = Fitting()
-    state.get_manager = lambda *_, **__: manager  # ty: ignore[invalid-assignment]
+    state.get_manager = lambda *_, **__: manager
     return state
 
 

@@ -87,12 +87,12 @@ def _relay(streamer: Any) -> Any:
     import openvino_genai
 
     class Relay(openvino_genai.StreamerBase):
-        failure: BaseException | None = None
+        failure: Exception | None = None
 
         def write(self, token: Any) -> Any:
             try:
                 streamer.put(torch.tensor([token] if isinstance(token, int) else token))
-            except BaseException as error:
+            except Exception as error:
                 self.failure = error
                 return openvino_genai.StreamingStatus.CANCEL
             return openvino_genai.StreamingStatus.RUNNING

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -74,11 +75,10 @@ def serve_command(settings: EngineSettings) -> list[str]:
 
 def open_bench(settings: EngineSettings) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
     """`EngineFacts`, and what runs a prompt once and gives `BenchRun`."""
-    from vllm import LLM, SamplingParams
-
+    vllm: Any = import_module("vllm")  # where it is installed, which is no part of the development install
     more: Any = {} if settings.kv_dtype is None else {"kv_cache_dtype": settings.kv_dtype}
     with kept_stderr() as read:
-        engine = LLM(
+        engine = vllm.LLM(
             settings.path,
             max_model_len=settings.context,
             kv_cache_memory_bytes=_BENCH_BYTES,
@@ -89,7 +89,7 @@ def open_bench(settings: EngineSettings) -> tuple[dict[str, Any], Callable[..., 
         facts = cache_facts(read(), settings)
 
     def run(input_ids: list[int], new_tokens: int) -> dict[str, Any]:
-        asked = SamplingParams(temperature=0.0, max_tokens=new_tokens + 1, ignore_eos=True)
+        asked = vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens + 1, ignore_eos=True)
         times: Any = engine.generate({"prompt_token_ids": input_ids}, asked, use_tqdm=False)[0].metrics
         return {
             "prefill_s": times.first_token_ts - times.scheduled_ts,
