@@ -9,8 +9,8 @@ import torch
 
 from bench_setup import FULL, HEADS, LAYERS, QUICK, make_pair
 from kvlatent.conversion.convert_model import convert
-from kvlatent.engines.roofline import decode_speedup
 from kvlatent.engines.kv_dtypes import kv_dtype_named
+from kvlatent.engines.roofline import decode_speedup
 from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.evaluation.result_models import Bench
 from kvlatent.evaluation.speed import variants as cells

@@ -23,6 +23,26 @@ def test_what_asymmetry_and_finer_tables_cost():
     assert engines_for(18, 7, "head") == ("transformers",)
 
 
+def test_vllm_takes_layers_of_three_sizes_each_symmetric():
+    three = (32, 48, 64, 32)
+    assert engines_for(three, three, "layer") == ("transformers", "vllm")
+    assert "vllm" not in engines_for(three, (32, 48, 48, 32), "layer")
+    assert "vllm" not in engines_for(
+        (32, 48), (48, 32), "layer"
+    )  # the same widths, but not in the same layer
+    four = (32, 48, 64, 40)
+    assert engines_for(four, four, "layer") == ("transformers",)
+
+
+def test_the_table_that_an_engine_takes_first():
+    assert [ENGINES[name].scope() for name in ("transformers", "vllm", "openvino", "mlx")] == [
+        "head", "model", "layer", "model",
+    ]  # fmt: skip
+    assert [ENGINES[name].scope(per_layer=True) for name in ("transformers", "vllm", "mlx")] == [
+        "head", "layer", "model",
+    ]  # fmt: skip
+
+
 def test_families_that_cannot_carry_their_table():
     assert "llama.cpp" not in engines_for(32, 32, "model", model_type="qwen3")
     assert "llama.cpp" in engines_for(32, 32, "model", model_type="qwen2")
@@ -38,9 +58,11 @@ def test_families_that_cannot_carry_their_table():
         (("OpenVINO", 32, 32, "model"), r"did you mean openvino\?"),
         (("zzz", 32, 32, "model"), r"unknown engine 'zzz'; choose one of"),
         (("vllm", 32, 32, "row"), "unknown table 'row'; choose one of head, layer, model"),
-        (("vllm", 32, 32, "head"), "vllm takes one rotary table per model: got one per head; use --table model"),
+        (("mlx", 32, 32, "head"), "mlx takes one rotary table per model: got one per head; use --table model"),
+        (("vllm", (32, 48), (48, 48), "layer"), "needs d_qk = d_vo in every layer: got d_qk=32, d_vo=48; try 40 for both"),
+        (("vllm", (32, 40, 48, 56), (32, 40, 48, 56), "layer"), "layers of at most 3 different sizes: got 4; let --kv with"),
         (("openvino", 32, 32, "head"), "one rotary table per layer or model: got one per head; use --table layer"),
-        (("vllm", 40, 24, "model"), "vllm needs d_qk = d_vo: got d_qk=40, d_vo=24; try 32 for both"),
+        (("vllm", 40, 24, "model"), "vllm needs d_qk = d_vo in every layer: got d_qk=40, d_vo=24; try 32 for both"),
         (("mlx", 28, 28, "model"), "mlx needs widths that are multiples of 8: got d_qk=28; try 24"),
         (("openvino", 40, 20, "model"), "openvino needs widths that are multiples of 8: got d_vo=20; try 16"),
         (("vllm", 16, 16, "model"), "vllm needs widths of at least 32: got d_qk=16; try 32"),

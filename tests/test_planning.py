@@ -227,7 +227,7 @@ def test_grouping_without_room():
         ({"kv": 0.2, "engine": "mlx"}, r"smallest widths of engine mlx are d_qk=8 and d_vo=8; try 0.25 or more"),
         ({"kv": 0.5, "engine": "vllm"}, r"smallest widths of engine vllm are d_qk=32 and d_vo=32; try 1 or more"),
         ({"engine": "vlm"}, r"unknown engine 'vlm'; did you mean vllm\?"),
-        ({"engine": "vllm", "table": "head"}, "one rotary table per model: got one per head; use --table model"),
+        ({"engine": "mlx", "table": "head"}, "one rotary table per model: got one per head; use --table model"),
         ({"table": "row"}, "unknown table 'row'; choose one of head, layer, model"),
         ({"engine": "openvino", "per_layer": True}, "openvino needs the same widths in every layer.*leave --per-layer out"),
         ({"table": "model", "per_layer": True}, "one rotary table for the model needs one d_qk .*use --table layer or head"),

@@ -38,7 +38,7 @@ FLAGS = {
     "convert": ["MODEL", "--out", *CONVERSION, "--data", "--overwrite", "--dry-run", *SHARED],
     "export": ["DIR", "--to", "--out", "--dtype", "--pad", "--experimental", "--overwrite", "--json"],
     "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
-    "plan": ["MODEL", *WIDTHS, "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
+    "plan": ["MODEL", *WIDTHS, "--kv-bytes", "--context", "--batch", "--kv-dtype", "--backend", "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--seed", "--overwrite", *SHARED],
     "eval": ["DIR", "--data", "--against", "--checks", "--tasks", "--include-path", "--limit", "--block-size", "--stride", "--batch-size", "--max-tokens", "--contexts", "--template", "--separator", "--text-field", "--seed", *SHARED],
     "bench": ["DIR", "--against", "--contexts", "--batches", "--caches", "--new-tokens", "--repeats", "--memory", "--attention", "--compile", "--seed", *SHARED],

@@ -53,11 +53,10 @@ def bytes_listing(document: Mapping[str, Any]) -> list[Any]:
     budget, engine = document["budget"], document["engine"] or "kvlatent's own runtime, on transformers"
     on = "" if document["backend"] == "any" else f" on {document['backend']}"
     sequences = "" if budget["batch"] == 1 else f"{budget['batch']} x "
-    head = [
-        f"{engine}{on}, {sequences}{budget['context']:,} tokens of context in {_gibibytes(budget['kv_bytes'])} of cache, "
-        f"head width {document['head_dim']}, one rotary table per {document['table']}",
-        *document["notes"],
-    ]
+    title = (
+        f"{engine}{on}, {sequences}{budget['context']:,} tokens of context in {_size(budget['kv_bytes'])} of cache, "
+        f"head width {document['head_dim']}, one rotary table per {document['table']}"
+    )
     listing = Table(box=box.SIMPLE_HEAD)
     has_text = document["calibration"] is not None
     listing.add_column("d_qk/d_vo")
@@ -77,14 +76,21 @@ def bytes_listing(document: Mapping[str, Any]) -> list[Any]:
         listing.add_row(
             f"{widths_text(row['d_qk'])}/{widths_text(row['d_vo'])}",
             row["kv_dtype"],
-            _gibibytes(row["bytes"]),
+            _size(row["bytes"]),
             f"{row['share']:.1%}",
             _context(row["maximum_context"]),
             f"x{row['decode_speedup']:.2f}",
             *([f"{loss['predicted']:.4f}"] if has_text else []),
             _measured(loss),
         )
-    return [*head, listing, *_loss_lines(document), *_refusal_lines(document), *_note_lines(document)]
+    return [
+        title,
+        *document["notes"],
+        listing,
+        *_loss_lines(document),
+        *_refusal_lines(document),
+        *_note_lines(document),
+    ]
 
 
 def _measured(loss: Mapping[str, Any]) -> str:
@@ -111,37 +117,41 @@ def _loss_lines(document: Mapping[str, Any]) -> list[str]:
         lines.append(
             "predicted: measured of this model on the text, in closed form, before anything is aligned or trained"
         )
-    return [
-        *lines,
+    order = (
         "first the rows whose loss is measured or bounded by that of narrower ones, by loss; then those whose KV dtype "
-        "nobody measured",
-        "decoding: speed over the original's in 16 bits, by bytes read in a step",
-    ]
+        "nobody measured"
+    )
+    return [*lines, order, "decoding: speed over the original's in 16 bits, by bytes read in a step"]
 
 
 def _refusal_lines(document: Mapping[str, Any]) -> list[str]:
-    """What the engine does not take, and what is too large."""
+    """What the engine does not take, each rule said once, and what is too large."""
+    rules: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for row in document["refused"]:
+        rules.setdefault((row["rule"], tuple(row["widths"])), []).append(row["kv_dtype"])
     lines = [
-        f"{row['kv_dtype']} takes {row['rule']}: not {', '.join(map(str, row['widths']))}"
-        for row in document["refused"]
+        f"refused: {', '.join(map(str, widths))} in {', '.join(names)}: it takes {rule}"
+        for (rule, widths), names in rules.items()
     ]
     return lines + [
-        f"{row['kv_dtype']} is too large: {_gibibytes(row['bytes'])} at {row['d_qk']}/{row['d_vo']}"
+        f"too large: {row['kv_dtype']}, {_size(row['bytes'])} at {row['d_qk']}/{row['d_vo']}"
         for row in document["too_large"]
     ]
 
 
 def _note_lines(document: Mapping[str, Any]) -> list[str]:
     """Notes on KV dtypes, each said once, and which of them were only read about."""
-    notes: dict[tuple[str, str], list[str]] = {}
+    notes: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
     for row in document["options"]:
         if row["note"]:
-            widths = f"{widths_text(row['d_qk'])}/{widths_text(row['d_vo'])}"
-            notes.setdefault((row["kv_dtype"], row["note"]), []).append(widths)
-    lines = [f"{name} at {', '.join(widths)}: {note}" for (name, note), widths in notes.items()]
+            names, widths = notes.setdefault(row["note"], ({}, {}))
+            names[row["kv_dtype"]] = None
+            widths[f"{widths_text(row['d_qk'])}/{widths_text(row['d_vo'])}"] = None
+    lines = [f"{', '.join(names)} at {', '.join(widths)}: {note}" for note, (names, widths) in notes.items()]
     read = dict.fromkeys(row["kv_dtype"] for row in document["options"] if not row["ran"])
     return [*lines, *([f"read in the engine's source, not run: {', '.join(read)}"] if read else [])]
 
 
-def _gibibytes(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
+def _size(size: float) -> str:
+    power = next((power for power in (3, 2) if size >= 2 ** (10 * power)), 1)
+    return f"{size / 2 ** (10 * power):.4g} {' KMG'[power]}iB"

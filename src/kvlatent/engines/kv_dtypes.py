@@ -9,7 +9,7 @@ is not listed is not known here, which does not mean that the engine lacks it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from kvlatent.model.widths import Width, width_per_layer
@@ -69,39 +69,33 @@ class KVDtype:
         return (d_qk * self.key_bits + d_vo * self.value_bits) / 8 + self.key_scale + self.value_scale
 
 
-def _alike(name: str, bits: float, scale: int = 0, **facts: object) -> KVDtype:
-    """A type of keys and values alike."""
-    return KVDtype(name, bits, bits, scale, scale, **facts)  # ty: ignore[invalid-argument-type]
-
-
-def _ggml(cuda: bool) -> tuple[KVDtype, ...]:
+def _ggml(*, cuda: bool) -> tuple[KVDtype, ...]:
     """Types of llama.cpp: q8_0 has 34 bytes for 32 numbers, q5_1 24, q5_0 22, q4_1 20, q4_0 and iq4_nl 18.
 
     On CUDA a quantised cache needs a flash-attention kernel of that width; in 16 bits other widths take the plain path.
     """
-    plain = {
-        "ran": not cuda,
-        "note": "no CUDA flash-attention kernel at this width, so the plain path" if cuda else "",
-        "note_free": _CUDA_KERNELS if cuda else (),
-    }
-    quantised = {
-        "multiple": 32,
-        "only": (64, 128, 256) if cuda else (),
-        "rule": "widths 64, 128 and 256, which have quantised CUDA kernels"
-        if cuda
-        else "multiples of its block of 32",
-        "note": "not rotated before it is quantised, which llama.cpp does at multiples of 64 only",
-        "note_free": _MULTIPLES_OF_64,
-    }
+    plain = KVDtype("f16", 16, 16, ran=not cuda)
+    if cuda:
+        note = "no CUDA flash-attention kernel at this width, so the plain path"
+        plain = replace(plain, note=note, note_free=_CUDA_KERNELS)
     blocks = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18}
-    return (
-        _alike("f16", 16, **plain),
-        _alike("f32", 32, **plain),
-        *(
-            _alike(name, size * 8 / 32, **quantised, ran=name == "q8_0" and not cuda)
-            for name, size in blocks.items()
-        ),
+    quantised = (
+        KVDtype(
+            name,
+            size * 8 / 32,
+            size * 8 / 32,
+            multiple=32,
+            only=(64, 128, 256) if cuda else (),
+            rule="the widths of its CUDA kernels, 64, 128 and 256"
+            if cuda
+            else "multiples of its block of 32",
+            ran=name == "q8_0" and not cuda,
+            note="not rotated before it is quantised, as llama.cpp rotates multiples of 64 only",
+            note_free=_MULTIPLES_OF_64,
+        )
+        for name, size in blocks.items()
     )
+    return (plain, replace(plain, name="f32", key_bits=32, value_bits=32), *quantised)
 
 
 def _vllm_cuda(nvfp4: tuple[int, ...], rule: str) -> tuple[KVDtype, ...]:
@@ -109,44 +103,56 @@ def _vllm_cuda(nvfp4: tuple[int, ...], rule: str) -> tuple[KVDtype, ...]:
 
     Keys of turboquant bear a norm of 2 bytes (fp8 keys none), its values a scale and a zero of 2 bytes each.
     """
-    rotated = {
-        "only": _POWERS_OF_TWO,
-        "rule": "powers of two",
-        "edge_layers": 2,
-        "note": "the first and the last two layers stay bf16",
-    }
+    int4 = KVDtype("int4_per_token_head", 4, 4, 4, 4, only=_POWERS_OF_TWO, rule="powers of two")
+    turboquant = replace(
+        int4, value_scale=4, edge_layers=2, note="the first and the last two layers stay bf16"
+    )
     return (
-        _alike("bfloat16", 16),
-        _alike("fp8", 8),
-        _alike("int4_per_token_head", 4, 4, only=_POWERS_OF_TWO, rule="powers of two"),
-        _alike("nvfp4", 4.5, only=nvfp4, rule=rule),
-        KVDtype("turboquant_k8v4", 8, 4, 0, 4, **rotated),
-        KVDtype("turboquant_4bit_nc", 4, 4, 2, 4, **rotated),
-        KVDtype("turboquant_3bit_nc", 3, 3, 2, 4, **rotated),
+        KVDtype("bfloat16", 16, 16),
+        KVDtype("fp8", 8, 8),
+        int4,
+        KVDtype("nvfp4", 4.5, 4.5, only=nvfp4, rule=rule),
+        replace(turboquant, name="turboquant_k8v4", key_bits=8, key_scale=0),
+        replace(turboquant, name="turboquant_4bit_nc", key_scale=2),
+        replace(turboquant, name="turboquant_3bit_nc", key_bits=3, value_bits=3, key_scale=2),
     )
 
 
-_SIXTEEN = (_alike("bfloat16", 16, ran=True),)
+_BFLOAT16 = KVDtype("bfloat16", 16, 16, ran=True)
+_FLOAT32 = KVDtype("float32", 32, 32, ran=True)
 _OWN = (
-    *_SIXTEEN,
-    _alike("float32", 32, ran=True),
-    _alike("fp8", 8, ran=True, note="kept in fp8, computed in the model's dtype (QuantizedCache)"),
+    _BFLOAT16,
+    _FLOAT32,
+    KVDtype(
+        "fp8",
+        8,
+        8,
+        ran=True,
+        note="QuantizedCache of transformers: full attention only, computed in the model's dtype",
+    ),
 )
-_LLAMA_CPP = {"cpu": _ggml(cuda=False), "cuda": _ggml(cuda=True)}
+# Read off the cache that it compiles, of blocks of 32 tokens: each channel of a block's keys has a scale and a zero, 8 bytes
+# together, and each token's value has the same.
+_OPENVINO = (
+    replace(_BFLOAT16, name="bf16"),
+    replace(_FLOAT32, name="f32"),
+    KVDtype("u8", 8 + 8 * 8 / 32, 8, value_scale=8, ran=True),
+    KVDtype("u4", 4 + 8 * 8 / 32, 4, value_scale=8),
+)
 
 _KV_DTYPES: dict[str, dict[str, tuple[KVDtype, ...]]] = {
     "transformers": {"any": _OWN},
     "transformers-stock": {"any": _OWN},
     "vllm": {
-        "cuda": _vllm_cuda((128, 256, 512), "widths 128, 256 and 512, and 64 on --backend sm100 alone"),
+        "cuda": _vllm_cuda((128, 256, 512), "widths 128, 256 and 512 (64 on --backend sm100 only)"),
         "sm100": _vllm_cuda((64, 128, 256, 512), "widths 64, 128, 256 and 512"),
-        "cpu": (*_SIXTEEN, _alike("fp8", 8, multiple=32, rule="multiples of 32")),
+        "cpu": (_BFLOAT16, KVDtype("fp8", 8, 8, multiple=32, rule="multiples of 32")),
     },
-    "sglang": {"cuda": (_alike("bfloat16", 16),)},
-    "llama.cpp": _LLAMA_CPP,
-    "llama.cpp-step35": {"cpu": _LLAMA_CPP["cpu"]},
-    "openvino": {"cpu": (*_SIXTEEN, _alike("f32", 32, ran=True))},
-    "mlx": {"cpu": _SIXTEEN},
+    "sglang": {"cuda": (KVDtype("bfloat16", 16, 16),)},
+    "llama.cpp": {"cpu": _ggml(cuda=False), "cuda": _ggml(cuda=True)},
+    "llama.cpp-step35": {"cpu": _ggml(cuda=False)},
+    "openvino": {"cpu": _OPENVINO},
+    "mlx": {"cpu": (_BFLOAT16,)},
 }
 """By engine and backend, the first of each by default; the first type is the one without loss."""
 
@@ -226,7 +232,7 @@ def _refusal(dtype: KVDtype, engine: str | None, backend: str | None, side: str,
     if fitting:
         steps.append(f"--kv-dtype {min(fitting, key=lambda other: other.token_bytes(width, width)).name}")
     return (
-        f"{_place(engine, backend)} takes {dtype.rule} in a {dtype.name} cache: got {side}={width}; "
+        f"{_place(engine, backend)} takes {dtype.rule} in {dtype.name}: got {side}={width}; "
         f"try {', or '.join(steps)}"
     )
 

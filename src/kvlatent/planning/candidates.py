@@ -58,7 +58,7 @@ class Candidates:
         head_dim: original head width.
         table: scope of the rotary table.
         symmetric: d_qk must equal d_vo.
-        engine: that asked for it, or None.
+        engine: that asked for it, or None; kv_dtype: that the cache is to have, or None.
     """
 
     widths: tuple[int, ...]
@@ -66,6 +66,7 @@ class Candidates:
     table: str
     symmetric: bool
     engine: str | None = None
+    kv_dtype: str | None = None
 
     def room(self, kv: float, num_layers: int = 1) -> int:
         """Channels that keys and values of so many layers may have together at a share `kv` of the cache."""
@@ -86,7 +87,7 @@ class Candidates:
             least = self.widths[0]
             raise ValueError(
                 f"--kv {kv:g} of head_dim={self.head_dim} leaves {2 * kv * self.head_dim:g} channels for a key and a "
-                f"value, but the smallest widths{_of(self.engine)} are d_qk={least} and d_vo={least}; "
+                f"value, but the smallest widths{_of(self.engine, self.kv_dtype)} are d_qk={least} and d_vo={least}; "
                 f"try {share_at_least(least / self.head_dim):g} or more"
             )
         room = self.room(kv)
@@ -151,7 +152,14 @@ def candidates_for(
             "one rotary table for the model needs one d_qk for all layers, so 1 group: got a plan per layer, with up "
             "to 3; use --table layer or head"
         )
-    return Candidates(widths, head_dim, table, symmetric or (row is not None and row.symmetric), engine)
+    return Candidates(
+        widths,
+        head_dim,
+        table,
+        symmetric or (row is not None and row.symmetric),
+        engine,
+        None if kv_dtype is None else kv_dtype.name,
+    )
 
 
 def _widths_taken(widths: tuple[int, ...], kv_dtype: KVDtype, engine: str | None) -> tuple[int, ...]:
@@ -159,8 +167,8 @@ def _widths_taken(widths: tuple[int, ...], kv_dtype: KVDtype, engine: str | None
     taken = tuple(width for width in widths if kv_dtype.takes(width))
     if not taken:
         raise ValueError(
-            f"a {kv_dtype.name} cache{_of(engine)} takes {kv_dtype.rule}, and no width from {widths[0]} to {widths[-1]} is "
-            "one: choose another --kv-dtype or --backend"
+            f"a cache{_of(engine, kv_dtype.name)} takes {kv_dtype.rule}: got no such width from {widths[0]} to {widths[-1]}; "
+            "choose another --kv-dtype or --backend"
         )
     return taken
 
@@ -183,5 +191,7 @@ def _step(row: Engine | None, multiple: int | None, head_dim: int) -> int:
     return multiple
 
 
-def _of(engine: str | None) -> str:
-    return "" if engine is None else f" of engine {engine}"
+def _of(engine: str | None, kv_dtype: str | None = None) -> str:
+    return ("" if engine is None else f" of engine {engine}") + (
+        "" if kv_dtype is None else f" in {kv_dtype}"
+    )

@@ -36,10 +36,6 @@ class KVBudget:
     context: int
     batch: int = 1
 
-    def meets(self, figures: ServingFigures) -> bool:
-        """Whether the caches of the latent model fit."""
-        return self.bytes_of(figures) <= self.kv_bytes
-
     def bytes_of(self, figures: ServingFigures) -> float:
         """Of the latent model's caches."""
         return self.batch * figures.latent.cache_bytes(self.context)
@@ -106,7 +102,8 @@ class CacheOption:
 def best_in_each_eighth(
     candidates: Candidates,
     errors: LayerErrors | None,
-    fits: Callable[[int, int], bool],
+    budget: KVBudget,
+    figures_of: Callable[[int, int], ServingFigures],
 ) -> Iterator[tuple[int, int, float | None]]:
     """(d_qk, d_vo, predicted error) of the best widths that fit, for each eighth of the original cache that has any.
 
@@ -115,7 +112,7 @@ def best_in_each_eighth(
     Args:
         candidates: widths that engine and KV dtype take.
         errors: of narrow keys and values, see `measured_errors`.
-        fits: whether the cache of these widths fits.
+        budget: that they are to fit into; figures_of: bytes of these widths.
     """
     best: dict[int, tuple[tuple[float, ...], int, int, float | None]] = {}
     costs = None if errors is None else (errors.keys.mean(0).tolist(), errors.values.mean(0).tolist())
@@ -123,7 +120,9 @@ def best_in_each_eighth(
         eighth = -(-_EIGHTHS * (d_qk + d_vo) // (2 * candidates.head_dim))
         error = None if costs is None else costs[0][d_qk // 2] + costs[1][d_vo]
         rank = (error or 0.0, -float(d_qk + d_vo), float(abs(d_qk - d_vo)))
-        if (eighth not in best or rank < best[eighth][0]) and fits(d_qk, d_vo):
+        if eighth in best and rank >= best[eighth][0]:
+            continue
+        if budget.bytes_of(figures_of(d_qk, d_vo)) <= budget.kv_bytes:
             best[eighth] = rank, d_qk, d_vo, error
     for _, row in sorted(best.items(), reverse=True):
         yield row[1:]

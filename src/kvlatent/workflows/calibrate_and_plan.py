@@ -149,9 +149,10 @@ def plan_checkpoint(
         inputs = {"model": model, "data": data, "statistics": statistics, "recipe": options.get("recipe")}
         check_picture(prepare_file(figure, overwrite, inputs), overwrite=overwrite)
     seen, errors, calibration = text.look()
-    common = {"engine": engine, "table": cache.table, "kv_dtype": stored, "measured": errors}
-    widths = plan_widths(seen, kv, per_layer=per_layer, **common)
-    curve = error_curve(seen, **common)
+    widths = plan_widths(
+        seen, kv, engine=engine, table=cache.table, per_layer=per_layer, kv_dtype=stored, measured=errors
+    )
+    curve = error_curve(seen, engine=engine, table=cache.table, kv_dtype=stored, measured=errors)
     if figure is not None:
         draw_error_curve(curve, figure, overwrite=overwrite)
     asked = {

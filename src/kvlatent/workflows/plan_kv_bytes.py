@@ -103,12 +103,8 @@ def plan_kv_bytes(
         raise ValueError(
             "--per-layer needs a text that tells layers apart: got none; give --data FILE or --statistics FILE"
         )
-    trained = getattr(config, "max_position_embeddings", None)
-    if context is None and trained is None:
-        raise ValueError(
-            "the config names no longest context, so it has to be said: got no --context; try --context 32k"
-        )
-    budget = KVBudget(kv_bytes, context or trained, batch)
+    trained = config.max_position_embeddings
+    budget = KVBudget(kv_bytes, trained if context is None else context, batch)
     search = partial(_search, config, cache, budget)
     options, too_large = search(None, None)
     calibration = None
@@ -142,33 +138,35 @@ def _search(
     too_large: list[dict[str, Any]] = []
     head_dim = head_dim_of(config)
     everything = candidates_for(head_dim, cache.engine, cache.table, per_layer=cache.per_layer)
-    least = everything.widths[0]
     if cache.engine is not None:
+        least = everything.widths[0]
         check_engine(cache.engine, least, least, cache.table, model_type=str(config.model_type))
     for dtype in cache.dtypes():
         if cache.kv_dtype is None and not any(map(dtype.takes, everything.widths)):
             continue
         candidates = candidates_for(head_dim, cache.engine, cache.table, kv_dtype=dtype)
-
-        def figures_of(d_qk: Width, d_vo: Width, dtype: KVDtype = dtype) -> ServingFigures:
-            return serving_figures(
-                config, d_qk, d_vo, element_size=_WEIGHT_BYTES, kv_dtype=dtype, qk_norm=cache.qk_norm
-            )
-
-        smallest = figures_of(candidates.widths[0], candidates.widths[0])
-        if not budget.meets(smallest):
-            too_large.append(_smallest(dtype, candidates.widths[0], budget.bytes_of(smallest)))
+        figures_of = partial(_figures, config, cache, dtype)
+        least = candidates.widths[0]
+        smallest = budget.bytes_of(figures_of(least, least))
+        if smallest > budget.kv_bytes:
+            too_large.append({"kv_dtype": dtype.name, "d_qk": least, "d_vo": least, "bytes": smallest})
         elif statistics is not None:
             options.append(_by_layer(cache, budget, errors, statistics, dtype, figures_of))
         else:
-            fits = lambda d_qk, d_vo, make=figures_of: budget.meets(make(d_qk, d_vo))  # noqa: E731
             options += [
-                CacheOption(*widths, head_dim, dtype, cache.table, figures_of(*widths), error)
-                for *widths, error in best_in_each_eighth(candidates, errors, fits)
+                CacheOption(d_qk, d_vo, head_dim, dtype, cache.table, figures_of(d_qk, d_vo), error)
+                for d_qk, d_vo, error in best_in_each_eighth(candidates, errors, budget, figures_of)
             ]
     if not options:
         raise ValueError(_nothing_fits(cache, budget, too_large))
     return options, too_large
+
+
+def _figures(config: Any, cache: Cache, dtype: KVDtype, d_qk: Width, d_vo: Width) -> ServingFigures:
+    """Bytes with a cache of these widths in a KV dtype, beside the original's in 16 bits."""
+    return serving_figures(
+        config, d_qk, d_vo, element_size=_WEIGHT_BYTES, kv_dtype=dtype, qk_norm=cache.qk_norm
+    )
 
 
 def _by_layer(
@@ -196,7 +194,7 @@ def _by_layer(
             measured=errors,
         )
         figures = figures_of(found.d_qk, found.d_vo)
-        if budget.meets(figures) or share == least:
+        if budget.bytes_of(figures) <= budget.kv_bytes or share == least:
             return CacheOption(found.d_qk, found.d_vo, head_dim, dtype, cache.table, figures, found.error)
         share = min(share - 1 / head_dim, share * budget.kv_bytes / budget.bytes_of(figures))
 
@@ -210,14 +208,8 @@ def _refused(config: Any, cache: Cache) -> list[dict[str, Any]]:
     ]
 
 
-def _smallest(dtype: KVDtype, width: int, size: float) -> dict[str, Any]:
-    return {"kv_dtype": dtype.name, "d_qk": width, "d_vo": width, "bytes": size}
-
-
 def _nothing_fits(cache: Cache, budget: KVBudget, too_large: Sequence[dict[str, Any]]) -> str:
     """One sentence: the smallest cache there is, what it was to fit into, and what would do."""
-    if not too_large:  # no dtype takes any width of this head, and all are known to
-        return f"no KV dtype of engine {cache.engine} takes a width of this head; use --engine transformers"
     least = min(too_large, key=lambda row: row["bytes"])
     tokens = int(budget.kv_bytes / least["bytes"] * budget.context)
     shorter = f", --context {tokens}" if tokens else ""
@@ -232,10 +224,10 @@ def _mebibytes(size: float) -> str:
     return f"{-(-size // 2**20):.0f}MiB"
 
 
-def _notes(config: Any, cache: Cache, context: int, trained: int | None) -> list[str]:
+def _notes(config: Any, cache: Cache, context: int, trained: int) -> list[str]:
     """What holds for all options."""
     notes = []
-    if trained is not None and context > trained:
+    if context > trained:
         notes.append(f"the original was made for {trained:,} tokens, fewer than the {context:,} asked for")
     if cache.engine == "vllm" and cache.per_layer:
         windows = serving_figures(config, head_dim_of(config), head_dim_of(config)).original.windows

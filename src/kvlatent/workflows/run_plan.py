@@ -136,10 +136,7 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
     size, head = layer_size(config)
     recipe = resolve_recipe(options, config=config, size=size, device=device, stages=stages)
     engine = options.get("engine")
-    lists = any(isinstance(options.get(side), list | tuple) for side in ("d_qk", "d_vo"))
-    choices = choices_from_recipe(
-        recipe.conversion, engine, per_layer=lists or bool(options.get("per_layer"))
-    )
+    choices = choices_from_recipe(recipe.conversion, engine, per_layer=_layers_may_differ(options))
     asked = _widths_from_options(config, choices, has_text, options)
     full = asked == (head_dim_of(config), head_dim_of(config))
     notes: tuple[str, ...] = ()
@@ -231,6 +228,12 @@ def choices_from_recipe(wanted: Conversion, engine: str | None, *, per_layer: bo
     if engine is None or wanted.table is not None or choices.keys not in BY_PAIRS:
         return choices
     return replace(choices, table=engine_named(engine).scope(per_layer=per_layer))
+
+
+def _layers_may_differ(options: Mapping[str, Any]) -> bool:
+    """Whether widths are chosen, or given, for each layer."""
+    lists = (isinstance(options.get(side), list | tuple) for side in ("d_qk", "d_vo"))
+    return bool(options.get("per_layer")) or any(lists)
 
 
 def _widths_from_options(
