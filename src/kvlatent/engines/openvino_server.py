@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from kvlatent.engines.engine_process import EngineSettings
 from kvlatent.engines.openai_server import serve_model
+from kvlatent.engines.openvino_paging import cache_properties, paged_cache
 
 __all__ = ["OpenVINOModel", "open_bench", "serve"]
 
@@ -33,9 +34,10 @@ class OpenVINOModel:
         scheduler.num_kv_blocks = -(-settings.context // _BLOCK_TOKENS) + 1
         scheduler.enable_prefix_caching = False
         scheduler.max_num_batched_tokens = settings.context
-        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.num_threads}
-        if settings.kv_dtype is not None:
-            properties["KV_CACHE_PRECISION"] = settings.kv_dtype
+        properties: dict[str, Any] = {
+            "INFERENCE_NUM_THREADS": settings.num_threads,
+            **cache_properties(settings.kv_dtype),
+        }
         self._pipeline = openvino_genai.LLMPipeline(
             settings.path, "CPU", scheduler_config=scheduler, ATTENTION_BACKEND="PA", **properties
         )
@@ -92,7 +94,7 @@ def _relay(streamer: Any) -> Any:
         def write(self, token: Any) -> Any:
             try:
                 streamer.put(torch.tensor([token] if isinstance(token, int) else token))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - it is raised again beyond the engine
                 self.failure = error
                 return openvino_genai.StreamingStatus.CANCEL
             return openvino_genai.StreamingStatus.RUNNING
@@ -138,8 +140,6 @@ def open_bench(settings: EngineSettings) -> tuple[dict[str, Any], Callable[..., 
 
 
 def _facts(settings: EngineSettings) -> dict[str, Any]:
-    from kvlatent.engines.openvino_paging import paged_cache
-
     cache = paged_cache(Path(settings.path), settings.kv_dtype)
     return {
         "engine": f"OpenVINO GenAI {version('openvino-genai')}",

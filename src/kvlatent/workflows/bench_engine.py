@@ -7,6 +7,7 @@ the same random tokens for all, never from a cache of prompts. A ratio is taken 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -31,7 +32,6 @@ from kvlatent.workflows.engine_choice import Runnable, choose_runnable, runner_n
 __all__ = ["BENCH_ENGINES", "bench_engine"]
 
 BENCH_ENGINES = ("llama.cpp", "openvino", "vllm")
-_DEFAULTS = {"llama.cpp": "f16", "openvino": "f16", "vllm": "auto"}
 
 
 def bench_engine(
@@ -85,69 +85,65 @@ def bench_engine(
     limit, added = min(one.context for one in models.values()), new_tokens or NEW_TOKENS
     lengths = list(contexts or sorted({min(length, limit - added - 1) for length in CONTEXTS}))
     check_context(lengths, added + 1, limit)
-    types = _types(models, kv_dtypes or [_DEFAULTS[engine]], given=kv_dtypes is not None)
-    rates = [read_rate(EngineSettings("", "", 1).num_threads)]
+    types = _types(models, kv_dtypes)
     prompts = {length: _prompt(models, length, seed) for length in lengths}
-    with contextlib.ExitStack() as stack:
-        running = {}
-        for label, kv_dtype in types.items():
-            for role, one in models.items():
-                told.report("start", note=f"{role}, {label}")
-                settings = EngineSettings(one.path, one.name, max(lengths) + added + 1, kv_dtype)
-                process = EngineProcess(one.runner.module, "bench", settings)
-                running[role, label] = stack.enter_context(process)
-        cells = _cells(running, prompts, added, repeats or REPEATS, told)
-        facts = {variant: process.facts for variant, process in running.items()}
-    rates.append(read_rate(EngineSettings("", "", 1).num_threads))
-    about = {role: _about(one, sources[role], dtype) for role, one in models.items()}
-    read = {role: one["read_bytes"] for role, one in about.items()}
-    rows = cell_rows(cells, added)
-    for row in rows:
-        row["bound_ms_per_token"] = 1e3 * (read[row["model"]] + row["cache_bytes"]) / max(rates)
+    threads = EngineSettings("", "", 1).num_threads
+    rates = [read_rate(threads)]
+    cells, facts = _measured(models, types, prompts, added, repeats or REPEATS, told)
+    rates.append(read_rate(threads))
+    about = {role: _about(one, sources[role]) for role, one in models.items()}
+    record = environment("cpu")
+    record["machine"]["engine_threads"] = threads
+    record["caches"] = [{"model": role, "cache": label, **said} for (role, label), said in facts.items()]
     return Bench.checked(
         {
             "kind": "bench",
             "engine": next(iter(facts.values()))["engine"],
-            "read_bytes_per_s": max(rates),
             "model": about["latent"],
             "original": about.get("original"),
-            "device": "cpu" if engine != "vllm" or not torch.cuda.is_available() else "cuda",
+            "device": "cuda" if engine == "vllm" and torch.cuda.is_available() else "cpu",
             "dtype": dtype or "as stored",
             "attention": engine,
             "compile": False,
             "peak_memory": "not measured: the engine is a process of its own",
-            "rows": rows,
-            "ratios": ratio_rows(cells, read),
-            "stacked": stacked_rows(cells, read),
+            **_figures(cells, {role: one["read_bytes"] for role, one in about.items()}, added, max(rates)),
             "settings": {
                 "batches": [1],
                 "contexts": lengths,
-                "caches": list(types),
+                "caches": list(dict.fromkeys(label for _, label in facts)),
                 "new_tokens": added,
                 "repeats": repeats or REPEATS,
             },
-            "record": _record()
-            | {
-                "seed": seed,
-                "caches": [{"model": role, "cache": label, **facts[role, label]} for role, label in running],
-                "seconds": round(time.perf_counter() - start, 3),
-            },
+            "record": record | {"seed": seed, "seconds": round(time.perf_counter() - start, 3)},
         }
     )
 
 
-def _types(models: Mapping[str, Runnable], kv_dtypes: Sequence[str], *, given: bool) -> dict[str, str | None]:
-    """Types of the cache by how they are listed, known to be taken by every model; None is the engine's default."""
-    if len(set(kv_dtypes)) < len(kv_dtypes):
+def _figures(
+    cells: Sequence[MeasuredCell], read: Mapping[str, float], new_tokens: int, rate: float
+) -> dict[str, Any]:
+    """Rows and ratios, and the bound of a step by the bytes that it reads (weights by role in `read`) at a rate."""
+    rows = cell_rows(cells, new_tokens)
+    for row in rows:
+        row["bound_ms_per_token"] = 1e3 * (read[row["model"]] + row["cache_bytes"]) / rate
+    return {
+        "read_bytes_per_s": rate,
+        "rows": rows,
+        "ratios": ratio_rows(cells, read),
+        "stacked": stacked_rows(cells, read),
+    }
+
+
+def _types(models: Mapping[str, Runnable], kv_dtypes: Sequence[str] | None) -> list[str | None]:
+    """Types of the cache, known to be taken by every model; None is the engine's default."""
+    if kv_dtypes is None:
+        return [None]
+    for one in models.values():
+        types = [one.check_kv_dtype(name) for name in kv_dtypes]
+    if len(set(types)) < len(types):
         raise ValueError(
             f"types of the cache are measured once each: got {', '.join(kv_dtypes)}; name each once"
         )
-    if not given:
-        return {kv_dtypes[0]: None}
-    types: dict[str, str | None] = {}
-    for name in kv_dtypes:
-        for one in models.values():
-            types[name] = one.check_kv_dtype(name)
     return types
 
 
@@ -160,6 +156,27 @@ def _prompt(models: Mapping[str, Runnable], length: int, seed: int) -> list[int]
             "compare with the model it came from"
         )
     return random_prompt(next(iter(sizes.values())), 1, length, seed, torch.device("cpu"))[0].tolist()
+
+
+def _measured(
+    models: Mapping[str, Runnable],
+    types: Sequence[str | None],
+    prompts: Mapping[int, list[int]],
+    new_tokens: int,
+    repeats: int,
+    progress: Progress,
+) -> tuple[list[MeasuredCell], dict[tuple[str, str], dict[str, Any]]]:
+    """Cells, and `EngineFacts` of every engine by model and type of cache; all are started, and run by turns."""
+    room = max(prompts) + new_tokens + 1
+    with contextlib.ExitStack() as stack:
+        running: dict[tuple[str, str], EngineProcess] = {}
+        for kv_dtype, (role, one) in itertools.product(types, models.items()):
+            progress.report("start", note=f"{role}, {kv_dtype or 'default type of cache'}")
+            settings = EngineSettings(one.path, one.name, room, kv_dtype)
+            process = stack.enter_context(EngineProcess(one.runner.module, "bench", settings))
+            running[role, kv_dtype or process.facts["cache_dtype"]] = process
+        cells = _cells(running, prompts, new_tokens, repeats, progress)
+        return cells, {variant: process.facts for variant, process in running.items()}
 
 
 def _cells(
@@ -198,7 +215,7 @@ def _cells(
     return cells
 
 
-def _about(one: Runnable, source: str | Path, dtype: str | None) -> dict[str, Any]:
+def _about(one: Runnable, source: str | Path) -> dict[str, Any]:
     """Which model it is, its bytes in the file that was run, and its widths."""
     weights = stored_weights(Path(one.path))
     return {
@@ -209,9 +226,3 @@ def _about(one: Runnable, source: str | Path, dtype: str | None) -> dict[str, An
         "d_qk": list(one.d_qk),
         "d_vo": list(one.d_vo),
     }
-
-
-def _record() -> dict[str, Any]:
-    record = environment("cpu")
-    record["machine"]["engine_threads"] = EngineSettings("", "", 1).num_threads
-    return record
