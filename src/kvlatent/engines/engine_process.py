@@ -156,6 +156,8 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
         self._drain.join(_SECONDS_TO_STOP)
+        if self._process.stderr is not None:
+            self._process.stderr.close()
 
     def _answer(self, what: str) -> dict[str, Any]:
         assert self._process.stdout is not None

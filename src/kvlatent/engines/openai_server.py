@@ -198,5 +198,9 @@ def _answer_mistakes(application: Any) -> None:
             return answer(400, f"the request lacks the field {error.args[0]!r}")
         return answer(400, first_line(error))
 
+    @application.exception_handler(Exception)
+    async def failed(_: Any, error: Any) -> Any:
+        return answer(500, f"{type(error).__name__}: {first_line(error)}")
+
     for kind in (KeyError, TypeError, ValueError):
         application.exception_handler(kind)(unusable)

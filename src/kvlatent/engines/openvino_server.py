@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from kvlatent.engines.engine_process import EngineSettings
 from kvlatent.engines.openai_server import serve_model
@@ -42,6 +42,7 @@ class OpenVINOModel:
             settings.path, "CPU", scheduler_config=scheduler, ATTENTION_BACKEND="PA", **properties
         )
         self.device, self.name_or_path = torch.device("cpu"), settings.path
+        self.config = AutoConfig.from_pretrained(settings.path)
         self.generation_config = GenerationConfig.from_pretrained(settings.path)
 
     def generate(
