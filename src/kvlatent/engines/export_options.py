@@ -50,14 +50,16 @@ class ExportFacts(Result):
         engine: what reads it back, with its version.
         cache_bytes_per_token: that the engine spends, in its own default type of cache.
         cache_dtype: that type.
+        context: tokens for which it is the same model; None: all that the checkpoint takes.
         changes: sentences on what is not as it was in the latent checkpoint.
         run_with: commands that run it; DIR stands for its directory.
-        tolerance: largest difference of logits from ours, relative to their standard deviation.
+        tolerance: of the logits' root mean square difference from ours, over their standard deviation.
     """
 
     engine: str
     cache_bytes_per_token: int
     cache_dtype: str
+    context: int | None = None
     changes: list[str] = Field(default_factory=list)
     run_with: list[str] = Field(default_factory=list)
     tolerance: float = 1e-3

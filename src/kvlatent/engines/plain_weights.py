@@ -188,6 +188,7 @@ def _unequal_sentence(config: Any, target: str, engine: str, width: int) -> str:
     return (
         f"{target} has one width for keys and values of all layers: got {' and '.join(said)}; convert with "
         f"{recipe_of(engine, min(even, width))}, or fill up with zeros to {width} by --pad, which caches {width} for both"
+        + (", or keep them apart by --experimental" if engine == "llama.cpp" and len(set(keys)) == len(set(values)) == 1 else "")
     )
 
 

@@ -160,6 +160,7 @@ def _facts(latent: Any, shape: PlainShape, carrier: str, options: ExportOptions)
         "engine": f"transformers {transformers.__version__}, class {_CLASSES[carrier][1].__name__}",
         "cache_bytes_per_token": 2 * width * heads * size,
         "cache_dtype": options.stored_dtype,
+        "context": shape.context,
         "changes": list(shape.changes),
         "run_with": run_with,
         "tolerance": 5e-2 if is_folded and options.stored_dtype != "float32" else 1e-4,

@@ -39,7 +39,10 @@ _CHECK_TOKENS = 128  # far enough that a wrong frequency shows, short enough for
 
 
 class LogitCheck(Result):
-    """How far what the engine computes is from what our class computes: largest difference, and what it is relative to."""
+    """How far what the engine computes is from what our class computes.
+
+    `difference` is the largest, `relative` the root of the mean square over the standard deviation, which is what decides.
+    """
 
     compared: str
     positions: int
@@ -104,10 +107,10 @@ def export(
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
     exporter.check_exportable(model, options)
     latent = latent_config_of(model.config)
-    input_ids, ours = _our_logits(model)
     with atomic_directory(place, overwrite=overwrite, inputs={"model": source}) as written:
         report.report(f"write {to}")
         facts = exporter.write_export(model, folder, written, options)
+        input_ids, ours = _our_logits(model, facts.get("context"))
         del model  # the process that reads back needs the memory
         report.report("read back")
         theirs, token_ids = read_in_fresh_process(TARGETS[to], written, input_ids, HARD_STRINGS)
@@ -167,10 +170,10 @@ def _check_latent(source: str | Path) -> str:
 
 
 @torch.no_grad()
-def _our_logits(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Random tokens [1, T], the same for every call, and our logits [1, T, V] for them."""
+def _our_logits(model: PreTrainedModel, context: int | None) -> tuple[Tensor, Tensor]:
+    """Random tokens [1, T], the same for every call and within the context, and our logits [1, T, V] for them."""
     config: Any = model.config
-    length = min(_CHECK_TOKENS, getattr(config, "max_position_embeddings", None) or _CHECK_TOKENS)
+    length = min(_CHECK_TOKENS, context or config.max_position_embeddings)
     random = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (1, length), generator=random)
     return input_ids, model(input_ids, use_cache=False).logits.float()
@@ -187,22 +190,23 @@ def _compare(to: str, theirs: Tensor, ours: Tensor, facts: dict[str, Any]) -> di
     if theirs.logsumexp(-1).abs().max() < 1e-3:
         kind, ours = "log-probabilities", ours.log_softmax(-1)
     spread = float(ours.std())
-    difference = float((theirs - ours).abs().max())
+    off = theirs - ours
+    relative = float(off.square().mean().sqrt()) / spread
     tolerance = facts.get("tolerance", ExportFacts.model_fields["tolerance"].default)
     check = {
         "compared": kind,
         "positions": theirs.shape[1],
-        "difference": difference,
+        "difference": float(off.abs().max()),
         "standard_deviation": spread,
-        "relative": difference / spread,
+        "relative": relative,
         "tolerance": tolerance,
         "same_argmax": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()),
     }
-    if not difference <= tolerance * spread:  # a NaN is no match either
+    if not relative <= tolerance:  # a NaN is no match either
         raise ValueError(
             f"the export to {to} was removed, since {facts['engine']} computes something else than our class: {kind} differ "
-            f"by up to {difference:.2g} where {tolerance * spread:.2g} is allowed; use another version of the engine, and "
-            "report it"
+            f"by {relative:.2g} of their standard deviation where {tolerance:g} is allowed; use another version of the engine, "
+            "and report it"
         )
     return check
 

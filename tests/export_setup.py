@@ -1,0 +1,55 @@
+"""Latent toys of every family, and exporters called without the command around them."""
+
+import json
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kvlatent.checkpoints.save import save
+from kvlatent.conversion.convert_model import convert
+from kvlatent.engines.export_options import ExportOptions
+from kvlatent.selection.choices import Choices
+from tiny import tiny_model
+
+ONE_TABLE = Choices(keys="weights", table="model")
+WIDTH = 16  # of HEAD_DIM
+
+
+def latent_toy(name, d_qk=WIDTH, d_vo=WIDTH, choices=ONE_TABLE, **overrides):
+    """A converted toy; Qwen3 with the norm that an engine has."""
+    return convert(tiny_model(name, **overrides), d_qk=d_qk, d_vo=d_vo, choices=choices, qk_norm="sliced")
+
+
+def latent_directory(folder, tokenizer, name="llama-mha", **more):
+    """A latent toy of the tokenizer's vocabulary, as a checkpoint."""
+    vocab = {"vocab_size": 300, "num_key_value_heads": 2}
+    return save(latent_toy(name, **{**vocab, **more}), folder, tokenizer=tokenizer)
+
+
+def difference(exporter, latent, source, out, input_ids, **options):
+    """Facts, and the largest difference from ours of what the exporter reads back, within the context of the export."""
+    out.mkdir(exist_ok=True)
+    chosen = ExportOptions(**options)
+    exporter.check_exportable(latent, chosen)
+    facts = exporter.write_export(latent, source, out, chosen)
+    input_ids = input_ids[:1, : facts["context"]]
+    theirs = exporter.read_logits(out, input_ids)
+    with torch.no_grad():
+        ours = latent(input_ids, use_cache=False).logits
+    ours = ours[:, -theirs.shape[1] :]
+    if theirs.logsumexp(-1).abs().max() < 1e-3:
+        ours = ours.log_softmax(-1)
+    return facts, float((ours - theirs).abs().max()), ours
+
+
+def untrained_tokenizer():
+    """Single letters, and nothing that merges them."""
+    vocabulary = {letter: number for number, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
