@@ -5,6 +5,8 @@ import json
 import urllib.error
 import urllib.request
 
+import torch
+
 from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
 from kvlatent.selection.choices import Choices
@@ -15,10 +17,15 @@ CONTEXT = 256
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-def original_toy(**more):
-    """Of head width 64, so that half of it is a block of llama.cpp's quantised caches."""
+def original_toy(tokenizer, **more):
+    """Of head width 64, so that half of it is a block of llama.cpp's quantised caches; it likes to write ASCII."""
     sizes = {"vocab_size": 300, "num_key_value_heads": HEADS, "head_dim": 2 * WIDTH, "eos_token_id": 0}
-    return tiny_model("llama-mha", **{**sizes, "bos_token_id": None, "pad_token_id": None, **more})
+    model = tiny_model("llama-mha", **{**sizes, "bos_token_id": None, "pad_token_id": None, **more})
+    with torch.no_grad():
+        for token in range(len(tokenizer)):
+            text = tokenizer.decode([token])
+            model.lm_head.weight[token] *= text.isascii() and text.isprintable()
+    return model
 
 
 def chatting(tokenizer):
@@ -30,14 +37,16 @@ def chatting(tokenizer):
 
 def latent_directory(folder, tokenizer, d_qk=WIDTH, d_vo=WIDTH, table="model", **more):
     """A converted toy as a checkpoint."""
-    latent = convert(original_toy(**more), d_qk=d_qk, d_vo=d_vo, choices=Choices(keys="weights", table=table))
+    latent = convert(
+        original_toy(tokenizer, **more), d_qk=d_qk, d_vo=d_vo, choices=Choices(keys="weights", table=table)
+    )
     latent.config._name_or_path = ""
     return save(latent, folder, tokenizer=chatting(tokenizer))
 
 
 def original_directory(folder, tokenizer, **more):
     """The toy as it was."""
-    original_toy(**more).save_pretrained(folder)
+    original_toy(tokenizer, **more).save_pretrained(folder)
     chatting(tokenizer).save_pretrained(folder)
     return folder
 

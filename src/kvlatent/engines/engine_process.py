@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -199,6 +200,7 @@ def kept_stderr() -> Generator[Callable[[], str]]:
 def main(module: str, task: str, settings: str) -> None:
     """Run an engine until stdin ends."""
     say = _own_stdout()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both, and the starter ends this one
     engine = import_module(f"kvlatent.engines.{module}")
     given = EngineSettings(**json.loads(settings))
     try:
