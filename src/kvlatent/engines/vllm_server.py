@@ -50,8 +50,12 @@ def serve(settings: EngineSettings) -> tuple[dict[str, Any], Callable[[], None]]
             process.wait(_SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
             process.kill()
+        relaying.join(_SECONDS_TO_STOP)
+        if process.stdout is not None:
+            process.stdout.close()
 
-    threading.Thread(target=relay, daemon=True).start()
+    relaying = threading.Thread(target=relay, daemon=True)
+    relaying.start()
     url = f"http://{settings.host}:{settings.port}"
     until = time.monotonic() + _SECONDS_TO_START
     while True:
