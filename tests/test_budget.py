@@ -79,7 +79,7 @@ def test_an_engine_decides_what_nobody_said(wide):
     made = plan(wide, engine="vllm")
     assert made.widths is None and made.choices.table == "model"
     assert plan(wide, engine="vllm", has_text=False).widths == (32, 32)
-    assert plan(wide, engine="openvino").choices.table == "layer"
+    assert plan(wide, engine="openvino").choices.table == "head"
     assert plan(wide, engine="openvino", table="model").choices.table == "model"
     assert plan(wide, engine="vllm", preset="paper").widths == (32, 32)
     assert plan(wide, engine="openvino", kv=0.45, has_text=False).widths == (24, 24)

@@ -15,28 +15,28 @@ def test_equal_widths_and_one_table_run_everywhere():
 def test_what_asymmetry_and_finer_tables_cost():
     assert engines_for(40, 24, "model") == ("transformers", "llama.cpp-step35", "openvino")
     assert engines_for(40, 24, "layer") == ("transformers", "openvino")
-    assert engines_for(40, 24, "head") == ("transformers",)
-    assert engines_for(36, 28, "model") == ("transformers",)
-    assert engines_for((40, 32), (24, 32), "model") == ("transformers",)
+    assert engines_for(40, 24, "head") == ("transformers", "openvino")
+    assert engines_for(36, 28, "model") == ("transformers", "openvino")
+    assert engines_for((40, 32), (24, 32), "model") == ("transformers", "openvino")
     assert engines_for((32, 32), (32, 32), "model") == engines_for(32, 32, "model")
     assert "vllm" not in engines_for(16, 16, "model") and "mlx" in engines_for(16, 16, "model")
-    assert engines_for(18, 7, "head") == ("transformers",)
+    assert engines_for(18, 7, "head") == ("transformers", "openvino")
 
 
 def test_vllm_takes_layers_of_three_sizes_each_symmetric():
     three = (32, 48, 64, 32)
-    assert engines_for(three, three, "layer") == ("transformers", "vllm")
+    assert engines_for(three, three, "layer") == ("transformers", "vllm", "openvino")
     assert "vllm" not in engines_for(three, (32, 48, 48, 32), "layer")
     assert "vllm" not in engines_for(
         (32, 48), (48, 32), "layer"
     )  # the same widths, but not in the same layer
     four = (32, 48, 64, 40)
-    assert engines_for(four, four, "layer") == ("transformers",)
+    assert engines_for(four, four, "layer") == ("transformers", "openvino")
 
 
 def test_the_table_that_an_engine_takes_first():
     assert [ENGINES[name].scope() for name in ("transformers", "vllm", "openvino", "mlx")] == [
-        "head", "model", "layer", "model",
+        "head", "model", "head", "model",
     ]  # fmt: skip
     assert [ENGINES[name].scope(per_layer=True) for name in ("transformers", "vllm", "mlx")] == [
         "head", "layer", "model",
@@ -61,12 +61,12 @@ def test_families_that_cannot_carry_their_table():
         (("mlx", 32, 32, "head"), "mlx takes one rotary table per model: got one per head; use --table model"),
         (("vllm", (32, 48), (48, 48), "layer"), "needs d_qk = d_vo in every layer: got d_qk=32, d_vo=48; try 40 for both"),
         (("vllm", (32, 40, 48, 56), (32, 40, 48, 56), "layer"), "layers of at most 3 different sizes: got 4; let --kv with"),
-        (("openvino", 32, 32, "head"), "one rotary table per layer or model: got one per head; use --table layer"),
         (("vllm", 40, 24, "model"), "vllm needs d_qk = d_vo in every layer: got d_qk=40, d_vo=24; try 32 for both"),
+        (("llama.cpp-step35", 40, 24, "layer"), "one rotary table per model: got one per layer; use --table model"),
         (("mlx", 28, 28, "model"), "mlx needs widths that are multiples of 8: got d_qk=28; try 24"),
-        (("openvino", 40, 20, "model"), "openvino needs widths that are multiples of 8: got d_vo=20; try 16"),
+        (("llama.cpp-step35", 40, 20, "model"), "step35 needs widths that are multiples of 8: got d_vo=20; try 16"),
         (("vllm", 16, 16, "model"), "vllm needs widths of at least 32: got d_qk=16; try 32"),
-        (("openvino", (32, 40), (32, 24), "model"), "same widths in every layer: got 2 different d_qk and 2 "),
+        (("llama.cpp-step35", (32, 40), (32, 24), "model"), "same widths in every layer: got 2 different d_qk and 2 "),
     ],
 )  # fmt: skip
 def test_refusals(arguments, sentence):

@@ -226,7 +226,8 @@ def _own_stdout() -> Callable[[dict[str, Any]], None]:
     os.dup2(2, 1)
 
     def say(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
     return say
 

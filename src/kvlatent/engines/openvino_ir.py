@@ -71,7 +71,8 @@ def write_export(latent: Any, source: Path, out: Path, options: ExportOptions) -
     """Write the graph, the tokenizer (as graphs, and as it was, with its chat template), config and generation config.
 
     Returns:
-        `ExportFacts`, and "weights", "versions", "k_head_sizes" and "v_head_sizes": by layer, as paged attention reads them.
+        `ExportFacts`, and "weights", "versions", "k_head_size" and "v_head_size": as paged attention reads them, by layer where
+        layers differ.
 
     Raises:
         ValueError: the tokenizer encodes otherwise in OpenVINO; or paged attention reads other widths or windows.
@@ -104,13 +105,18 @@ def write_export(latent: Any, source: Path, out: Path, options: ExportOptions) -
         "versions": {name: version(name) for name in _PACKAGES},
         "weights": _dtype(options),
         "cache_bytes_per_token": int(cache["bytes_per_token"]),
-        "cache_dtype": _CACHE_DTYPE,
-        "k_head_sizes": cache["k_head_sizes"],
-        "v_head_sizes": cache["v_head_sizes"],
+        "cache_dtype": cache["cache_dtype"],
+        "context": context,
+        "k_head_size": _of_all(cache["k_head_sizes"]),
+        "v_head_size": _of_all(cache["v_head_sizes"]),
         "changes": changes,
         "run_with": [f'python -c "import openvino_genai; print({_RUN})"'],
         "tolerance": 2e-2 if _rounds(options) else 1e-3,
     }
+
+
+def _of_all(sizes: list[int]) -> int | list[int]:
+    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 def _write_config(config: Any, context: int, out: Path) -> None:

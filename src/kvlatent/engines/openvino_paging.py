@@ -15,7 +15,7 @@ from openvino._offline_transformations import paged_attention_transformation
 
 from kvlatent.model.classes import latent_config_of
 
-__all__ = ["MODEL_FILE", "cache_properties", "check_paging", "paged_cache"]
+__all__ = ["MODEL_FILE", "check_paging", "paged_cache"]
 
 MODEL_FILE = "openvino_model.xml"
 _BLOCK_TOKENS = 32  # of one page on a CPU
@@ -41,7 +41,11 @@ def paged_cache(out: Path, cache_dtype: str | None = None) -> dict[str, Any]:
     sizes = {
         name: [layer.get_rt_info()[name].value for layer in layers] for name in ("k_head_size", "v_head_size")
     }
-    compiled = core.compile_model(graph, "CPU", cache_properties(cache_dtype))
+    # Without the hint, processors with units for bfloat16 take it for computing, and then for the cache in place of f16.
+    asked = {"INFERENCE_PRECISION_HINT": "f32"} | (
+        {} if cache_dtype is None else {"KV_CACHE_PRECISION": cache_dtype}
+    )
+    compiled = core.compile_model(graph, "CPU", asked)
     pages = [port for port in compiled.inputs if port.any_name.startswith(("key_cache.", "value_cache."))]
     page_bytes = sum(
         prod(size.get_length() for size in list(page.partial_shape)[1:]) * page.element_type.size
@@ -51,17 +55,9 @@ def paged_cache(out: Path, cache_dtype: str | None = None) -> dict[str, Any]:
         "k_head_sizes": sizes["k_head_size"],
         "v_head_sizes": sizes["v_head_size"],
         "windows": windows,
-        "cache_dtype": sorted({page.element_type.get_type_name() for page in pages}),
+        "cache_dtype": pages[0].element_type.get_type_name() if pages else None,
         "bytes_per_token": page_bytes / _BLOCK_TOKENS,
     }
-
-
-def cache_properties(cache_dtype: str | None) -> dict[str, str]:
-    """What the engine is told for a type of cache; its own where that is None. A cache in f32 needs sums in f32."""
-    if cache_dtype is None:
-        return {}
-    hint = {"INFERENCE_PRECISION_HINT": "f32"} if cache_dtype == "f32" else {}
-    return {"KV_CACHE_PRECISION": cache_dtype, **hint}
 
 
 def _window(layer: Any) -> int | None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from kvlatent.engines.engine_process import EngineSettings
 from kvlatent.engines.openai_server import serve_model
-from kvlatent.engines.openvino_paging import cache_properties, paged_cache
+from kvlatent.engines.openvino_paging import paged_cache
 
 __all__ = ["OpenVINOModel", "open_bench", "serve"]
 
@@ -36,7 +36,7 @@ class OpenVINOModel:
         scheduler.max_num_batched_tokens = settings.context
         properties: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": settings.num_threads,
-            **cache_properties(settings.kv_dtype),
+            **_cache_properties(settings.kv_dtype),
         }
         self._pipeline = openvino_genai.LLMPipeline(
             settings.path, "CPU", scheduler_config=scheduler, ATTENTION_BACKEND="PA", **properties
@@ -83,6 +83,14 @@ class OpenVINOModel:
             "decode_s": said.get_tpot().mean * steps / 1e3,
             "steps": steps,
         }
+
+
+def _cache_properties(kv_dtype: str | None) -> dict[str, str]:
+    """What the engine is told for a type of cache, nothing for its own; a cache in f32 needs sums in f32."""
+    if kv_dtype is None:
+        return {}
+    hint = {"INFERENCE_PRECISION_HINT": "f32"} if kv_dtype == "f32" else {}
+    return {"KV_CACHE_PRECISION": kv_dtype, **hint}
 
 
 def _relay(streamer: Any) -> Any:
@@ -144,7 +152,7 @@ def _facts(settings: EngineSettings) -> dict[str, Any]:
     cache = paged_cache(Path(settings.path), settings.kv_dtype)
     return {
         "engine": f"OpenVINO GenAI {version('openvino-genai')}",
-        "cache_dtype": " and ".join(cache["cache_dtype"]),
+        "cache_dtype": cache["cache_dtype"],
         "cache_bytes_per_token": cache["bytes_per_token"],
         "cache_said_by": "the blocks of its compiled model",
     }
