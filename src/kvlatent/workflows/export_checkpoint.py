@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.lineage import lineage
 from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.tokenizer_files import HARD_STRINGS, load_tokenizer
-from kvlatent.engines.export_options import ExportFacts, Exporter, ExportOptions
+from kvlatent.engines.export_options import Exporter, ExportFacts, ExportOptions
 from kvlatent.jobs.atomic import atomic_directory, prepare_output
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.progress import Progress, Report
