@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import convert, export, inspect, measure, plan, train
+from . import convert, export, inspect, measure, plan, serve, train
 
 app = typer.Typer(
     name="kvlatent",
@@ -18,6 +18,7 @@ for name, function in {
     "compress": convert.compress,
     "convert": convert.convert,
     "export": export.export,
+    "serve": serve.serve,
     "calibrate": plan.calibrate,
     "plan": plan.plan,
     "train": train.train,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .measured_listings import evaluation_listing, study_listing
-from .named_models import read_model
+from .named_models import cache_folder, read_model
 from .options import (
     CHECKPOINT,
     DEVICE,
@@ -79,6 +79,21 @@ SPEED = (
     MEMORY,
     Option("attention", "Attention kernel.", "eager|sdpa|flex_attention|flash_attention_2|kvlatent"),
     switch("compile", "Compile the step that adds a token."),
+    Option("engine", "Run on an engine itself instead of our own runtime.", "llama.cpp|openvino|vllm"),
+    Option(
+        "kv_dtypes",
+        "Types of the engine's cache to compare, e.g. f16,q8_0.",
+        "NAME,...",
+        flag="kv-dtype",
+        read=read_names,
+    ),
+)
+_OWN_RUNTIME = ("batches", "caches", "memory", "attention", "compile", "device")
+
+BENCH_DTYPE = Option(
+    "dtype",
+    "Precision to load in, the checkpoint's by default; with --engine type of the matrices of an export.",
+    "float32|bfloat16|float16, or f32|f16|bf16|q8_0",
 )
 
 STUDY = (
@@ -116,18 +131,39 @@ def evaluate(run: Session, given: dict[str, Any]) -> None:
     run.show(document, *evaluation_listing(document))
 
 
-@command(CHECKPOINT, *SPEED, DEVICE, LOAD_DTYPE, SEED)
+@command(CHECKPOINT, *SPEED, DEVICE, BENCH_DTYPE, SEED)
 def bench(run: Session, given: dict[str, Any]) -> None:
     """Time reading and writing, weigh the live cache, and compare with the original and with quantised caches."""
-    from kvlatent.evaluation.speed.bench_run import bench
     from kvlatent.evaluation.speed.lines import bench_lines, json_line
-    from kvlatent.jobs.devices import choose_device
 
-    given["device"] = choose_device(given["device"])
     model, original = given.pop("model"), given.pop("against", None)
-    document = bench(model, original, **given, progress=run.report, say=run.say)
+    if "engine" in given:
+        document = _bench_engine(run, model, original, given)
+    else:
+        from kvlatent.evaluation.speed.bench_run import bench
+        from kvlatent.jobs.devices import choose_device
+
+        if "kv_dtypes" in given:
+            raise ValueError(
+                "--kv-dtype is of an engine's cache: got no --engine; name one, or give --caches"
+            )
+        given["device"] = choose_device(given["device"])
+        document = bench(model, original, **given, progress=run.report, say=run.say)
     document["record"]["command"] = _command_line(run, "bench", model)
     run.show(document, *bench_lines(document), json_line(document))
+
+
+def _bench_engine(run: Session, model: str, original: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The same on an engine, which takes none of the options of our own runtime."""
+    from kvlatent.workflows.bench_engine import bench_engine
+
+    defaults = {option.name: option.default for option in (*SPEED, DEVICE)}
+    for name in _OWN_RUNTIME:
+        if given.pop(name, defaults[name]) not in (defaults[name], [1], False):
+            raise ValueError(
+                f"--{name} is of our own runtime: got it with --engine {given['engine']}; leave one of them out"
+            )
+    return bench_engine(model, original, **given, cache=cache_folder(), progress=run.report)
 
 
 @command(*STUDY)

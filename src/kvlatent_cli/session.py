@@ -161,14 +161,16 @@ class Session:
         self.answer = [document] if self.as_json else list(parts)
 
     def flush(self) -> None:
-        """Print the answer on stdout."""
-        for part in self.answer:
+        """Print the answer on stdout, once."""
+        answer, self.answer = self.answer, []
+        for part in answer:
             if self.as_json:
                 self.console.file.write(json.dumps(part, indent=2) + "\n")
             elif isinstance(part, str):
                 self.console.file.write(part + "\n")  # as it is: rich would read markup in a model's words
             else:
                 print_listing(self.console, part)
+        self.console.file.flush()
 
     def close(self) -> None:
         """End the current step."""

@@ -266,6 +266,7 @@ class BenchRow(_Place):
     cache_bytes: Size
     last_cache_bytes: Size
     peak_bytes: Size | None = None
+    bound_ms_per_token: Positive | None = None
 
 
 class BenchRatio(_Place):
@@ -314,9 +315,14 @@ class BenchSettings(Result):
 
 
 class Bench(Result):
-    """`kvlatent bench`: times and bytes over batch and context; `compile` says whether the step was compiled."""
+    """`kvlatent bench`: times and bytes over batch and context; `compile` says whether the step was compiled.
+
+    `engine` is who ran it; None: our own runtime. Caches are then types of the engine's.
+    """
 
     kind: Literal["bench"]
+    engine: str | None = None
+    read_bytes_per_s: Positive | None = None
     model: ModelIdentity
     original: ModelIdentity | None = None
     device: str

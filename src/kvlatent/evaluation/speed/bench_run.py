@@ -35,7 +35,7 @@ from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import environment
 from kvlatent.model.time_estimate import DEFAULT_SECONDS
 
-__all__ = ["bench"]
+__all__ = ["bench", "check_context", "check_numbers"]
 
 
 def bench(
@@ -86,7 +86,7 @@ def bench(
             unknown attention or cache, a missing package, or a memory below the model's weights.
     """
     start, told = time.perf_counter(), Progress.of(progress)
-    _check_numbers(batches, contexts, new_tokens, repeats)
+    check_numbers(batches, contexts, new_tokens, repeats)
     told.report("load")
     models = _load_models(model, original, dtype, device)
     latent = list(models.values())[-1]
@@ -101,6 +101,7 @@ def bench(
         implementation = latent.config._attn_implementation
         cells, skipped = _measured(variants, batches, extent, seed, told)
     methods = sorted({cell.peak_method for cell in cells})
+    read = {role: read_bytes(each) for role, each in models.items()}
     sources = {"original": original, "latent": model}
     about = {role: _about(each, sources[role] or model, caches) for role, each in models.items()}
     document = {
@@ -113,8 +114,8 @@ def bench(
         "compile": compile,
         "peak_memory": "; ".join(PEAK_METHODS[method] for method in methods),
         "rows": cell_rows(cells, extent.new_tokens),
-        "ratios": ratio_rows(cells, models),
-        "stacked": stacked_rows(cells, models),
+        "ratios": ratio_rows(cells, read),
+        "stacked": stacked_rows(cells, read),
         "largest_context": None
         if memory is None
         else {"memory_bytes": int(memory), "rows": largest_contexts(cells, models, memory)},
@@ -147,10 +148,10 @@ def _chosen(
         shortest_context(models.values()),
     )
     if sizes["contexts"] is not None:  # first, as trying a cache can build its code
-        _check_context(sizes["contexts"], sizes["new_tokens"] or NEW_TOKENS, limit)
+        check_context(sizes["contexts"], sizes["new_tokens"] or NEW_TOKENS, limit)
     kinds, left_out = working_caches(caches, each, device, compiled=compiled)
     extent = extent_of(each, kinds, batches, limit=limit, **sizes)
-    _check_context(extent.contexts, extent.new_tokens, limit)
+    check_context(extent.contexts, extent.new_tokens, limit)
     sentences = [f"a default cache is left out: {reason}" for reason in left_out]
     sentences += [extent.sentence] if extent.sentence is not None else []
     if say is not None:
@@ -220,7 +221,7 @@ def _record(model: PreTrainedModel, caches: Sequence[str]) -> dict[str, Any]:
     return record
 
 
-def _check_numbers(
+def check_numbers(
     batches: Sequence[int], contexts: Sequence[int] | None, new_tokens: int | None, repeats: int | None
 ) -> None:
     """Raise `ValueError` for sizes that make no sense whatever the model."""
@@ -265,7 +266,7 @@ _ADVICE = {
 }
 
 
-def _check_context(contexts: Sequence[int], new_tokens: int, limit: int | None) -> None:
+def check_context(contexts: Sequence[int], new_tokens: int, limit: int | None) -> None:
     """Raise `ValueError` unless the longest prompt leaves room for the added tokens."""
     if limit is not None and max(contexts) + new_tokens > limit:
         raise ValueError(

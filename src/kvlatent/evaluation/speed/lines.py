@@ -10,7 +10,7 @@ from kvlatent.evaluation.result_models import Bench, LongestContexts, ModelIdent
 
 __all__ = ["bench_card", "bench_lines", "bench_listing", "json_line"]
 
-_COLUMNS = ("batch", "context", "cache", "model", "prefill", "ms/token", "tokens/s", "cache held", "peak", "times faster", "by bytes")  # fmt: skip
+_COLUMNS = ("batch", "context", "cache", "model", "prefill", "ms/token", "tokens/s", "cache held", "peak", "bound", "times faster", "by bytes")  # fmt: skip
 
 
 def json_line(document: dict[str, Any]) -> str:
@@ -39,6 +39,8 @@ def bench_card(bench: Bench) -> list[str]:
     settings, machine = bench.settings, bench.record.machine
     models = {"model": bench.model, "original": bench.original}
     where = machine["accelerator"] or f"{machine['processor']}, torch threads: {machine['torch_threads']}"
+    if bench.engine is not None:
+        where = f"{machine['processor']}, threads: {machine['engine_threads']}"
     compiled = ", compiled step" if bench.compile else ""
     return [
         *(_about(role, one) for role, one in models.items() if one is not None),
@@ -46,8 +48,14 @@ def bench_card(bench: Bench) -> list[str]:
         f"medians and quartiles of {settings.repeats} rounds by turns, {settings.new_tokens} tokens added",
         "times faster: a step, against the original with the same cache (the original: with the first)",
         "by bytes: the bound of it",
-        f"peak memory: {bench.peak_memory}",
+        *([] if bench.engine is None else [_about_engine(bench)]),
+        *([] if bench.engine is not None else [f"peak memory: {bench.peak_memory}"]),
     ]
+
+
+def _about_engine(bench: Bench) -> str:
+    rate = bench.read_bytes_per_s or 0
+    return f"{bench.engine}; memory is read at {_bytes(rate)}/s here, and the column bound is the bytes of a step at that"
 
 
 def _about(role: str, about: ModelIdentity) -> str:
@@ -73,6 +81,10 @@ def bench_listing(bench: Bench) -> list[list[str]]:
         for row in bench.stacked
         if row.cache != first and (single or row.model == "original")
     }
+    own = bench.engine is None
+    unused = _COLUMNS.index(
+        "bound" if own else "peak"
+    )  # what is not measured of our own runtime, or of another's
     listing = [list(_COLUMNS)]
     for row in bench.rows:
         ratio = ratios.get((row.batch, row.context, row.cache, row.model))
@@ -92,16 +104,17 @@ def bench_listing(bench: Bench) -> list[list[str]]:
                 f"{row.tokens_per_s:,.4g}",
                 _bytes(row.cache_bytes),
                 "" if row.peak_bytes is None else _bytes(row.peak_bytes),
+                "" if row.bound_ms_per_token is None else f"{row.bound_ms_per_token:.3g} ms",
                 faster,
                 bound,
             ]
         )
-    return listing
+    return [[cell for place, cell in enumerate(row) if place != unused] for row in listing]
 
 
 def _aligned(listing: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*listing, strict=True)]
-    left = {_COLUMNS.index(name) for name in ("cache", "model")}
+    left = {_COLUMNS.index(name) for name in ("cache", "model")}  # before what may be left out
     return [
         "  ".join(
             cell.ljust(width) if index in left else cell.rjust(width)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlatent.engines.roofline import decode_speedup, maximum_context
-from kvlatent.evaluation.speed.memory import read_bytes, weight_bytes
+from kvlatent.evaluation.speed.memory import weight_bytes
 from kvlatent.evaluation.speed.variants import MeasuredCell
 from kvlatent.model.families import family_of
 
@@ -69,8 +69,8 @@ def cell_rows(cells: Sequence[MeasuredCell], new_tokens: int) -> list[dict[str, 
     return rows
 
 
-def ratio_rows(cells: Sequence[MeasuredCell], models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The latent model against the original with the same cache.
+def ratio_rows(cells: Sequence[MeasuredCell], read: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The latent model against the original with the same cache; `read` has the bytes of the weights that a step reads, by role.
 
     "prefill" and "decode": how many times faster, with quartiles; "cache_bytes": the share; "predicted_decode": how
     many times faster a step can be by the bytes that it reads.
@@ -82,33 +82,33 @@ def ratio_rows(cells: Sequence[MeasuredCell], models: Mapping[str, Any]) -> list
         if cell.role == "latent" and (*place, "original") in by_place:
             against = by_place[*place, "original"]
             row = dict(zip(("batch", "context", "cache"), place, strict=True))
-            rows.append(row | _against(cell, against, models))
+            rows.append(row | _against(cell, against, read))
     return rows
 
 
-def stacked_rows(cells: Sequence[MeasuredCell], models: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stacked_rows(cells: Sequence[MeasuredCell], read: Mapping[str, float]) -> list[dict[str, Any]]:
     """Every model with every cache against one of them: the first model (the original) with the first cache.
 
     So a quantised cache, narrower heads and both together stand side by side. The figures are those of `ratio_rows`.
     """
     rows = []
-    role, cache = next(iter(models)), cells[0].cache if cells else ""
+    role, cache = next(iter(read)), cells[0].cache if cells else ""
     references = {(c.batch, c.context): c for c in cells if (c.role, c.cache) == (role, cache)}
     for cell in cells:
         against = references.get((cell.batch, cell.context))
         if against is None:  # it ran out of memory
             continue
         row = {"batch": cell.batch, "context": cell.context, "model": cell.role, "cache": cell.cache}
-        rows.append(row | _against(cell, against, models))
+        rows.append(row | _against(cell, against, read))
     return rows
 
 
-def _against(cell: MeasuredCell, reference: MeasuredCell, models: Mapping[str, Any]) -> dict[str, Any]:
+def _against(cell: MeasuredCell, reference: MeasuredCell, read: Mapping[str, float]) -> dict[str, Any]:
     """How many times faster a cell is than a reference, its share of the bytes, and the bound by bytes."""
     prefill = _faster(cell, reference, "prefill")
     decode = _faster(cell, reference, "decode")
     sizes = [each.runs[-1].cache_bytes for each in (reference, cell)]
-    weights = [read_bytes(models[each.role]) for each in (reference, cell)]
+    weights = [read[each.role] for each in (reference, cell)]
     return {
         "prefill": prefill.median,
         "prefill_quartiles": [prefill.lower, prefill.upper],
