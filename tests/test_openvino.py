@@ -1,5 +1,6 @@
 """Export to OpenVINO: the graph computes what our class does, in both of GenAI's backends, at every width and table."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -388,14 +389,14 @@ def test_the_command_checks_in_a_fresh_process(tmp_path, tokenizer, monkeypatch)
 
 def test_a_wrong_table_is_noticed_and_nothing_stays(tmp_path, tokenizer, monkeypatch):
     save(toy(vocab_size=300), tmp_path / "latent", tokenizer=tokenizer)
-    true = openvino_graph.stateful_graph
 
     def turned(latent):
+        latent = copy.deepcopy(latent)
         for layer in latent.model.layers:
             layer.self_attn.rotary = type(layer.self_attn.rotary)(
                 tuple(table.subset(range(len(table.short))[::-1]) for table in layer.self_attn.rotary.tables)
             )
-        return true(latent)
+        return stateful_graph(latent)
 
     monkeypatch.setattr(openvino_graph, "stateful_graph", turned)
     with pytest.raises(

@@ -62,7 +62,7 @@ class ExportFacts(Result):
     context: int | None = None
     changes: list[str] = Field(default_factory=list)
     run_with: list[str] = Field(default_factory=list)
-    tolerance: float = 1e-3
+    tolerance: float = 1e-4
 
 
 class Exporter(Protocol):
