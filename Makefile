@@ -31,7 +31,7 @@ demo: install
 	$(BIN)/kvlatent demo
 
 demo-real: install
-	$(BIN)/kvlatent demo --model smollm2
+	$(BIN)/kvlatent demo --model smollm2 --minutes 12
 
 # One thread a process unless OMP_NUM_THREADS says otherwise, since two workers share the cores. Threads that wait sleep:
 # by default they spin, on a core that another thread needs.

@@ -57,6 +57,17 @@ def test_demo_reports_both_sides_and_can_be_repeated(small):
     assert paper["run"]["plan"]["preset"] == "paper" and paper["latent"] != report["latent"]
 
 
+def test_demo_within_minutes_spends_them_on_the_conversion(small):
+    settings = [each for each in SETTINGS if "tokens" not in each]
+    report = demo_module.demo(minutes=2, copy_trials=1, overrides=(*settings, "calibration.blocks=4"))
+    spent = report["run"]["minutes"]
+    assert spent["asked"] == 2 and spent["spent"] < 2
+    steps = {row["step"]: row.get("steps") for row in spent["steps"]}
+    assert steps["alignment and refit"] > 0 and "stage II" not in steps
+    with pytest.raises(ValueError, match="got --minutes 2 and --tokens 512"):
+        demo_module.demo(minutes=2, tokens=512, overrides=settings)
+
+
 def test_demo_touches_no_stranger(small):
     (small / "kvlatent-demo").mkdir()
     (small / "kvlatent-demo" / "thesis.txt").write_text("mine")

@@ -47,7 +47,7 @@ FLAGS = {
     "report": ["PATH...", "--out", "--overwrite", "--json"],
     "generate": ["DIR", "--prompt", "--max-new-tokens", "--temperature", "--seed", *SHARED],
     "inspect": ["DIR", "--json"],
-    "demo": ["--out", "--model", "--preset", "--tokens", "--overwrite", "--json"],
+    "demo": ["--out", "--model", "--preset", "--tokens", "--minutes", "--overwrite", "--json"],
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from .options import (
     DEVICE,
     DTYPE,
     LATENT,
+    MINUTES,
     OVERWRITE,
     RECIPE,
     REQUIRED,
@@ -57,7 +58,7 @@ def train(run: Session, given: dict[str, Any]) -> None:
     run.show(document, list_pairs({name: value for name, value in document.items() if "layer" not in name}))
 
 
-@command(DEMO_OUT, DEMO_MODEL, PRESET, TOKENS, OVERWRITE)
+@command(DEMO_OUT, DEMO_MODEL, PRESET, TOKENS, MINUTES, OVERWRITE)
 def demo(run: Session, given: dict[str, Any]) -> None:
     """Compress the model that ships with the package to half its cache, on the text of Python's standard library; or another."""
     from kvlatent.workflows.demo_run import demo

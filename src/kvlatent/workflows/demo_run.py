@@ -84,6 +84,7 @@ def demo(
     kv: float = 0.5,
     preset: str = DEFAULT_PRESET,
     tokens: int | None = None,
+    minutes: float | None = None,
     overwrite: bool = False,
     copy_trials: int | None = None,
     overrides: tuple[str, ...] = (),
@@ -99,6 +100,7 @@ def demo(
         kv: share of the cache to keep.
         preset: of the conversion.
         tokens: of both stages together; left out, the calibrated preset is not trained at all, others on 800,000.
+        minutes: for the compression, instead of what its steps take; what is measured behind it is not counted.
         overwrite: replace what `out` holds.
         copy_trials: random strings a distance; None: 50, or 10 for a model that is given.
         overrides: `section.key=value` strings on top of the demo's recipe.
@@ -111,7 +113,7 @@ def demo(
 
     Raises:
         FileNotFoundError: the package was installed without its model.
-        ValueError: this Python ships no standard library text.
+        ValueError: this Python ships no standard library text; or an option of `compress` that it refuses.
     """
     start, source, scene = time.monotonic(), model_path() if model is None else model, _CODE
     name = "the embedded model"
@@ -121,6 +123,7 @@ def demo(
     overwrite = overwrite or (out is None and (target / "run.json").is_file())
     with tempfile.TemporaryDirectory(prefix="kvlatent-demo-") as folder:
         wanted = _TOKENS if tokens is None else tokens
+        untrained = tokens is None and preset == "calibrated"
         text = _write(Path(folder) / "train.jsonl", scene, "train", _CHARACTERS_PER_TOKEN * wanted)
         held_out = _write(Path(folder) / "held_out.jsonl", scene, "held_out")
         if say is not None:
@@ -130,8 +133,9 @@ def demo(
             text,
             target,
             kv=kv,
-            tokens=wanted,
-            stages="none" if tokens is None and preset == "calibrated" else "both",
+            tokens=wanted if minutes is None else tokens,
+            minutes=minutes,
+            stages="none" if untrained else None,
             eval_data=held_out,
             eval_tokens=scene.evaluation_tokens,
             overrides=[*_OVERRIDES, *overrides],
