@@ -173,7 +173,7 @@ def test_layers_may_differ(num_layers, kv):
     assert mixed.error == pytest.approx(float(summed) / num_layers)
     if num_layers == 9:
         assert mixed.error < 0.95 * uniform.error
-        assert mixed.engines()["head"] == ("transformers", "openvino")
+        assert mixed.engines()["head"] == ("transformers",)
     assert mixed.error <= uniform.error
 
 
@@ -269,7 +269,7 @@ def test_summary():
     assert summary["d_qk"] == [8, 12] and summary["d_vo"] == 4
     assert summary["share"] == (10 + 4) / 32
     assert summary["predicted_error"]["total"] == pytest.approx(0.3)
-    assert summary["engines"] == {scope: ["transformers", "openvino"] for scope in ("head", "layer", "model")}
+    assert summary["engines"] == {scope: ["transformers"] for scope in ("head", "layer", "model")}
 
 
 def test_picture(tmp_path):

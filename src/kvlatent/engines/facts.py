@@ -83,12 +83,13 @@ ENGINES = {
             symmetric=False,
             refused=("qwen3",),
         ),
+        # Layers of different d_qk ran, and of different d_qk = d_vo; of different d_vo beside another d_qk its paged attention gave
+        # other tokens, and crashed. So plans give it the same widths everywhere.
         Engine(
             "openvino",
             "as an IR traced from the decoder",
             scopes=TABLE_SCOPES,
             symmetric=False,
-            sizes=None,
             multiple=1,
             smallest=1,
         ),

@@ -1,7 +1,6 @@
 """Export to OpenVINO: an intermediate representation (IR) of our own, which OpenVINO GenAI serves as it is.
 
-Keys and values stay at their own widths, layer by layer, and rotary tables may differ by layer and by head: of the
-engines for CPUs this is the one that takes all of it. Shapes: B batch, T tokens, V vocabulary.
+Keys and values stay at their own widths, keys also layer by layer, and rotary tables may differ by layer and by head. Shapes: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from kvlatent.checkpoints.tokenizer_files import HARD_STRINGS, has_tokenizer, lo
 from kvlatent.checkpoints.weight_files import first_line
 from kvlatent.engines.export_options import ExportOptions
 from kvlatent.engines.plain_weights import context_of
+from kvlatent.model.classes import latent_config_of
+from kvlatent.model.config import LatentConfig
 
 __all__ = ["check_exportable", "read_logits", "write_export"]
 
@@ -48,8 +49,24 @@ def check_exportable(latent: Any, options: ExportOptions) -> None:
         raise ValueError(
             f"an export to openvino stores matrices in {' or '.join(_DTYPES)}: got --dtype {options.dtype}; leave it out"
         )
+    _check_value_widths(latent_config_of(latent.config), latent.config.num_hidden_layers)
     if _dtype(options) == "f16":
         _check_fits_half(latent)
+
+
+def _check_value_widths(config: LatentConfig, layers: int) -> None:
+    """Raise `ValueError` for widths that paged attention misreads.
+
+    OpenVINO 2026.4.1 on a CPU: two layers of d_qk 16 with d_vo 8 and 32 gave other tokens than over a state, or ended the
+    process; d_qk 8 and 32 beside one d_vo, and d_qk = d_vo of 16 and 32, gave the same.
+    """
+    widths = [config.widths_at(layer) for layer in range(layers)]
+    values = sorted({d_vo for _, d_vo in widths})
+    if len(values) > 1 and any(d_qk != d_vo for d_qk, d_vo in widths):
+        raise ValueError(
+            "paged attention of OpenVINO computes something else where d_vo differs by layer, unless d_qk = d_vo in every layer: "
+            f"got d_vo from {values[0]} to {values[-1]} with other d_qk; convert with one d_vo, or with --engine openvino"
+        )
 
 
 def _check_fits_half(latent: Any) -> None:

@@ -129,8 +129,10 @@ def _series_of_bytes(found: Mapping[str, Figures]) -> list[_Series]:
     for name, look, scope, end in (
         (f"narrower, {_SCOPES['head']}", "head", "head", ""),
         (f"narrower, {_SCOPES['model']}", "model", "model", ""),
+        (f"narrower, {_SCOPES['planned']}", "planned", "planned", ""),
         *((f"narrower, {kind}", kind, "head", f"-{kind}") for kind in QUANTISED),
         (f"narrower, trained on {tokens} tokens", "trained", "head", f"-kl-{tokens}"),
+        (f"{_SCOPES['planned']}, trained on {tokens} tokens", "trained", "planned", f"-kl-{tokens}"),
     ):
         new, old = (
             points({f"{scope}-{method}-{share}{end}": "" for share in SHARES}) for method in (NEW, OLD)
