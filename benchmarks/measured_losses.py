@@ -20,13 +20,13 @@ HEAD_DIMS = {"SmolLM2-135M-Instruct-from-4-bit-weights": 64}
 
 
 def collect(folder: Path = TABLES) -> list[dict[str, Any]]:
-    """The finished rows of calibrated conversions, as `MeasuredLoss` has them."""
+    """The finished rows of calibrated conversions whose layers have the same widths, as `MeasuredLoss` has them."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     original = files["original"]["figures"][f"text {TEXT}"]["perplexity"]
     return [
         _row(name, file, original)
         for name, file in files.items()
-        if file.get("settings", {}).get("preset") == "calibrated"
+        if (settings := file.get("settings", {})).get("preset") == "calibrated" and not settings.get("per_layer")
     ]
 
 

@@ -231,7 +231,7 @@ def test_demo_of_the_real_model(pip, tmp_path, monkeypatch):
 
 def test_the_makefile_has_the_demo():
     lines = (BENCHMARKS.parent / "Makefile").read_text()
-    assert "\ndemo-real: install\n\t$(BIN)/kvlatent demo --model smollm2\n" in lines
+    assert "\ndemo-real: install\n\t$(BIN)/kvlatent demo --model smollm2 --minutes 12\n" in lines
 
 
 def test_prose_of_the_library():

@@ -62,7 +62,10 @@ def test_a_plan_is_the_same_from_the_text_and_from_its_statistics(place):
     plan = saved["plan"]
     assert (plan["d_qk"], plan["d_vo"], plan["head_dim"]) == (expected.d_qk, expected.d_vo, 16)
     assert plan["predicted_error"]["total"] == pytest.approx(expected.error, rel=1e-3)
-    assert plan["predicted_error"]["unit"] == MEASURED and plan["engines"]["head"] == ["transformers"]
+    assert plan["predicted_error"]["unit"] == MEASURED and plan["engines"]["head"] == [
+        "transformers",
+        "openvino",
+    ]
     assert saved["serving"]["cache_bytes_per_token"] == {"original": 512, "latent": 256, "share": 0.5}
     assert [row["kv"] for row in saved["curve"]] == sorted(row["kv"] for row in saved["curve"])
     assert all(row["error"] <= row["symmetric_error"] + 1e-12 for row in saved["curve"])

@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 import kvlatent_cli
-from kvlatent_cli import listings, measured_listings, printing
+from kvlatent_cli import budget_listings, listings, measured_listings, printing
 from kvlatent_cli.session import session
 
 LONG = 123456.789012345
@@ -45,6 +45,24 @@ def budget() -> dict:
     }
     serving["maximum_context"] = [{"batch": BYTES, "original": BYTES, "latent": None}]
     return {"plan": plan, "serving": serving, "curve": [row | {"symmetric_error": LONG}] * 2, "figure": None}
+
+
+def options_in_bytes() -> dict:
+    measured = {
+        "row": "head-passed-50-kl-0.3M",
+        "model": "m" * 60,
+        "head_dim": 128,
+        "d_qk": 1234567,
+        "d_vo": 7654321,
+    }
+    measured |= {"engine": "transformers", "kv_dtype": "bfloat16", "tokens_trained": BYTES, "text": "fineweb"}
+    measured |= dict.fromkeys(("kl", "kl_standard_error", "perplexity_ratio"), LONG)
+    row = {"d_qk": 1234567, "d_vo": 7654321, "kv_dtype": "int4_per_token_head", "bytes": BYTES, "share": LONG}
+    row |= {"maximum_context": BYTES, "decode_speedup": LONG, "note": "fine", "ran": False}
+    row["loss"] = {"is_original": False, "predicted": LONG, "measured": [measured]}
+    budget = {"batch": 1234567, "context": BYTES, "kv_bytes": BYTES}
+    about = {"engine": "vllm", "backend": "sm100", "head_dim": 128, "table": "model", "calibration": {}}
+    return {**about, "budget": budget, "options": [row] * 2, "notes": [], "refused": [], "too_large": []}
 
 
 def evaluation() -> dict:
@@ -87,7 +105,8 @@ FACTS = {
 MAKERS = {
     "figures_listing": lambda: [listings.figures_listing(figures())],
     "strategies_listing": lambda: [listings.strategies_listing(strategies())],
-    "budget_listing": lambda: listings.budget_listing(budget()),
+    "budget_listing": lambda: budget_listings.budget_listing(budget()),
+    "bytes_listing": lambda: budget_listings.bytes_listing(options_in_bytes()),
     "list_pairs": lambda: [listings.list_pairs(FACTS)],
     "evaluation_listing": lambda: measured_listings.evaluation_listing(evaluation()),
     "study_listing": lambda: measured_listings.study_listing(study()),
@@ -143,7 +162,11 @@ def test_no_character_is_lost_in_a_terminal(name, width, monkeypatch):
             for word in str(cell).split()
         ]
         assert [word for word in words if word not in text] == []  # no figure is broken in two
-        assert width < 80 or name == "strategies_listing" or max(map(len, text.splitlines())) <= width
+        assert (
+            width < 80
+            or name in ("strategies_listing", "bytes_listing")
+            or max(map(len, text.splitlines())) <= width
+        )
 
 
 @pytest.mark.parametrize("columns", ["1", "20", "80"])
