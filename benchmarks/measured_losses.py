@@ -26,7 +26,8 @@ def collect(folder: Path = TABLES) -> list[dict[str, Any]]:
     return [
         _row(name, file, original)
         for name, file in files.items()
-        if (settings := file.get("settings", {})).get("preset") == "calibrated" and not settings.get("per_layer")
+        if (settings := file.get("settings", {})).get("preset") == "calibrated"
+        and not settings.get("per_layer")
     ]
 
 
