@@ -36,9 +36,8 @@ TARGETS = {"stock": "stock_checkpoint", "gguf": "gguf_export", "openvino": "open
 EXPORT_RECORD = "export.json"
 _TAKEN = {"dtype": ("gguf", "openvino"), "pad": ("stock", "gguf"), "experimental": ("gguf",)}
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
-_TEXTS = [
-    normalize("NFC", text) for text in HARD_STRINGS
-]  # which tokenizers may do first, and engines do not
+# Composed already, which tokenizers may do first, and engines do not.
+_TEXTS = [normalize("NFC", text) for text in HARD_STRINGS]
 _CHECK_TOKENS = 128  # far enough that a wrong frequency shows, short enough for any context
 
 
