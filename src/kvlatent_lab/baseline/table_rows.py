@@ -22,6 +22,8 @@ SHARES: dict[str, tuple[int, int]] = {"75": (48, 48), "50": (32, 32), "28": (16,
 """Widths of keys and values in 64ths of a head, by the share of the cache that they keep in per cent."""
 PAPER_SHARES = {"50": (32, 32), "25": (16, 16), "12.5": (8, 8)}  # its widths divide a head's 64
 TOKENS = {"0.3M": 300_000, "1M": 1_000_000, "3M": 3_000_000}
+LONG_RUN = {"10M": 10_000_000}
+"""Of two kinds and shares alone: a long run that a card makes in minutes and a processor in a day."""
 OLD, NEW = "aligned", "passed"
 _TUNED: dict[str, dict[str, Any]] = {
     "statistics": {"align": 0, "global_steps": 0},
@@ -68,7 +70,7 @@ def table_rows(head_dim: int, seed: int = 0, steps: Steps | None = None) -> list
 def _in_order(head_dim: int, seed: int, steps: Steps) -> Iterator[TableRow]:
     def row(kind: str, share: str, cache: str = PLAIN, tokens: str | None = None) -> TableRow:
         name = f"{kind}-{share}" + (f"-kl-{tokens}" if tokens else "")
-        cell = _conversion(kind, share, head_dim, seed, TOKENS[tokens] if tokens else 0, steps)
+        cell = _conversion(kind, share, head_dim, seed, (TOKENS | LONG_RUN)[tokens] if tokens else 0, steps)
         return TableRow(name + ("" if cache == PLAIN else f"-{cache}"), cell, QUANTISED.get(cache, cache))
 
     yield TableRow("original")
@@ -100,6 +102,12 @@ def _in_order(head_dim: int, seed: int, steps: Steps) -> Iterator[TableRow]:
             yield from (row(kind, share, tokens=tokens) for kind in ("head-passed", "model-passed"))
             yield from (row(kind, share, tokens=tokens) for kind in ("planned-passed", "head-aligned"))
         yield from (row("paper", share, tokens=tokens) for share in PAPER_SHARES)
+    for tokens in LONG_RUN:
+        yield from (
+            row(kind, share, tokens=tokens)
+            for kind in ("planned-passed", "model-passed")
+            for share in ("50", "28")
+        )
 
 
 def _conversion(kind: str, share: str, head_dim: int, seed: int, tokens: int, steps: Steps) -> Cell:
