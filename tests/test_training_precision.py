@@ -1,11 +1,15 @@
 """What a training step computes in which precision, and for which tensors it makes gradients."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from kvlatent.checkpoints.load import load_model
+from kvlatent.checkpoints.save import save
 from kvlatent.jobs import devices
 from kvlatent.training.loop import StageTrainer
-from kvlatent.training.trainable import prepare_for_training, trainable_names
+from kvlatent.training.trainable import merged_copy, prepare_for_training, trainable_names
 from training_setup import blocks, original, recipe, run, student_of
 
 SHORT = [f"stage{stage}.{item}" for stage in (1, 2) for item in ("tokens=64", "gradient_accumulation=2")]
@@ -52,6 +56,24 @@ def test_every_product_runs_in_the_asked_precision_and_the_trained_weights_stay_
     assert seen.dtypes and set(seen.dtypes) == {getattr(torch, dtype)}
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert losses and {loss.dtype for loss in losses} == {torch.float32}
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["to the end", "stopped"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_was_trained_in_bfloat16_computes_as_its_checkpoint_does(monkeypatch, tmp_path, stage, stopped):
+    """accelerate wraps the forward of what it trains in autocast, and leaves it so."""
+    monkeypatch.setattr(devices, "has_bfloat16_units", lambda device: True)
+    teacher, student, config = prepared("dtype=bfloat16")
+    if stopped:
+        monkeypatch.setattr(StageTrainer, "_get_grad_norm", lambda self, *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if stopped else nullcontext():
+        run(student, teacher, stage, tmp_path / "stage", config)
+    trained = merged_copy(student).float()
+    save(trained, tmp_path / "out")
+    ids = torch.arange(24).view(2, 12) % trained.config.vocab_size
+    with torch.no_grad():
+        logits, again = (each(input_ids=ids).logits for each in (trained, load_model(tmp_path / "out")))
+    assert torch.equal(logits, again)
 
 
 @pytest.mark.parametrize("units", [True, False])

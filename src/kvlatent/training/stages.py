@@ -6,7 +6,8 @@ in its work directory, see `StageDirectory`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from kvlatent.training.trainable import trainable_names, trainable_state
 from kvlatent.training.trainers import EndToEndTrainer, LayerTrainer
 
 __all__ = ["settings_of", "train_stage"]
+
+_WRAPPED = ("forward", "_original_forward")  # what accelerate sets on a model that it prepares
 
 
 def train_stage(
@@ -155,7 +158,24 @@ def _run(trainer: StageTrainer, work_dir: Path) -> None:
         for cut in work_dir.glob(".*.tmp-*"):  # a kill in the middle of an atomic write
             cut.unlink(missing_ok=True)
         checkpoint = last_complete_checkpoint(work_dir, trainer.args.world_size)
-    trainer.resume(checkpoint)
+    with _forward_put_back(trainer.decoder):
+        trainer.resume(checkpoint)
+
+
+@contextmanager
+def _forward_put_back(decoder: Any) -> Generator[None]:
+    """Take off the autocast that accelerate wraps a model's forward in for good.
+
+    What is trained would otherwise go on in bfloat16, with outputs in float32, as would every copy of it; its checkpoint,
+    loaded, would not.
+    """
+    before = {name: vars(decoder)[name] for name in _WRAPPED if name in vars(decoder)}
+    try:
+        yield
+    finally:
+        for name in _WRAPPED:
+            vars(decoder).pop(name, None)
+        vars(decoder).update(before)
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
