@@ -230,3 +230,11 @@ def test_finished_rows_are_read_in_order(found, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(found[name]))
     rows = [TableRow("head-passed-50"), TableRow("missing"), TableRow("original")]
     assert list(read_finished(tmp_path, rows)) == ["head-passed-50", "original"]
+
+
+def test_the_last_sentence_names_what_computed(found):
+    """A card where there was one, the processor otherwise."""
+    assert render_markdown(found, {}).rstrip().endswith("on a processor.")
+    for one in found.values():
+        one["record"]["machine"]["accelerator"] = "a card"
+    assert render_markdown(found, {}).rstrip().endswith("on a card.")

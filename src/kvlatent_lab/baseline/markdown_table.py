@@ -149,10 +149,15 @@ def _note(found: Mapping[str, Figures]) -> str:
         "Errors are standard errors: of a ratio to the original over paired blocks, of a change in accuracy (in brackets) over "
         "paired questions. Minutes are those of one process on a machine that others may have used, too."
     )
-    machines = {one["record"]["machine"]["processor"] for one in found.values()}
+    machines = {_device(one["record"]["machine"]) for one in found.values()}
     dtypes = {one["record"]["dtype"] for one in found.values()}
-    sentences.append(f"Measured in {', '.join(sorted(dtypes))} on {', '.join(sorted(map(str, machines)))}.")
+    sentences.append(f"Measured in {', '.join(sorted(dtypes))} on {', '.join(sorted(machines))}.")
     return "\n".join(sentences)
+
+
+def _device(machine: Mapping[str, Any]) -> str:
+    """What computed: the card where there was one."""
+    return str(machine.get("accelerator") or machine["processor"])
 
 
 def _listed(numbers: Mapping[Any, int]) -> str:
