@@ -2,7 +2,7 @@
 
     python benchmarks/measured_losses.py
 
-It reads `benchmarks/results/real_tables` and writes `src/kvlatent/engines/measured_losses.json`, which the package
+It reads the folders `benchmarks/results/real_tables*` and writes `src/kvlatent/engines/measured_losses.json`, which the package
 carries. Left out is the paper's preset, which no default makes.
 """
 
@@ -13,18 +13,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ROOT / "benchmarks/results/real_tables"
+TABLES = ROOT / "benchmarks/results"
 OUT = ROOT / "src/kvlatent/engines/measured_losses.json"
 TEXT = "fineweb"
 HEAD_DIMS = {"SmolLM2-135M-Instruct-from-4-bit-weights": 64}
 
 
-def collect(folder: Path = TABLES) -> list[dict[str, Any]]:
-    """The finished rows of calibrated conversions whose layers have the same widths, as `MeasuredLoss` has them."""
+def collect(tables: Path = TABLES) -> list[dict[str, Any]]:
+    """Rows of all tables under a folder, as `MeasuredLoss` has them."""
+    folders = sorted(path for path in tables.glob("real_tables*") if path.is_dir())
+    return [row for folder in folders for row in _rows(folder)]
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The finished rows of calibrated conversions whose layers have the same widths."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     original = files["original"]["figures"][f"text {TEXT}"]["perplexity"]
     return [
-        _row(name, file, original)
+        _row(name + folder.name.removeprefix("real_tables").replace("_", " "), file, original)
         for name, file in files.items()
         if (settings := file.get("settings", {})).get("preset") == "calibrated"
         and not settings.get("per_layer")

@@ -22,7 +22,7 @@ class MeasuredLoss:
     """One converted model against its original.
 
     Args:
-        row: of the table of `model`.
+        row: of the table of `model`; a word behind it names the machine of another table of the same model.
         model: that was converted, by the name of its table.
         head_dim, d_qk, d_vo: its head width, and the widths that were kept, channels.
         table: scope of the rotary table.
