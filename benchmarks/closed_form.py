@@ -3,6 +3,7 @@
     python benchmarks/closed_form.py tempering --data FILE [--model smollm2]   weights of the Gram matrices: softmax(t x logits)
     python benchmarks/closed_form.py metric --data FILE [--model smollm2]      values under what the loss feels of the output
     python benchmarks/closed_form.py widths --data FILE [--model smollm2]      a budget's widths: uniform, predicted, measured
+    python benchmarks/closed_form.py lengths --data FILE --block-size 2048 --blocks 32   length of the blocks calibrated on
 
 The text is calibrated on, and the blocks behind it are measured on: KL(original || converted), nats a token, with the
 standard error over the blocks. One JSON document goes to stdout.
@@ -39,6 +40,7 @@ from kvlatent_cli.named_models import model_argument
 
 Blocks = dict[str, Tensor]
 CLOSED = {"align": 0, "refit": False}
+_EDGES = (0, 512, 1024, 1536)
 
 
 def measure_tempering(model: Any, text: Blocks, held_out: Blocks, args: argparse.Namespace) -> dict[str, Any]:
@@ -101,6 +103,41 @@ def measure_widths(model: Any, text: Blocks, held_out: Blocks, args: argparse.Na
     return figures | {"narrow_divergences": found, "narrow_divergences_seconds": seconds}
 
 
+def measure_lengths(model: Any, text: Blocks, held_out: Blocks, args: argparse.Namespace) -> dict[str, Any]:
+    """Half the cache from the same tokens cut into blocks of several lengths, by how far into its document a token is."""
+    half, figures = model.model.layers[0].self_attn.head_dim // 2, {}
+    for length in args.lengths:
+        cut = {name: column.reshape(-1, length) for name, column in text.items()}
+        seen = calibrate(model, cut)
+        for table in args.tables:
+            latent = convert(model, d_qk=half, d_vo=half, statistics=seen, table=table, align=0)
+            figures[f"table {table}, blocks of {length}"] = divergence_by_position(model, latent, held_out)
+    return figures
+
+
+@torch.no_grad()
+def divergence_by_position(model: Any, latent: Any, blocks: Blocks) -> dict[str, dict[str, float]]:
+    """Mean divergence of the tokens that lie so far into their document, and how many they are."""
+    head, sums = model.get_output_embeddings(), {edge: [0.0, 0] for edge in _EDGES}
+    for ids, positions in zip(
+        *(blocks[name].split(1) for name in ("input_ids", "position_ids")), strict=True
+    ):
+        call = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        with precision("cpu", faster_dtype(model.config, "cpu")):
+            hidden, goal = (each.get_decoder()(**call).last_hidden_state for each in (latent, model))
+        for edge, end in zip(_EDGES, (*_EDGES[1:], 1 << 30), strict=True):
+            rows = ((positions[0] >= edge) & (positions[0] < end)).nonzero().squeeze(1)
+            if len(rows):
+                some = (x[:, rows].to(head.weight.dtype) for x in (hidden, goal))
+                loss = stage2_loss(next(some), head, ids[:, rows], Stage2(objective="kl"), next(some), head)
+                sums[edge] = [sums[edge][0] + float(loss) * len(rows), sums[edge][1] + len(rows)]
+    return {
+        f"from {edge}": {"kl": total / count, "tokens": count}
+        for edge, (total, count) in sums.items()
+        if count
+    }
+
+
 @torch.no_grad()
 def divergence(model: Any, latent: Any, blocks: Blocks) -> dict[str, float]:
     """Mean over the blocks of the divergence a token, and its standard error."""
@@ -161,6 +198,7 @@ def main() -> None:
         "tempering": measure_tempering,
         "metric": measure_metric,
         "widths": measure_widths,
+        "lengths": measure_lengths,
     }
     parser.add_argument("what", choices=measures)
     parser.add_argument("--model", type=model_argument, default="smollm2", help="or smollm2, the default")
@@ -170,6 +208,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--tempers", type=float, nargs="+", default=(1.0, 0.5))
     parser.add_argument("--tables", nargs="+", default=("head", "model"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=(512, 1024, 2048))
     parser.add_argument("--shares", type=float, nargs="+", default=(0.75, 0.5, 0.28125))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
