@@ -39,7 +39,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _row(name: str, file: dict[str, Any], original: float) -> dict[str, Any]:
     settings, figures = file["settings"], file["figures"]
-    text = figures[f"text {TEXT}"]
+    text, quantised = figures[f"text {TEXT}"], settings["cache"].startswith("quantized-")
     return {
         "row": name,
         "model": file["model"],
@@ -48,7 +48,7 @@ def _row(name: str, file: dict[str, Any], original: float) -> dict[str, Any]:
         "d_vo": settings["d_vo"],
         "table": settings["table"],
         "engine": "transformers",
-        "kv_dtype": file["record"]["dtype"],
+        "kv_dtype": settings["cache"].removeprefix("quantized-") if quantised else file["record"]["dtype"],
         "tokens_trained": figures.get("training", {}).get("tokens_trained", 0),
         "text": TEXT,
         "kl": text["kl"],
