@@ -12,7 +12,7 @@ from typing import Any
 from kvlatent.engines.kv_dtypes import KVDtype, kv_bytes_by_layer
 from kvlatent.engines.roofline import attention_parameters, decode_speedup, maximum_context
 from kvlatent.model.cache_bytes import cache_bytes
-from kvlatent.model.families import family_of, head_dim_of
+from kvlatent.model.families import family_of, head_dim_of, key_value_heads_of
 from kvlatent.model.widths import Width, width_per_layer
 
 __all__ = ["BATCHES", "CONTEXTS", "Footprint", "ServingFigures", "serving_figures"]
@@ -168,7 +168,7 @@ def serving_figures(
 def _footprint(
     config: Any, d_qk: Width, d_vo: Width, qk_norm: str, element_size: float, kv_dtype: KVDtype
 ) -> Footprint:
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    layers, heads = config.num_hidden_layers, key_value_heads_of(config)
     family, embeddings = family_of(config), config.vocab_size * config.hidden_size
     keys, values = width_per_layer(d_qk, layers), width_per_layer(d_vo, layers)
     parameters = sum(_layer_parameters(config, k, v, qk_norm) for k, v in zip(keys, values, strict=True))
@@ -191,7 +191,7 @@ def _layer_parameters(config: Any, d_qk: int, d_vo: int, qk_norm: str) -> int:
     attention = attention_parameters(
         hidden,
         config.num_attention_heads,
-        config.num_key_value_heads,
+        key_value_heads_of(config),
         d_qk,
         d_vo,
         qkv_bias=qkv_bias,
