@@ -31,6 +31,10 @@ __all__ = [
 
 LATENT_PREFIX = "kv_latent_"
 
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+_NORM_A_HEAD = (
+    "its queries and keys pass a LayerNorm of each head's own, which the latent attention does not reproduce"
+)
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -44,6 +48,98 @@ FAMILIES = {
             o_bias="attention_bias",
             qk_norm="head",
             windowed="by layer type",
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3Moe",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="head",
+            windowed="always",
+            expert_parameters=_EXPERTS,
+        ),
+        Family(
+            "mixtral",
+            "Mixtral",
+            windowed="always",
+            ffn_modules=(),
+            expert_parameters=_EXPERTS,
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windowed="by layer type",
+            rotates="no_rope_layers",
+        ),
+        Family(
+            "olmo2",
+            "Olmo2",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="all heads",
+            rotates_in_float32=True,
+            attention_norm="",
+            norms_output=True,
+        ),
+        Family(
+            "olmo3",
+            "Olmo3",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="all heads",
+            windowed="by layer type",
+            tables_by_layer_type=True,
+            rotates_in_float32=True,
+            attention_norm="",
+            norms_output=True,
+        ),
+        Family(
+            "granite",
+            "Granite",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            softmax_scale="attention_multiplier",
+            residual_multiplier="residual_multiplier",
+            embedding_multiplier="embedding_multiplier",
+            logit_divisor="logits_scaling",
+        ),
+        Family("ministral", "Ministral", windowed="by layer type"),
+        Family(
+            "starcoder2",
+            "Starcoder2",
+            qkv_bias="use_bias",
+            o_bias="use_bias",
+            windowed="always",
+            output_dropout="residual_dropout",
+            ffn_modules=("c_fc", "c_proj"),
+        ),
+        Family("stablelm", "StableLm", qkv_bias="use_qkv_bias", refused=(("qk_layernorm", _NORM_A_HEAD),)),
+        Family(
+            "seed_oss",
+            "SeedOss",
+            qkv_bias="attention_bias",
+            o_bias="attention_out_bias",
+            output_dropout="residual_dropout",
+        ),
+        Family(
+            "arcee",
+            "Arcee",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            ffn_modules=("up_proj", "down_proj"),
+        ),
+        Family(
+            "gpt_neox",
+            "GPTNeoX",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            fused_qkv="by head",
+            attention="attention",
+            final_norm="final_layer_norm",
+            attention_names=(("query_key_value", "qkv_proj"), ("dense", "o_proj")),
+            ffn_modules=("dense_h_to_4h", "dense_4h_to_h"),
         ),
         Family(
             "phi3",
@@ -60,6 +156,10 @@ _INTERLEAVED = (
 )  # fmt: skip
 _NO_ROTARY = ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm")
 _SINKS = ("gpt_oss", "mimo_v2_flash")
+_OTHERS = {
+    "hunyuan_v1_dense": "it normalises queries and keys after their rotation, and a norm that has lost channels is another one",
+    "ministral3": "it scales queries by their position beyond the original context (llama_4_scaling_beta)",
+}
 _ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
 
 
@@ -108,6 +208,8 @@ def _obstacle(config: Any, model_type: str) -> str | None:
         )
     if model_type in _NO_ROTARY:
         return f"it has no rotary position embedding; {supported}"
+    if model_type in _OTHERS:
+        return f"{_OTHERS[model_type]}, which the latent attention does not reproduce; {supported}"
     if model_type not in FAMILIES:
         causal = any(
             str(name).endswith("ForCausalLM") for name in getattr(config, "architectures", None) or ()
@@ -118,10 +220,13 @@ def _obstacle(config: Any, model_type: str) -> str | None:
         return f"{kind}; {supported}"
     if getattr(config, "quantization_config", None):
         return "its weights are quantised; convert the unquantised checkpoint and quantise the result"
+    family = FAMILIES[model_type]
+    if refused := next((reason for field, reason in family.refused if getattr(config, field, None)), None):
+        return refused
     rope = getattr(config, "rope_parameters", None) or {}
     if not any(isinstance(value, dict) for value in rope.values()):
         return _rope_obstacle(rope)
-    if not FAMILIES[model_type].tables_by_layer_type:
+    if not family.tables_by_layer_type:
         return "it has one rotary table per layer type; one table for all layers is supported"
     return next(filter(None, (_rope_obstacle(value) for value in rope.values() if value)), None)
 

@@ -43,7 +43,8 @@ class Family:
             before the attention, "" where it reads the residual stream as it is.
         attention_names: (upstream's, ours) for each module of the attention that upstream calls otherwise.
         ffn_modules: linear layers of the FFN, the targets of LoRA.
-        expert_parameters: weights of experts, [experts, out, in], targets of LoRA as well.
+        expert_parameters: weights of experts inside the FFN, [experts, out, in], that no LoRA is put on.
+        refused: (the config's field, the reason) for each switch that has to be off.
     """
 
     model_type: str
@@ -69,6 +70,7 @@ class Family:
     attention_names: tuple[tuple[str, str], ...] = ()
     ffn_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     expert_parameters: tuple[str, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
 
     @property
     def attention_modules(self) -> tuple[str, ...]:
