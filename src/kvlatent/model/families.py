@@ -52,6 +52,7 @@ FAMILIES = {
         Family(
             "qwen3_moe",
             "Qwen3Moe",
+            besides="experts",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             qk_norm="head",
@@ -61,6 +62,7 @@ FAMILIES = {
         Family(
             "mixtral",
             "Mixtral",
+            besides="experts",
             windowed="always",
             ffn_modules=(),
             expert_parameters=_EXPERTS,
@@ -68,6 +70,7 @@ FAMILIES = {
         Family(
             "smollm3",
             "SmolLM3",
+            besides="layers without rotation",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             windowed="by layer type",
@@ -76,6 +79,7 @@ FAMILIES = {
         Family(
             "olmo2",
             "Olmo2",
+            besides="norms over all heads and behind its blocks",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             qk_norm="all heads",
@@ -86,6 +90,7 @@ FAMILIES = {
         Family(
             "olmo3",
             "Olmo3",
+            besides="norms over all heads and behind its blocks",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             qk_norm="all heads",
@@ -98,6 +103,7 @@ FAMILIES = {
         Family(
             "granite",
             "Granite",
+            besides="multipliers",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             softmax_scale="attention_multiplier",
@@ -109,13 +115,20 @@ FAMILIES = {
         Family(
             "starcoder2",
             "Starcoder2",
+            besides="LayerNorms and an ungated FFN",
             qkv_bias="use_bias",
             o_bias="use_bias",
             windowed="always",
             output_dropout="residual_dropout",
             ffn_modules=("c_fc", "c_proj"),
         ),
-        Family("stablelm", "StableLm", qkv_bias="use_qkv_bias", refused=(("qk_layernorm", _NORM_A_HEAD),)),
+        Family(
+            "stablelm",
+            "StableLm",
+            qkv_bias="use_qkv_bias",
+            refused=(("qk_layernorm", _NORM_A_HEAD),),
+            besides="LayerNorms",
+        ),
         Family(
             "seed_oss",
             "SeedOss",
@@ -126,6 +139,7 @@ FAMILIES = {
         Family(
             "arcee",
             "Arcee",
+            besides="an ungated FFN",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             ffn_modules=("up_proj", "down_proj"),
@@ -133,6 +147,7 @@ FAMILIES = {
         Family(
             "gpt_neox",
             "GPTNeoX",
+            besides="LayerNorms and an ungated FFN",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             fused_qkv="by head",

@@ -44,6 +44,8 @@ class Family:
         attention_names: (upstream's, ours) for each module of the attention that upstream calls otherwise.
         ffn_modules: linear layers of the FFN, the targets of LoRA.
         expert_parameters: weights of experts inside the FFN, [experts, out, in], that no LoRA is put on.
+        besides: what its layers have that those of a plain decoder (Llama's, with windows, biases or Qwen3's norms) have
+            not, in words that follow "has"; no stock engine takes it then.
         refused: (the config's field, the reason) for each switch that has to be off.
     """
 
@@ -71,6 +73,7 @@ class Family:
     ffn_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     expert_parameters: tuple[str, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
+    besides: str = ""
 
     @property
     def attention_modules(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kvlatent.model.families import family_of
 
-__all__ = ["LayerParts", "carried_share", "final_norm", "layer_output", "parts_of"]
+__all__ = ["LayerParts", "carried_share", "final_norm", "layer_output", "parts_of", "windows_of"]
 
 
 class LayerParts(NamedTuple):
@@ -58,6 +58,12 @@ def layer_output(decoder: Any, layer: int, hidden: Tensor, attended: Tensor) -> 
     shell._modules = shell._modules | {family_of(decoder.config).attention: _Given(attended)}
     output = shell(hidden, attention_mask=None, position_embeddings=None)
     return output[0] if isinstance(output, tuple) else output
+
+
+def windows_of(model: Any) -> list[int | None]:
+    """Sliding window of every layer of a model, in tokens, or None."""
+    family = family_of(model.config)
+    return [family.sliding_window(model.config, layer) for layer in range(model.config.num_hidden_layers)]
 
 
 def carried_share(config: Any) -> float:
