@@ -19,7 +19,9 @@ from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.assembly import full_width
 from kvlatent.model.families import FAMILIES as FAMILY_ROWS
-from kvlatent.model.families import Family, effective_table, family_of, parts_of
+from kvlatent.model.families import effective_table, family_of
+from kvlatent.model.family import Family
+from kvlatent.model.layer_parts import layer_output, parts_of
 from kvlatent.selection.calibrate import calibrate
 from kvlatent.training.trainable import trainable_names
 from tiny import FAMILIES, HEAD_DIM, LLAMA3_ROPE, SIZES, SWITCH, logits, tiny_model, tokens
@@ -102,16 +104,17 @@ def test_every_family_names_its_parts():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_layer_is_what_the_row_says(name):
-    """x + attention(norm(x)), then x + ffn(norm(x)), by the modules that the family names."""
-    decoder = tiny_model(name).model
+    """What its attention makes of what its norm gives, and upstream's own code around it."""
+    decoder = tiny_model(name).get_decoder()
     x = torch.randn(1, 6, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     rotary = decoder.rotary_emb(x, torch.arange(6)[None])
     parts = parts_of(decoder, 1)
     with torch.no_grad():
-        middle = x + parts.attention(parts.attention_norm(x), rotary, None)[0]
-        expected = middle + parts.ffn(parts.ffn_norm(middle))
-        given = decoder.layers[1](x, position_embeddings=rotary, attention_mask=None)
-    torch.testing.assert_close(given, expected, rtol=0, atol=0)
+        normed = parts.attention_norm(x)
+        attended = parts.attention(hidden_states=normed, position_embeddings=rotary, attention_mask=None)[0]
+        expected = decoder.layers[1](x, position_embeddings=rotary, attention_mask=None)
+    torch.testing.assert_close(layer_output(decoder, 1, x, attended), expected, rtol=0, atol=0)
+    assert (layer_output(decoder, 1, x, 2 * attended) - expected).abs().max() > 1e-3
 
 
 NEW_ROWS = {
@@ -125,9 +128,8 @@ NEW_ROWS = {
         *("apertus", "Apertus"),
         qkv_bias="attention_bias",
         o_bias="attention_bias",
-        qk_norm=True,
+        qk_norm="head",
         attention_norm="attention_layernorm",
-        ffn_norm="feedforward_layernorm",
         ffn_modules=("up_proj", "down_proj"),
     ),
 }

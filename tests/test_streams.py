@@ -6,7 +6,6 @@ import torch
 from calibration_setup import short_descent, text
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.assembly import full_width
-from kvlatent.model.families import parts_of
 from kvlatent.model.hidden_states import (
     HiddenStateFile,
     HiddenStateTensor,
@@ -14,6 +13,7 @@ from kvlatent.model.hidden_states import (
     hold_hidden_states,
     isolate_layer,
 )
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, tiny_model
 from tolerances import assert_close_to_scale

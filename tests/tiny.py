@@ -6,16 +6,40 @@ is 1), and attention of a default-initialised toy is nearly uniform; so both are
 
 import torch
 from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 VOCAB = 128
@@ -79,11 +103,61 @@ FAMILIES["qwen3-window"] = (
 )
 FAMILIES["phi3-window"] = (Phi3Config, Phi3ForCausalLM, {"hidden_size": 128, "sliding_window": 16})
 HEAD_DIM = 32
+EXPERTS = {"num_experts_per_tok": 2, "head_dim": 32}
+OLMO3_ROPE = {
+    "full_attention": YARN_ROPE,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+GRANITE = {
+    "attention_multiplier": 0.11,
+    "residual_multiplier": 0.4,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.5,
+}
+MORE_FAMILIES = {
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 48, "mlp_only_layers": [0]},
+    ),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {**EXPERTS, "num_local_experts": 4, "sliding_window": 16}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"hidden_size": 128, "no_rope_layers": [1, 0, 1]}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"hidden_size": 128, "num_key_value_heads": 4}),
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {"hidden_size": 128, **WINDOWED, "rope_parameters": OLMO3_ROPE},
+    ),
+    "granite": (GraniteConfig, GraniteForCausalLM, {"hidden_size": 128, **GRANITE}),
+    "ministral": (MinistralConfig, MinistralForCausalLM, {"head_dim": 32, **WINDOWED}),
+    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {"hidden_size": 128, "sliding_window": 16}),
+    "stablelm": (StableLmConfig, StableLmForCausalLM, {"hidden_size": 128, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        StableLmConfig,
+        StableLmForCausalLM,
+        {"hidden_size": 128, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
+    ),
+    "seed-oss": (SeedOssConfig, SeedOssForCausalLM, {"head_dim": 32, "attention_out_bias": True}),
+    "arcee": (ArceeConfig, ArceeForCausalLM, {"head_dim": 32}),
+    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"hidden_size": 128, "num_key_value_heads": None}),
+    "gpt-neox-sequential": (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        {
+            "hidden_size": 128,
+            "num_key_value_heads": None,
+            "use_parallel_residual": False,
+            "rotary_pct": 0.5,
+            "attention_bias": False,
+        },
+    ),
+}
+"""Run by `test_more_families.py`, once each, instead of by every cross product."""
 
 
 def tiny_model(name: str, **overrides):
-    """A perturbed random model of one entry of `FAMILIES`, in eval mode, fp32."""
-    config_type, model_type, fields = FAMILIES[name]
+    """A perturbed random model of one entry of `FAMILIES` or `MORE_FAMILIES`, in eval mode, fp32."""
+    config_type, model_type, fields = (FAMILIES | MORE_FAMILIES)[name]
     # Copied: transformers writes into the rope dict it is given.
     fields = {key: dict(value) if isinstance(value, dict) else value for key, value in fields.items()}
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvlatent.checkpoints.remote_code import MODULE_NAME, remote_code
 from kvlatent.model.classes import latent_classes
 from kvlatent.model.families import FAMILIES, LATENT_PREFIX
 
-__all__ = ["SELF_CHECK", "register"]
+__all__ = ["SELF_CHECK", "installed_families", "register"]
 
 SELF_CHECK = "self_check.json"
 """Beside the weights: what the model says to one prompt (`self_check`)."""
@@ -25,12 +26,22 @@ SELF_CHECK = "self_check.json"
 
 def register() -> None:
     """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know every latent family. Idempotent."""
-    for model_type in FAMILIES:
+    for model_type in installed_families():
         config, decoder, causal = latent_classes(model_type)
         AutoConfig.register(LATENT_PREFIX + model_type, config, exist_ok=True)
         AutoModel.register(config, decoder, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
         decoder.add_code = causal.add_code = staticmethod(_add_code)
+
+
+def installed_families() -> tuple[str, ...]:
+    """Source model types of all rows whose classes the installed transformers has: an engine may bring an older one."""
+    found = []
+    for family in FAMILIES.values():
+        with suppress(ValueError):
+            family.upstream("ForCausalLM")
+            found.append(family.model_type)
+    return tuple(found)
 
 
 def _add_code(folder: str | os.PathLike[str], config: Any) -> None:

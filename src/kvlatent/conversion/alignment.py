@@ -20,8 +20,8 @@ from torch.nn.functional import log_softmax, softmax
 
 from kvlatent.conversion.tuning import BLOCKS, TunableRows, tune
 from kvlatent.jobs.devices import precision
-from kvlatent.model.families import parts_of
 from kvlatent.model.hidden_states import HiddenStates
+from kvlatent.model.layer_parts import final_norm, layer_output, parts_of
 from kvlatent.selection.attention_rows import masked_logits, row_logits
 
 __all__ = [
@@ -43,7 +43,7 @@ class TunedLayer:
         original, latent: the two decoders.
         attention: float32 copy of the latent attention, which is tuned.
         streams: what flows, each [blocks, T, ...]: "inputs" and "latent", hidden states before the layer, of the original and
-            of the converted model; "outputs" of the original layer and "wanted", its input plus its attention's output;
+            of the converted model; "outputs" of the original layer and "wanted", its attention's output plus what of its input that output can make up for;
             "queries" [N d] and "keys" [K d] of the original, rotated, where the attention is aligned.
         positions: [blocks, T].
         held_out: indices of the blocks that only measure; the others are learnt from.
@@ -106,7 +106,7 @@ def align_output(
         Squared error behind the next norm, relative to what it should give, on held-out blocks before and after.
     """
     layer = parts_of(tuned.latent, tuned.index)
-    dtype = layer.attention_norm.weight.dtype
+    dtype = tuned.latent.dtype
     following = _next_norm(tuned)
     with torch.no_grad():
         energy = (
@@ -127,8 +127,8 @@ def align_output(
         value = tuned.attention.project_one("v", normed)
         grouped = softmax(logits, dim=-1).unflatten(1, (value.shape[1], -1))  # [B, K, G, R, T]
         mixed = (grouped.flatten(2, 3) @ value.to(grouped.dtype)).view(*logits.shape[:3], -1)
-        middle = hidden + tuned.attention.o_proj(mixed.transpose(1, 2).flatten(2)).to(dtype)
-        given = middle + layer.ffn(layer.ffn_norm(middle))
+        attended = tuned.attention.o_proj(mixed.transpose(1, 2).flatten(2)).to(dtype)
+        given = layer_output(tuned.latent, tuned.index, hidden, attended)
         return (following(given) - wanted).float().square().mean() / energy
 
     chosen = (key_parameters(tuned.attention) if keys else []) + (
@@ -170,7 +170,7 @@ def _next_norm(tuned: TunedLayer) -> Any:
     that most models have would drown the rest.
     """
     if tuned.index + 1 == len(tuned.original.layers):
-        return tuned.original.norm
+        return final_norm(tuned.original)
     return parts_of(tuned.original, tuned.index + 1).attention_norm
 
 

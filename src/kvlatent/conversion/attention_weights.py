@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import Family, effective_table
+from kvlatent.model.families import effective_table, key_value_heads_of
+from kvlatent.model.family import Family
 from kvlatent.selection.choices import BY_PAIRS
 from kvlatent.selection.pair_search import pair_gains
 from kvlatent.selection.paper_rules import product_svd, stride_channels
@@ -24,7 +25,7 @@ __all__ = ["attention_weights", "kept_pairs"]
 
 @torch.no_grad()
 def attention_weights(
-    attention: Any,
+    source: dict[str, Tensor],
     family: Family,
     hf_config: Any,
     latent: LatentConfig,
@@ -36,36 +37,57 @@ def attention_weights(
     """State dict of the layer's `LatentAttention`.
 
     Args:
-        attention: the original's attention module; hf_config: its config.
+        source: the original's attention tensors (see `original_attention`); hf_config: its config.
         statistics: of the layer; needed for gains and for values in the basis "whitened".
         gains: scale kept pairs per query head to make up for dropped ones.
 
     Raises:
         ValueError: a sliced QK-norm whose heads keep different channels.
     """
-    source = {name: tensor.detach() for name, tensor in attention.state_dict().items()}
     keep_qk = latent.d_qk_at(layer) == latent.original_head_dim
     keep_vo = latent.d_vo_at(layer) == latent.original_head_dim
     if keep_qk and keep_vo:
         return source
-    new = _split_qkv(source, hf_config, latent.original_head_dim) if family.fused_qkv else dict(source)
+    new = (
+        _split_qkv(source, family, hf_config, latent.original_head_dim) if family.fused_qkv else dict(source)
+    )
     if not keep_qk:
         factors = _query_factors(latent, layer, hf_config, statistics if gains else None)
         new.update(_narrow_keys(new, latent, layer, factors))
     if not keep_vo:
-        new.update(_narrow_values(new, latent, layer, hf_config.num_key_value_heads, statistics))
+        new.update(_narrow_values(new, latent, layer, key_value_heads_of(hf_config), statistics))
     if family.fused_qkv:
-        new["qkv_proj.weight"] = torch.cat([new.pop(f"{name}_proj.weight") for name in "qkv"])
+        new |= _fuse_qkv(new, family, hf_config.num_attention_heads)
     return new
 
 
-def _split_qkv(source: dict[str, Tensor], hf_config: Any, head_dim: int) -> dict[str, Tensor]:
-    """Views of a fused projection under the names of a split one."""
-    rows = [n * head_dim for n in (hf_config.num_attention_heads, *[hf_config.num_key_value_heads] * 2)]
-    parts = source["qkv_proj.weight"].split(rows)
-    return {"o_proj.weight": source["o_proj.weight"]} | {
-        f"{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)
-    }
+def _split_qkv(source: dict[str, Tensor], family: Family, hf_config: Any, head_dim: int) -> dict[str, Tensor]:
+    """The parts of a fused projection under the names of a split one."""
+    heads = hf_config.num_attention_heads
+    rows = [n * head_dim for n in (heads, *[key_value_heads_of(hf_config)] * 2)]
+    new = {name: tensor for name, tensor in source.items() if not name.startswith("qkv_proj.")}
+    for kind in ("weight", "bias"):
+        if (fused := source.get(f"qkv_proj.{kind}")) is None:
+            continue
+        if family.fused_qkv == "by head":
+            split = fused.unflatten(0, (heads, -1)).split(head_dim, dim=1)
+            parts = [part.flatten(0, 1) for part in split]
+        else:
+            parts = list(fused.split(rows))
+        new |= {f"{name}_proj.{kind}": part for name, part in zip("qkv", parts, strict=True)}
+    return new
+
+
+def _fuse_qkv(new: dict[str, Tensor], family: Family, heads: int) -> dict[str, Tensor]:
+    """The inverse of `_split_qkv`; takes what it puts together out of `new`."""
+    fused = {}
+    for kind in ("weight", "bias"):
+        parts = [new.pop(name) for part in "qkv" if (name := f"{part}_proj.{kind}") in new]
+        if parts and family.fused_qkv == "by head":
+            parts = [torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)]
+        if parts:
+            fused[f"qkv_proj.{kind}"] = torch.cat(parts)
+    return fused
 
 
 def _take(tensor: Tensor, channels: tuple[tuple[int, ...], ...], head_dim: int) -> Tensor:
@@ -100,7 +122,7 @@ def _query_factors(
         factors = factors.repeat_interleave(hf_config.num_attention_heads // len(factors), dim=0)
     if statistics is None:
         return factors
-    original = effective_table(hf_config).rotary_dim
+    original = effective_table(hf_config, layer).rotary_dim
     grams = statistics.output_gram.split(len(statistics.output_gram) // len(channels))
     gains = []
     for member, kept in zip(grams, channels, strict=True):
@@ -134,8 +156,9 @@ def _narrow_keys(
         if f"{name}.{kind}" in source
     }
     if latent.qk_norm == "sliced":
-        new |= {f"{name}_norm.weight": _sliced_norm(source, new, name, channels) for name in "qk"}
-        new["q_norm.weight"] = _scaled(new["q_norm.weight"], factors[0])
+        new |= {f"{name}_norm.weight": _sliced_norm(source, new, name, channels, head_dim) for name in "qk"}
+        count = len(new["q_norm.weight"]) // factors.shape[1]  # of heads with a weight of their own
+        new["q_norm.weight"] = _scaled(new["q_norm.weight"], factors[:1].expand(count, -1).flatten())
         return new
     for name in [name for name in new if name.startswith("q_")]:
         rows = factors.expand(new[name].shape[0] // factors.shape[1], -1).flatten()
@@ -152,7 +175,11 @@ def _scaled(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _sliced_norm(
-    source: dict[str, Tensor], new: dict[str, Tensor], name: str, channels: tuple[tuple[int, ...], ...]
+    source: dict[str, Tensor],
+    new: dict[str, Tensor],
+    name: str,
+    channels: tuple[tuple[int, ...], ...],
+    head_dim: int,
 ) -> Tensor:
     """Norm weight of the kept channels times E[rms kept / rms all], estimated from the weights (white inputs)."""
     if len(channels) > 1:
@@ -162,7 +189,7 @@ def _sliced_norm(
         )
     weight = f"{name}_proj.weight"
     ratio = (new[weight].double().square().mean() / source[weight].double().square().mean()).sqrt()
-    kept = source[f"{name}_norm.weight"][list(channels[0])]
+    kept = _take(source[f"{name}_norm.weight"], channels, head_dim)
     return (kept.double() * ratio).to(kept.dtype)
 
 

@@ -18,10 +18,12 @@ from kvlatent.conversion.attention_weights import attention_weights
 from kvlatent.conversion.text_tuning import tune_on_text
 from kvlatent.jobs.devices import check_product_dtype, faster_dtype
 from kvlatent.jobs.progress import Progress
-from kvlatent.model.assembly import assemble, full_width
+from kvlatent.model.assembly import assemble, full_width, original_attention
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import Family, effective_table, family_of, head_dim_of, parts_of
+from kvlatent.model.families import effective_table, family_of, head_dim_of
+from kvlatent.model.family import Family
 from kvlatent.model.finite import check_finite_weights
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.widths import Width
 from kvlatent.selection.attention_rows import pair_layout
 from kvlatent.selection.choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
@@ -130,7 +132,7 @@ def _weights(
 
     def weights(index: int) -> dict[str, Tensor]:
         return attention_weights(
-            parts_of(model.model, index).attention,
+            original_attention(model, index),
             family,
             model.config,
             config,
@@ -157,17 +159,19 @@ def _choose_pairs(
 def _weight_energies(model: Any) -> list[Tensor]:
     """E|q_j|^2 E|k_j|^2 [K, P] a layer, from the weights alone, as if normalised inputs were white."""
     energies = []
-    decoder, rotary_dim = full_width(model).model, effective_table(model.config).rotary_dim
+    decoder = full_width(model).get_decoder()
     for index in range(len(decoder.layers)):
         attention, attention_norm, *_ = parts_of(decoder, index)
         sides = []
         for part, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
             weight, bias = _weight_and_bias(attention, part)
-            rows = (weight.float() * attention_norm.weight.float()).square().sum(1)
+            gain = getattr(attention_norm, "weight", weight.new_ones(()))
+            rows = (weight.float() * gain.float()).square().sum(1)
             rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
             if norm is not None:
-                rows = rows / rows.mean(1, keepdim=True) * norm.weight.float().square()
-            first, second = pair_layout(rows, rotary_dim)
+                mean = rows.mean() if attention.norms_all_heads else rows.mean(1, keepdim=True)
+                rows = rows / mean * norm.weight.float().square().view(-1, attention.d_qk)
+            first, second = pair_layout(rows, effective_table(model.config, index).rotary_dim)
             sides.append(first + second)
         queries, keys = sides
         energies.append(queries.unflatten(0, (len(keys), -1)).sum(1) * keys)
@@ -190,7 +194,7 @@ def _check_source(model: Any, config: LatentConfig | None, family: Family, head_
     if config is None:
         return
     made_for = (config.original_model_type, config.original_head_dim)
-    if made_for != (family.model_type, head_dim) or (config.qk_norm == "none") == family.qk_norm:
+    if made_for != (family.model_type, head_dim) or (config.qk_norm == "none") == bool(family.qk_norm):
         raise ValueError(
             f"the latent config was made for {made_for[0]} with head_dim={made_for[1]}, qk_norm={config.qk_norm}: got "
             f"{family.model_type} with head_dim={head_dim}; make one with choose(model.config, ...)"

@@ -22,8 +22,9 @@ from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Stage2
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import parts_of
+from kvlatent.model.head import Head
 from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hold_hidden_states
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.logit_loss import stage2_loss
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
@@ -60,7 +61,7 @@ def tune_all_layers(
     """
     ids, positions = (t.long().to(latent.device) for t in (statistics.input_ids, statistics.position_ids))
     held = held_out_blocks(len(ids))
-    head, goal_head = latent.get_output_embeddings(), original.get_output_embeddings()
+    head, goal_head = Head.of_model(latent), Head.of_model(original)
     stored, dtype = latent.dtype, _product_dtype(latent, dtype)
     goal = Stage2(objective="kl")
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
@@ -109,7 +110,7 @@ def held_out_divergence(original: Any, latent: Any, statistics: Statistics, *, d
     """
     ids, positions = (t.long().to(latent.device) for t in (statistics.input_ids, statistics.position_ids))
     held = held_out_blocks(len(ids))
-    heads, total = (latent.get_output_embeddings(), original.get_output_embeddings()), 0.0
+    heads, total = (Head.of_model(latent), Head.of_model(original)), 0.0
     for some in torch.tensor(held, dtype=torch.long).split(blocks_of_a_step(ids.shape[1])):
         with precision(latent.device, _product_dtype(latent, dtype)):
             hidden, wanted = (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.assembly import full_width
 from kvlatent.model.config import LatentConfig, table_scope
-from kvlatent.model.families import parts_of
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.selection.choices import BY_PAIRS, PAPER, Choices, resolve_choices
 from kvlatent.selection.statistics import Statistics
 
@@ -125,11 +125,12 @@ def _measure_errors(
 ) -> dict[int, float]:
     """Relative squared error of the attention output of `layers` of `latent`, on what the twin's layers see."""
     error, energy = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+    now = [positions]  # of the block that is read
 
     def compare(index: int, other: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            turned = latent.model.rotary_emb(hidden, kwargs["position_ids"])
+            turned = latent.get_decoder().rotary_emb(hidden, now[0])
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             given, _ = other(hidden, **{**rest, "position_embeddings": turned})
             error[index] += float((given.float() - output[0].float()).square().sum(dtype=torch.float64))
@@ -140,9 +141,10 @@ def _measure_errors(
     latent.eval()
     with ExitStack() as hooks:
         for index in layers:
-            attention, other = (parts_of(m.model, index).attention for m in (twin, latent))
+            attention, other = (parts_of(m.get_decoder(), index).attention for m in (twin, latent))
             hook = attention.register_forward_hook(compare(index, other), with_kwargs=True)
             hooks.callback(hook.remove)
         for block in range(len(ids)):
-            twin.model(input_ids=ids[block, None], position_ids=positions[block, None], use_cache=False)
+            now[0] = positions[block, None]
+            twin.get_decoder()(input_ids=ids[block, None], position_ids=now[0], use_cache=False)
     return {index: error[index] / max(energy[index], _TINY) for index in layers}

@@ -22,9 +22,12 @@ from kvlatent.jobs.devices import faster_dtype, precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Stage2
 from kvlatent.model.assembly import full_width
-from kvlatent.model.families import family_of, parts_of
+from kvlatent.model.families import family_of
 from kvlatent.model.head import Head
+from kvlatent.model.hidden_states import with_layers
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.logit_loss import stage2_loss
+from kvlatent.model.rotary import LatentRotary
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
@@ -76,7 +79,7 @@ def narrow_divergences(
             qk_norm=qk_norm,
             statistics=statistics,
         )
-        attention = [_with_table(narrow.model, index) for index in range(layers)]
+        attention = [_with_table(narrow.get_decoder(), index) for index in range(layers)]
         found[side][width] = []
         for index in range(each):
             replaced = attention[index : index + 1] if per_layer else attention
@@ -101,8 +104,8 @@ class _Rest:
 
     def __init__(self, model: Any, statistics: Statistics) -> None:
         self.twin = full_width(model).eval().requires_grad_(False)
-        head = Head.of(model.get_output_embeddings())
-        self.head = Head(head.weight.detach(), head.bias)
+        head = Head.of_model(model)
+        self.head = head._replace(weight=head.weight.detach())
         self.dtype = faster_dtype(model.config, model.device)
         count, size = statistics.input_ids.shape
         chosen = held_out_blocks(count)[: max(1, _TOKENS // size)] or [0]
@@ -112,10 +115,10 @@ class _Rest:
         self.inputs: list[Tensor] = []
         hooks = [
             layer.register_forward_pre_hook(lambda module, args: self.inputs.append(args[0]))
-            for layer in self.twin.model.layers
+            for layer in self.twin.get_decoder().layers
         ]
         with precision(model.device, self.dtype):
-            output = self.twin.model(input_ids=self.ids, position_ids=self.positions, use_cache=False)
+            output = self.twin.get_decoder()(input_ids=self.ids, position_ids=self.positions, use_cache=False)
         for hook in hooks:
             hook.remove()
         self.final = output.last_hidden_state
@@ -133,18 +136,11 @@ class _Rest:
 
     def _from_layer(self, index: int, attention: Sequence[nn.Module]) -> Any:
         """The decoder from one layer on, it and those behind it with other attention as far as that goes."""
-        decoder = self.twin.model
-        layers = list(decoder.layers[index:])
-        for position, module in enumerate(attention):
-            layers[position] = copy.copy(layers[position])
-            layers[position]._modules = layers[position]._modules | {
-                family_of(decoder.config).attention: module
-            }
-        shell = copy.copy(decoder)
-        shell._modules = dict(decoder._modules)
-        shell.layers = nn.ModuleList(layers)
-        shell.config = copy.copy(decoder.config)
-        shell.config.num_hidden_layers = len(shell.layers)
-        if getattr(decoder.config, "layer_types", None) is not None:
-            shell.config.layer_types = decoder.config.layer_types[index:]
+        decoder = self.twin.get_decoder()
+        layers = [copy.copy(layer) for layer in decoder.layers[index:]]
+        for position, layer in enumerate(layers):
+            replaced = attention[position : position + 1] or [_with_table(decoder, index + position)]
+            layer._modules = layer._modules | {family_of(decoder.config).attention: replaced[0]}
+        shell = with_layers(decoder, layers, index)
+        shell.rotary_emb = LatentRotary(())  # so that layers get positions, each for its own table
         return shell

@@ -21,8 +21,14 @@ from kvlatent.conversion.refit import refit_outputs
 from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import parts_of
-from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hold_hidden_states, isolate_layer
+from kvlatent.model.hidden_states import (
+    HiddenStates,
+    blocks_at_once,
+    embed,
+    hold_hidden_states,
+    isolate_layer,
+)
+from kvlatent.model.layer_parts import carried_share, parts_of
 from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.attention_rows import recorded_projections, rotary_of
 from kvlatent.selection.choices import Choices
@@ -60,27 +66,29 @@ def refine(
     ids, positions = (t.long().to(twin.device) for t in (statistics.input_ids, statistics.position_ids))
     blocks, size = ids.shape
     report = []
-    count = len(twin.model.layers) if layers is None else layers
+    count = len(twin.get_decoder().layers) if layers is None else layers
     each = 2 * choices.align + 1
     steps = progress.step("refine layers", each * count)
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         streams = layer_streams(Path(folder), twin, blocks, size, dtype)
         for name in ("inputs", "latent"):
-            streams[name].write(twin.model.embed_tokens(ids[b, None]) for b in range(blocks))
+            streams[name].write(embed(twin.get_decoder(), ids[b, None]) for b in range(blocks))
         held = held_out_blocks(blocks)
         for index in range(count):
             steps.to(each * index)
-            attention = copy_for_tuning(parts_of(latent.model, index).attention)
-            tuned = TunedLayer(index, twin.model, latent.model, attention, streams, positions, held, dtype)
+            attention = copy_for_tuning(parts_of(latent.get_decoder(), index).attention)
+            tuned = TunedLayer(
+                index, twin.get_decoder(), latent.get_decoder(), attention, streams, positions, held, dtype
+            )
             last = each * (index + 1)
 
             def advance(last: int = last) -> None:  # attempts at a lower rate are not counted
                 steps.to(min(steps.done + 1, last))
 
             report.append(_refine_layer(tuned, config, choices, seed, advance))
-            latent_layer = isolate_layer(latent.model, index)
+            latent_layer = isolate_layer(latent.get_decoder(), index)
             streams["latent"].write(
-                output for _, _, output in _pass(tuned, latent.model, latent_layer, "latent")
+                output for _, _, output in _pass(tuned, latent.get_decoder(), latent_layer, "latent")
             )
             streams["inputs"], streams["outputs"] = streams["outputs"], streams["inputs"]
     steps.to(steps.total)
@@ -89,7 +97,7 @@ def refine(
 
 def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -> dict[str, HiddenStates]:
     """Room for what flows between layers, and for the queries and keys of the original, in the dtype of the products."""
-    attention, hidden = parts_of(twin.model, 0).attention, twin.config.hidden_size
+    attention, hidden = parts_of(twin.get_decoder(), 0).attention, twin.config.hidden_size
     widths = dict.fromkeys(("inputs", "outputs", "wanted", "latent"), (hidden, twin.dtype))
     for name, heads in (("queries", attention.num_heads), ("keys", attention.num_key_value_heads)):
         widths[name] = (heads * attention.d_qk, getattr(torch, dtype))
@@ -138,6 +146,7 @@ def pass_original(tuned: TunedLayer, *, with_attention: bool) -> None:
     filled = ("wanted", "queries", "keys") if with_attention else ("wanted",)
     for name in filled:
         tuned.streams[name].clear()
+    share = carried_share(decoder.config)
     caught: list[Tensor] = []
     hook = attention.register_forward_hook(lambda module, args, output: caught.append(output[0]))
 
@@ -146,7 +155,7 @@ def pass_original(tuned: TunedLayer, *, with_attention: bool) -> None:
             for hidden, positions, output in _pass(
                 tuned, decoder, isolate_layer(decoder, tuned.index), "inputs"
             ):
-                tuned.streams["wanted"].append(hidden + caught.pop())
+                tuned.streams["wanted"].append(share * hidden + caught.pop())
                 query, key, _ = projected.pop()
                 if with_attention:
                     cos, sin = rotary_of(attention, decoder, hidden, positions)

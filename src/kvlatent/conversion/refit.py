@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvlatent.conversion.alignment import TunedLayer
 from kvlatent.jobs.devices import precision
-from kvlatent.model.families import parts_of
 from kvlatent.model.hidden_states import blocks_at_once, isolate_layer
+from kvlatent.model.layer_parts import carried_share, parts_of
 
 __all__ = ["refit_outputs"]
 
@@ -48,13 +48,13 @@ class _Moments:
 def refit_outputs(tuned: TunedLayer) -> float | None:
     """Regress W_O towards itself: W_O + (sum r y^T)(sum y y^T + l I)^-1, in place in `tuned.attention`.
 
-    y is what enters the converted W_O on the converted stream h', r what is then missing from o + h - h', so that the
+    y is what enters the converted W_O on the converted stream h', r what is then missing from o + c (h - h') (c = 1, see `carried_share`), so that the
     layer also takes back what those below it left (method: closed-form refit; towards the factored W_O, as a ridge
     towards zero would move a full-width one). The ridge is the one of four that does best on the held-out blocks, and
     W_O stays as it is where none helps there: little text fits itself only.
 
     Args:
-        tuned: with `latent` holding what was tuned so far; its stream "wanted" is o + h.
+        tuned: with `latent` holding what was tuned so far; its stream "wanted" is o + c h.
 
     Returns:
         The ridge chosen, over the mean diagonal; None where W_O stayed.
@@ -98,7 +98,7 @@ def _missing(tuned: TunedLayer, module: Any) -> Iterator[tuple[int, Tensor, Tens
                 layer(inputs_embeds=hidden, position_ids=tuned.positions[blocks], use_cache=False)
             y, given = (t.float() for t in seen)
             seen.clear()
-            missing = wanted.float() - hidden.float() - given
+            missing = wanted.float() - carried_share(tuned.latent.config) * hidden.float() - given
             yield from zip(blocks.tolist(), y, missing, strict=True)
     finally:
         hook.remove()

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kvlatent.model.projection import Rows
+
 __all__ = ["BLOCKS", "TunableRows", "tune"]
 
 BLOCKS = 4
@@ -23,7 +25,7 @@ _EVALUATIONS = 8
 _PATIENCE = 3
 _ATTEMPTS, _SLOWER = 3, 0.25  # at falling rates, until one does better than the start
 
-TunableRows = list[tuple[nn.Parameter, slice]]
+TunableRows = list[tuple[nn.Parameter, Rows]]
 """Parameters to tune, each with the rows that may change."""
 
 

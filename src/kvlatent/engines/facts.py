@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from kvlatent.model.config import TABLE_SCOPES
+from kvlatent.model.families import FAMILIES
 from kvlatent.model.widths import Width, width_per_layer
 
 __all__ = ["ENGINES", "TABLE_SCOPES", "Engine", "check_engine", "engine_named", "engines_for"]
@@ -33,6 +34,7 @@ class Engine:
         ran: it was run; else its source was read.
         refused: families (`model_type` of the original) that cannot carry their own rotary table there, or were
             never tried.
+        takes_all: it runs, or was given, every family's own layers; others take what a plain decoder's layers are.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Engine:
     smallest: int = 8
     ran: bool = True
     refused: tuple[str, ...] = ()
+    takes_all: bool = False
 
     def scope(self, *, per_layer: bool = False) -> str:
         """Of the rotary table where nobody named one; widths that differ by layer cannot share one for the model."""
@@ -58,6 +61,7 @@ ENGINES = {
             "transformers",
             "as it is: with kvlatent installed, or with the checkpoint's own modelling file",
             scopes=TABLE_SCOPES,
+            takes_all=True,
             symmetric=False,
             sizes=None,
             multiple=1,
@@ -89,6 +93,7 @@ ENGINES = {
             "openvino",
             "as an IR traced from the decoder",
             scopes=TABLE_SCOPES,
+            takes_all=True,
             symmetric=False,
             multiple=1,
             smallest=1,
@@ -158,6 +163,9 @@ def _obstacle(
         return (
             f"{engine} cannot run a {model_type} model with its own rotary table; use --engine transformers"
         )
+    family = FAMILIES.get(model_type or "")
+    if family is not None and family.besides and not row.takes_all:
+        return f"{engine} was tried with plain decoders, and a {model_type} model has {family.besides}; use --engine transformers"
     if scope not in row.scopes:
         return (
             f"{engine} takes one rotary table per {' or '.join(row.scopes)}: got one per {scope}; "

@@ -24,6 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvlatent.model.classes import latent_config_of
+from kvlatent.model.families import family_of
+from kvlatent.model.layer_parts import final_norm, windows_of
 
 __all__ = ["INPUTS", "compress_weights", "stateful_graph"]
 
@@ -67,9 +69,12 @@ class _Decoder(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
         """Logits [B, T, V], then keys and values of every layer [B, K, S, width]."""
-        decoder, cache = self.latent.model, _Cache(past)
-        hidden = decoder.embed_tokens(input_ids)
-        windows = [layer.self_attn.sliding_window for layer in decoder.layers]
+        decoder, cache = self.latent.get_decoder(), _Cache(past)
+        family, config = family_of(decoder.config), decoder.config
+        hidden = decoder.get_input_embeddings()(input_ids)
+        if family.embedding_multiplier:
+            hidden = hidden * family.number(config, "embedding_multiplier")
+        windows = windows_of(self.latent)
         masks = {window: _mask(attention_mask, input_ids.shape[1], window) for window in set(windows)}
         rotation = decoder.rotary_emb(hidden, position_ids)
         for window, layer in zip(windows, decoder.layers, strict=True):
@@ -80,7 +85,10 @@ class _Decoder(nn.Module):
                 past_key_values=cache,
                 position_embeddings=rotation,
             )
-        return self.latent.lm_head(decoder.norm(hidden)), *cache.tensors
+        logits = self.latent.get_output_embeddings()(final_norm(decoder)(hidden))
+        if family.logit_divisor:
+            logits = logits / family.number(config, "logit_divisor")
+        return logits, *cache.tensors
 
 
 class _Cache:

@@ -21,6 +21,8 @@ from kvlatent.engines.export_options import ExportOptions
 from kvlatent.engines.plain_weights import context_of
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import family_of
+from kvlatent.model.layer_parts import windows_of
 
 __all__ = ["check_exportable", "read_logits", "write_export"]
 
@@ -48,6 +50,12 @@ def check_exportable(latent: Any, options: ExportOptions) -> None:
     if options.dtype not in (None, *_DTYPES):
         raise ValueError(
             f"an export to openvino stores matrices in {' or '.join(_DTYPES)}: got --dtype {options.dtype}; leave it out"
+        )
+    family = family_of(latent.config)
+    if family.expert_parameters:
+        raise ValueError(
+            f"an export to openvino is traced, and which experts a token of a {family.model_type} model goes to would be fixed by "
+            "the trace; run the checkpoint itself with transformers"
         )
     _check_value_widths(latent_config_of(latent.config), latent.config.num_hidden_layers)
     if _dtype(options) == "f16":
@@ -157,7 +165,7 @@ def _changes(latent: Any, options: ExportOptions) -> list[str]:
         changes.append(
             "matrices are rounded from float32 to float16; rotary tables, norms and biases are not"
         )
-    windows = {layer.self_attn.sliding_window for layer in latent.model.layers} - {None}
+    windows = [window for window in windows_of(latent) if window is not None]
     if windows:
         changes.append(
             f"a sliding window of {max(windows)} tokens hides what lies before it and frees no cache in this engine"

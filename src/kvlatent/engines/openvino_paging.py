@@ -14,6 +14,7 @@ import openvino as ov
 from openvino._offline_transformations import paged_attention_transformation
 
 from kvlatent.model.classes import latent_config_of
+from kvlatent.model.layer_parts import windows_of
 
 __all__ = ["MODEL_FILE", "check_paging", "paged_cache"]
 
@@ -74,7 +75,7 @@ def check_paging(latent: Any, cache: dict[str, Any]) -> None:
     expected = {
         "k_head_sizes": [config.d_qk_at(layer) for layer in layers],
         "v_head_sizes": [config.d_vo_at(layer) for layer in layers],
-        "windows": [layer.self_attn.sliding_window for layer in latent.model.layers],
+        "windows": windows_of(latent),
     }
     for name, wanted in expected.items():
         if cache[name] != wanted:

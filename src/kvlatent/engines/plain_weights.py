@@ -56,6 +56,12 @@ def plain_shape(
     Raises:
         ValueError: unequal widths that may not be padded; heads that hold different frequencies; a QK-norm at full width.
     """
+    family = family_of(latent.config)
+    if family.besides:
+        raise ValueError(
+            f"{target} holds a decoder with the layers of Llama or Qwen3, and a {family.model_type} model has {family.besides}; "
+            "run the checkpoint itself with transformers, or export it with --to openvino"
+        )
     config = latent_config_of(latent.config)
     keys, values = set(width_per_layer(config.d_qk)), set(width_per_layer(config.d_vo))
     width = _even(max(keys | values))
@@ -74,7 +80,7 @@ def plain_shape(
             f"{target} has one set of {key_width // 2} rotary frequencies for all heads, and the heads of this checkpoint hold "
             f"different ones; convert with {recipe_of(engine, width)}, which shares one table"
         )
-    if family_of(latent.config).qk_norm:
+    if family.qk_norm:
         _check_norms(config, table, key_width, target, engine)
     context, changes = context_of(latent.config, target, has_window=has_window)
     if is_padded:

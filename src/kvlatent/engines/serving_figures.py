@@ -5,14 +5,19 @@ Read from a source model's config alone; nothing is loaded and nothing is measur
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 from kvlatent.engines.kv_dtypes import KVDtype, kv_bytes_by_layer
 from kvlatent.engines.roofline import attention_parameters, decode_speedup, maximum_context
 from kvlatent.model.cache_bytes import cache_bytes
-from kvlatent.model.families import family_of, head_dim_of
+from kvlatent.model.families import family_of, head_dim_of, key_value_heads_of
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.widths import Width, width_per_layer
 
 __all__ = ["BATCHES", "CONTEXTS", "Footprint", "ServingFigures", "serving_figures"]
@@ -168,37 +173,61 @@ def serving_figures(
 def _footprint(
     config: Any, d_qk: Width, d_vo: Width, qk_norm: str, element_size: float, kv_dtype: KVDtype
 ) -> Footprint:
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    family, embeddings = family_of(config), config.vocab_size * config.hidden_size
+    layers, heads = config.num_hidden_layers, key_value_heads_of(config)
     keys, values = width_per_layer(d_qk, layers), width_per_layer(d_vo, layers)
-    parameters = sum(_layer_parameters(config, k, v, qk_norm) for k, v in zip(keys, values, strict=True))
-    read = parameters + config.hidden_size + embeddings
-    held = read if config.tie_word_embeddings else read + embeddings
+    attention = sum(_attention_size(config, k, v, qk_norm) for k, v in zip(keys, values, strict=True))
+    held, read = _sizes_around_attention(config.to_json_string(use_diff=False), type(config))
     return Footprint(
-        weight_bytes=held * element_size,
-        read_bytes=read * element_size,
+        weight_bytes=(attention + held) * element_size,
+        read_bytes=(attention + read) * element_size,
         layer_bytes=kv_bytes_by_layer(kv_dtype, keys, values, layers, heads),
-        windows=tuple(family.sliding_window(config, layer) for layer in range(layers)),
+        windows=tuple(family_of(config).sliding_window(config, layer) for layer in range(layers)),
     )
 
 
-def _layer_parameters(config: Any, d_qk: int, d_vo: int, qk_norm: str) -> int:
-    """Parameters of one layer at these widths: attention, gated FFN, norms."""
-    family, hidden = family_of(config), config.hidden_size
+def _attention_size(config: Any, d_qk: int, d_vo: int, qk_norm: str) -> int:
+    """Parameters of one layer's attention at these widths."""
+    family, heads, kv_heads = family_of(config), config.num_attention_heads, key_value_heads_of(config)
     head_dim = head_dim_of(config)
     full = family.qk_norm and qk_norm == "full" and d_qk < head_dim
     qkv_bias, o_bias = family.biases(config)
-    attention = attention_parameters(
-        hidden,
-        config.num_attention_heads,
-        config.num_key_value_heads,
+    projections = attention_parameters(
+        config.hidden_size,
+        heads,
+        kv_heads,
         d_qk,
         d_vo,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         projected=head_dim if full else None,
     )
-    norms = 2 * hidden + family.qk_norm * 2 * (head_dim if full else d_qk)
-    inner = config.intermediate_size
-    bias = (2 * inner + hidden) * bool(getattr(config, "mlp_bias", False))
-    return attention + norms + 3 * hidden * inner + bias
+    norms = {"": 0, "head": 2, "all heads": heads + kv_heads}[family.qk_norm]
+    return projections + norms * (head_dim if full else d_qk)
+
+
+@lru_cache(maxsize=8)
+def _sizes_around_attention(config_json: str, config_type: Any) -> tuple[int, int]:
+    """Parameters outside the attention, of an original's config: all of them, and what a step for one sequence reads.
+
+    A step looks up a row of the input embeddings, and reads those experts that a token goes to.
+    """
+    config = config_type.from_dict(json.loads(config_json))
+    family = family_of(config)
+    with torch.device("meta"):
+        model = family.upstream("ForCausalLM")(config)
+    decoder = model.get_decoder()
+    attention = {
+        id(parameter)
+        for layer in range(config.num_hidden_layers)
+        for parameter in parts_of(decoder, layer).attention.parameters()
+    }
+    held = idle = 0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in attention:
+            continue
+        held += parameter.numel()
+        if family.expert_parameters and name.endswith(family.expert_parameters):
+            idle += parameter[0].numel() * (len(parameter) - config.num_experts_per_tok)
+    if not config.tie_word_embeddings:
+        idle += model.get_input_embeddings().weight.numel()
+    return held, held - idle

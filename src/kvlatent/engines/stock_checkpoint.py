@@ -87,10 +87,9 @@ def write_export(latent: Any, source: Path, out: Path, options: ExportOptions) -
     with torch.device("meta"):
         model = model_type(config)
     state = plain_weights(latent, shape)
-    if carrier == "llama" and config.attention_bias:  # Llama has either all four biases or none
-        for layer in range(config.num_hidden_layers):
-            name = f"model.layers.{layer}.self_attn.o_proj.bias"
-            state.setdefault(name, torch.zeros(config.hidden_size))
+    for name, parameter in model.named_parameters():  # Llama has all four biases or none, Qwen2 has three
+        if name.endswith(".bias"):
+            state.setdefault(name, torch.zeros(parameter.shape))
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig.from_model_config(config)
@@ -116,7 +115,8 @@ def _carrier(config: Any) -> str:
     if family.qk_norm:
         return "qwen3"
     windows = [family.sliding_window(config, layer) for layer in range(config.num_hidden_layers)]
-    if family.model_type == "mistral" or (family.model_type == "phi3" and windows[0] is not None):
+    same_window = len(set(windows)) == 1 and windows[0] is not None and not any(family.biases(config))
+    if family.model_type == "mistral" or same_window:
         return "mistral"
     limit = config.max_position_embeddings
     return "qwen2" if any(window is not None and window < limit for window in windows) else "llama"
@@ -132,12 +132,14 @@ def _settings(config: Any, carrier: str, shape: PlainShape) -> dict[str, Any]:
         "rope_parameters": _rope(shape),
     }
     if carrier in ("llama", "qwen3"):
-        settings["attention_bias"] = family.biases(config)[0]
+        settings["attention_bias"] = any(family.biases(config))
     if carrier == "mistral":
         settings["sliding_window"] = family.sliding_window(config, 0)
     if carrier in ("qwen2", "qwen3"):
         for name in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
-            settings[name] = getattr(config, name)
+            if hasattr(config, name):
+                settings[name] = getattr(config, name)
+        settings.setdefault("use_sliding_window", True)
     return settings
 
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from kvlatent.checkpoints.registration import register
+from kvlatent.checkpoints.registration import installed_families, register
 from kvlatent.model.classes import latent_classes, latent_config_of
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import FAMILIES, LATENT_PREFIX
+from kvlatent.model.families import LATENT_PREFIX
 
 __all__ = [
     "TESTED",
@@ -45,7 +45,7 @@ def register_vllm() -> None:
     from vllm import ModelRegistry
 
     register()
-    for model_type in FAMILIES:
+    for model_type in installed_families():
         causal = latent_classes(model_type)[2]
         ModelRegistry.register_model(causal.__name__, "kvlatent.engines.vllm_model:TransformersForCausalLM")
     try:
@@ -55,7 +55,7 @@ def register_vllm() -> None:
     except (ImportError, AttributeError):  # an untested version, refused as soon as a latent model is loaded
         return
     convertor = _convertor(base)
-    for model_type in FAMILIES:
+    for model_type in installed_families():
         table[LATENT_PREFIX + model_type] = convertor
 
 

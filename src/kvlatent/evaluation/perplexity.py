@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvlatent.evaluation.sequences import counter, evaluation_mode
-from kvlatent.model.head import IGNORED, token_losses
+from kvlatent.model.head import IGNORED, Head, token_losses
 
 _LARGEST_LOSS = 700.0  # exp() of more is no longer a finite double
 
@@ -100,7 +100,7 @@ def score_rows(
             ids, labels = rows.input_ids.to(model.device), rows.labels.to(model.device)
             positions = None if rows.position_ids is None else rows.position_ids.to(model.device)
             output = decoder(input_ids=ids, position_ids=positions, use_cache=False)
-            losses.append(token_losses(output.last_hidden_state, model.get_output_embeddings(), labels).cpu())
+            losses.append(token_losses(output.last_hidden_state, Head.of_model(model), labels).cpu())
             advance(rows)
     return losses
 

@@ -102,7 +102,7 @@ def model_fingerprint(model: Any) -> str:
     """
     config = model.config
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    about = {name: getattr(config, name) for name in names} | {"rope": config.rope_parameters}
+    about = {name: getattr(config, name, None) for name in names} | {"rope": config.rope_parameters}
     about |= {name: getattr(config, name, None) for name in ("sliding_window", "layer_types", "rms_norm_eps")}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

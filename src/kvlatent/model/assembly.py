@@ -12,14 +12,15 @@ from torch import Tensor
 from kvlatent.model.classes import latent_classes
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import (
-    effective_table,
+    effective_tables,
     family_of,
     family_of_original,
     head_dim_of,
-    parts_of,
+    key_value_heads_of,
 )
+from kvlatent.model.layer_parts import parts_of
 
-__all__ = ["assemble", "full_width", "has_tied_head"]
+__all__ = ["assemble", "full_width", "has_tied_head", "original_attention"]
 
 
 def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mapping[str, Tensor]]) -> Any:
@@ -33,7 +34,7 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
     Raises:
         ValueError: lists of the config do not fit the model's layers and heads.
     """
-    latent.check_model(model.config.num_hidden_layers, model.config.num_key_value_heads)
+    latent.check_model(model.config.num_hidden_layers, key_value_heads_of(model.config))
     family = family_of(model.config)
     config_type, _, causal_type = latent_classes(family.model_type)
     config = config_type(**_config_fields(model, latent))
@@ -45,7 +46,7 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
     }
     for index in range(model.config.num_hidden_layers):
         for name, tensor in attention(index).items():
-            state[f"model.layers.{index}.{family.attention}.{name}"] = tensor
+            state[f"{model.base_model_prefix}.layers.{index}.{family.attention}.{name}"] = tensor
     latent_model.load_state_dict(state, strict=True, assign=True)
     latent_model.tie_weights()
     latent_model.generation_config = copy.deepcopy(model.generation_config)
@@ -57,21 +58,33 @@ def full_width(model: Any) -> Any:
     return assemble(
         model,
         _at_full_width(model.config),
-        lambda layer: {
-            name: tensor.detach()
-            for name, tensor in parts_of(model.model, layer).attention.state_dict().items()
-        },
+        lambda layer: original_attention(model, layer),
     )
+
+
+def original_attention(model: Any, layer: int) -> dict[str, Tensor]:
+    """The attention tensors of a layer of an original, under the names that a latent attention has for them.
+
+    Raises:
+        ValueError: the family's row names projections or norms that are not there.
+    """
+    family, attention = family_of(model.config), parts_of(model.get_decoder(), layer).attention
+    state = {family.latent_name(name): tensor.detach() for name, tensor in attention.state_dict().items()}
+    expected = (*family.attention_modules, *(("q_norm", "k_norm") if family.qk_norm else ()))
+    found = {name.partition(".")[0] for name in state}
+    if absent := [name for name in expected if name not in found]:
+        raise ValueError(family.missing(f"the modules {', '.join(absent)} in a {type(attention).__name__}"))
+    return state
 
 
 def _at_full_width(config: Any) -> LatentConfig:
     """Every channel, at the frequency it has."""
-    family, head_dim = family_of_original(config), head_dim_of(config)
+    family, head_dim, tables = family_of_original(config), head_dim_of(config), effective_tables(config)
     return LatentConfig(
         d_qk=head_dim,
         d_vo=head_dim,
-        tables=((effective_table(config),),),
-        channels=((tuple(range(head_dim)),),),
+        tables=tuple((table,) for table in tables),
+        channels=((tuple(range(head_dim)),),) * len(tables),
         original_head_dim=head_dim,
         original_model_type=family.model_type,
         keys="full",
@@ -101,9 +114,14 @@ def _config_fields(model: Any, latent: LatentConfig) -> dict[str, Any]:
         fields.pop(name, None)
     fields["tie_word_embeddings"] = has_tied_head(model)
     fields["original_rope_parameters"] = fields["rope_parameters"]
-    fields["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": fields["rope_parameters"]["rope_theta"],
-    }
+    fields["rope_parameters"] = _plain_rope(fields["rope_parameters"])
+    fields["num_key_value_heads"] = key_value_heads_of(model.config)
     head_dim = max(latent.max_d_qk, latent.max_d_vo)
     return {**fields, "head_dim": head_dim, "kv_latent": latent.to_dict()}
+
+
+def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters that upstream accepts and nobody reads, of each layer type where there is one a type."""
+    if "rope_theta" in rope:
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return {name: _plain_rope(value) if isinstance(value, dict) else value for name, value in rope.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import dropout, pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -31,8 +31,8 @@ __all__ = ["LatentAttention"]
 class LatentAttention(Projections):
     """Self-attention of one layer with key width d_qk and value width d_vo.
 
-    The softmax scale is always d_qk^-1/2; where a preset keeps the original scale, the factor is folded into W_Q
-    (or, after a QK-norm, into `q_map`).
+    The softmax scale is d_qk^-1/2, times what the original's is of head_dim^-1/2; where a preset keeps the original scale,
+    the factor is folded into W_Q (or, after a QK-norm, into `q_map`).
 
     Args:
         config: the latent transformers config.
@@ -46,30 +46,41 @@ class LatentAttention(Projections):
         self.layer_idx = layer_idx
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.head_dim = self.d_qk
-        self.scaling = self.d_qk**-0.5
+        family = family_of(config)
+        self.scaling = family.scaling(config, self.d_qk, latent.original_head_dim)
         self.is_narrow = (self.d_qk, self.d_vo) != (latent.original_head_dim,) * 2
         self.attention_dropout = config.attention_dropout
+        self.output_dropout = family.number(config, "output_dropout", 0.0)
         self.is_causal = True
-        self.sliding_window = family_of(config).sliding_window(config, layer_idx)
-        self.rotary = None if latent.one_table else LatentRotary(latent.tables_at(layer_idx))
+        self.sliding_window = family.sliding_window(config, layer_idx)
+        self.rotary: LatentRotary | None = None
+        if not latent.one_table:
+            self.rotary = LatentRotary(latent.tables_at(layer_idx), in_float32=family.rotates_in_float32)
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output [B, T, D] and, where the implementation gives them, the weights [B, N, T, S].
+
+        Args:
+            position_embeddings: cosines and sines, or the positions where each layer has a table of its own.
+            past_key_values, layer_past: the cache, under either of upstream's names.
 
         Raises:
             ValueError: training with flex attention on a CPU, which has no backward there.
         """
         query, key, value = self.project(hidden_states)
         if self.rotary is not None:
-            position_embeddings = self.rotary(hidden_states, kwargs["position_ids"])
-        assert position_embeddings is not None, "the decoder shares one table"
+            assert isinstance(position_embeddings, Tensor), "the decoder has no table"
+            position_embeddings = self.rotary(hidden_states, position_embeddings)
+        assert isinstance(position_embeddings, tuple), "the decoder shares one table"
+        past_key_values = layer_past if past_key_values is None else past_key_values
         query, key = (apply_rotary(x, *position_embeddings) for x in (query, key))
         if past_key_values is not None:
             grow_in_place(past_key_values, self.layer_idx, key)
@@ -102,4 +113,7 @@ class LatentAttention(Projections):
         if width is not None:  # vLLM gives the heads side by side: [T, N x width]
             output = output.reshape(*hidden_states.shape[:-1], self.num_heads, width)[..., : self.d_vo]
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return self.o_proj(output), weights
+        output = self.o_proj(output)
+        if self.training and self.output_dropout:
+            output = dropout(output, self.output_dropout)
+        return output, weights

@@ -1,92 +1,40 @@
 """The supported architectures, one row each, and why the others are refused.
 
 To add a family, add its row to `FAMILIES` (and its name leaves the lists below it), give tests/tiny.py a toy of it,
-and run the tests: full width must be the identity, bit for bit. A row says what differs between decoders whose layers
-are x + attention(norm(x)), then x + ffn(norm(x)), with rotary channels in half-split pairs; anything else (sandwich
-norms, scaled residuals, interleaved pairs) needs code and not a row.
+and run the tests: full width must be the identity, bit for bit. Rotary channels must be half-split pairs.
 
-Upstream facts that this table relies on (transformers 5.23): the modules `model.layers[i].self_attn` with `q_proj`,
-`k_proj`, `v_proj`, `o_proj` (Phi-3: `qkv_proj`, `o_proj`), `q_norm` and `k_norm` on Qwen3, the rotary modules'
-`inv_freq` and `attention_scaling`, and `ROPE_INIT_FUNCTIONS["longrope"]`.
+Upstream facts that this table relies on (transformers 5.23): the modules that the rows name, in the decoder's `layers`;
+layers that take `hidden_states` and call the attention with `hidden_states`, `position_embeddings`, `attention_mask` and
+`past_key_values` (`layer_past`); the rotary modules' `inv_freq` and `attention_scaling`, after the layer type where there is
+one a type; and `ROPE_INIT_FUNCTIONS["longrope"]`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
+from kvlatent.model.family import Family
 from kvlatent.model.table import RotaryTable
 
 __all__ = [
     "FAMILIES",
-    "Family",
-    "LayerParts",
+    "LATENT_PREFIX",
     "effective_table",
+    "effective_tables",
     "family_of",
     "family_of_original",
     "head_dim_of",
-    "parts_of",
+    "key_value_heads_of",
+    "logit_divisor_of",
+    "rope_theta_of",
 ]
 
 LATENT_PREFIX = "kv_latent_"
 
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture: where its attention keeps its parts.
-
-    Args:
-        model_type: of the source model, as transformers spells it.
-        prefix: of its class names (`Llama` in `LlamaForCausalLM`).
-        qkv_bias, o_bias: whether the projections have biases: "never", "always", or as the config says in
-            "attention_bias".
-        fused_qkv: q, k and v live in one `qkv_proj`.
-        qk_norm: queries and keys are RMS-normalised per head before the rotation.
-        windowed: "never", "always" (when `config.sliding_window` is set) or "by layer type".
-        attention, attention_norm, ffn, ffn_norm: names of a layer's modules; a norm comes before what it is named for.
-        ffn_modules: linear layers of the FFN, the targets of LoRA.
-    """
-
-    model_type: str
-    prefix: str
-    qkv_bias: str = "never"
-    o_bias: str = "never"
-    fused_qkv: bool = False
-    qk_norm: bool = False
-    windowed: str = "never"
-    attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
-    ffn: str = "mlp"
-    ffn_norm: str = "post_attention_layernorm"
-    ffn_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-
-    @property
-    def attention_modules(self) -> tuple[str, ...]:
-        """Names of the linear layers of its attention."""
-        return ("qkv_proj", "o_proj") if self.fused_qkv else ("q_proj", "k_proj", "v_proj", "o_proj")
-
-    def upstream(self, suffix: str) -> Any:
-        """transformers' class of this family, e.g. `upstream("ForCausalLM")`."""
-        module = "configuration" if suffix == "Config" else "modeling"
-        path = f"transformers.models.{self.model_type}.{module}_{self.model_type}"
-        return getattr(import_module(path), self.prefix + suffix)
-
-    def biases(self, config: Any) -> tuple[bool, bool]:
-        """Whether (q, k, v) and o have biases."""
-        as_configured = bool(getattr(config, "attention_bias", False))
-        answers = {"never": False, "always": True, "attention_bias": as_configured}
-        return answers[self.qkv_bias], answers[self.o_bias]
-
-    def sliding_window(self, config: Any, layer: int) -> int | None:
-        """Window of `layer` in tokens, or None for full attention."""
-        if self.windowed == "never":
-            return None
-        if self.windowed == "by layer type" and config.layer_types[layer] != "sliding_attention":
-            return None
-        return getattr(config, "sliding_window", None)
-
-
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+_NORM_A_HEAD = (
+    "its queries and keys pass a LayerNorm of each head's own, which the latent attention does not reproduce"
+)
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -98,10 +46,123 @@ FAMILIES = {
             "Qwen3",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
-            qk_norm=True,
+            qk_norm="head",
             windowed="by layer type",
         ),
-        Family("phi3", "Phi3", fused_qkv=True, windowed="always", ffn_modules=("gate_up_proj", "down_proj")),
+        Family(
+            "qwen3_moe",
+            "Qwen3Moe",
+            besides="experts",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="head",
+            windowed="always",
+            expert_parameters=_EXPERTS,
+        ),
+        Family(
+            "mixtral",
+            "Mixtral",
+            besides="experts",
+            windowed="always",
+            ffn_modules=(),
+            expert_parameters=_EXPERTS,
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3",
+            besides="layers without rotation",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windowed="by layer type",
+            rotates="no_rope_layers",
+        ),
+        Family(
+            "olmo2",
+            "Olmo2",
+            besides="norms over all heads and behind its blocks",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="all heads",
+            rotates_in_float32=True,
+            attention_norm="",
+            norms_output=True,
+        ),
+        Family(
+            "olmo3",
+            "Olmo3",
+            besides="norms over all heads and behind its blocks",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="all heads",
+            windowed="by layer type",
+            tables_by_layer_type=True,
+            rotates_in_float32=True,
+            attention_norm="",
+            norms_output=True,
+        ),
+        Family(
+            "granite",
+            "Granite",
+            besides="multipliers",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            softmax_scale="attention_multiplier",
+            residual_multiplier="residual_multiplier",
+            embedding_multiplier="embedding_multiplier",
+            logit_divisor="logits_scaling",
+        ),
+        Family("ministral", "Ministral", windowed="by layer type"),
+        Family(
+            "starcoder2",
+            "Starcoder2",
+            besides="LayerNorms and an ungated FFN",
+            qkv_bias="use_bias",
+            o_bias="use_bias",
+            windowed="always",
+            output_dropout="residual_dropout",
+            ffn_modules=("c_fc", "c_proj"),
+        ),
+        Family(
+            "stablelm",
+            "StableLm",
+            qkv_bias="use_qkv_bias",
+            refused=(("qk_layernorm", _NORM_A_HEAD),),
+            besides="LayerNorms",
+        ),
+        Family(
+            "seed_oss",
+            "SeedOss",
+            qkv_bias="attention_bias",
+            o_bias="attention_out_bias",
+            output_dropout="residual_dropout",
+        ),
+        Family(
+            "arcee",
+            "Arcee",
+            besides="an ungated FFN",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            ffn_modules=("up_proj", "down_proj"),
+        ),
+        Family(
+            "gpt_neox",
+            "GPTNeoX",
+            besides="LayerNorms and an ungated FFN",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            fused_qkv="by head",
+            attention="attention",
+            final_norm="final_layer_norm",
+            attention_names=(("query_key_value", "qkv_proj"), ("dense", "o_proj")),
+            ffn_modules=("dense_h_to_4h", "dense_4h_to_h"),
+        ),
+        Family(
+            "phi3",
+            "Phi3",
+            fused_qkv="stacked",
+            windowed="always",
+            ffn_modules=("gate_up_proj", "down_proj"),
+        ),
     )
 }
 
@@ -110,6 +171,10 @@ _INTERLEAVED = (
 )  # fmt: skip
 _NO_ROTARY = ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm")
 _SINKS = ("gpt_oss", "mimo_v2_flash")
+_OTHERS = {
+    "hunyuan_v1_dense": "it normalises queries and keys after their rotation, and a norm that has lost channels is another one",
+    "ministral3": "it scales queries by their position beyond the original context (llama_4_scaling_beta)",
+}
 _ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
 
 
@@ -158,6 +223,8 @@ def _obstacle(config: Any, model_type: str) -> str | None:
         )
     if model_type in _NO_ROTARY:
         return f"it has no rotary position embedding; {supported}"
+    if model_type in _OTHERS:
+        return f"{_OTHERS[model_type]}, which the latent attention does not reproduce; {supported}"
     if model_type not in FAMILIES:
         causal = any(
             str(name).endswith("ForCausalLM") for name in getattr(config, "architectures", None) or ()
@@ -168,12 +235,18 @@ def _obstacle(config: Any, model_type: str) -> str | None:
         return f"{kind}; {supported}"
     if getattr(config, "quantization_config", None):
         return "its weights are quantised; convert the unquantised checkpoint and quantise the result"
-    return _rope_obstacle(getattr(config, "rope_parameters", None) or {})
+    family = FAMILIES[model_type]
+    if refused := next((reason for field, reason in family.refused if getattr(config, field, None)), None):
+        return refused
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not any(isinstance(value, dict) for value in rope.values()):
+        return _rope_obstacle(rope)
+    if not family.tables_by_layer_type:
+        return "it has one rotary table per layer type; one table for all layers is supported"
+    return next(filter(None, (_rope_obstacle(value) for value in rope.values() if value)), None)
 
 
 def _rope_obstacle(rope: dict[str, Any]) -> str | None:
-    if any(isinstance(value, dict) for value in rope.values()):
-        return "it has one rotary table per layer type; one table for all layers is supported"
     rope_type = rope.get("rope_type", "default")
     if rope_type == "dynamic":
         return "rope_type 'dynamic' recomputes its frequencies at every length, so no table can be stored; use yarn"
@@ -182,37 +255,67 @@ def _rope_obstacle(rope: dict[str, Any]) -> str | None:
     return None
 
 
-class LayerParts(NamedTuple):
-    """Modules of one layer, whatever its family calls them."""
-
-    attention: Any
-    attention_norm: Any
-    ffn: Any
-    ffn_norm: Any
-
-
-def parts_of(decoder: Any, layer: int) -> LayerParts:
-    """The modules of a layer of a decoder, original or latent."""
-    family = family_of(decoder.config)
-    return LayerParts(*(getattr(decoder.layers[layer], getattr(family, name)) for name in LayerParts._fields))
-
-
 def head_dim_of(config: Any) -> int:
     """Original head width of a source model's config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def effective_table(config: Any) -> RotaryTable:
-    """The rotary table that the original model turns its keys by, after all scaling (fp32 values, radians).
+def key_value_heads_of(config: Any) -> int:
+    """Heads of keys and values, in a config that may not tell them from those of queries."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
-    Read from upstream's own rotary module, never recomputed from a base: llama3, linear, yarn, longrope and partial
-    rotary are included. longrope gives both of its tables and the length at which they switch.
+
+def logit_divisor_of(config: Any) -> float:
+    """What logits are divided by behind the head; 1 for models of families without a row as well."""
+    family = FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix(LATENT_PREFIX))
+    return 1.0 if family is None else family.number(config, "logit_divisor")
+
+
+def rope_theta_of(config: Any, layer: int = 0) -> float:
+    """Base of the rotary frequencies of a layer of a source model."""
+    rope = config.rope_parameters
+    return float((rope if "rope_theta" in rope else rope[config.layer_types[layer]])["rope_theta"])
+
+
+def effective_table(config: Any, layer: int = 0) -> RotaryTable:
+    """The rotary table that a layer of the original model turns its keys by; see `effective_tables`."""
+    tables = effective_tables(config)
+    return tables[layer if len(tables) > 1 else 0]
+
+
+def effective_tables(config: Any) -> tuple[RotaryTable, ...]:
+    """One table for all layers, or one a layer, as the original model turns its keys (fp32 values, radians).
+
+    After all scaling, read from upstream's own rotary module, never recomputed from a base: llama3, linear, yarn, longrope
+    and partial rotary are included. longrope gives both of its tables and the length at which they switch. The table of a
+    layer without rotation is empty.
     """
     family = family_of(config)
+    kinds: list[str | None] = [""] * config.num_hidden_layers
+    if family.tables_by_layer_type:
+        kinds = list(config.layer_types)
+    if family.rotates:
+        kinds = [
+            kind if turns else None
+            for kind, turns in zip(kinds, getattr(config, family.rotates), strict=True)
+        ]
     rotary = family.upstream("RotaryEmbedding")(config)
-    short = tuple(rotary.inv_freq.tolist())
-    factor = float(rotary.attention_scaling)
-    if rotary.rope_type != "longrope":
+    tables = {
+        kind: RotaryTable(()) if kind is None else _table_of(rotary, kind, config)
+        for kind in dict.fromkeys(kinds)
+    }
+    if len(set(tables.values())) == 1:
+        return (tables[kinds[0]],)
+    return tuple(tables[kind] for kind in kinds)
+
+
+def _table_of(rotary: Any, layer_type: str, config: Any) -> RotaryTable:
+    """What upstream's rotary module turns layers of a type by; of the only type where there is one."""
+    prefix = f"{layer_type}_" if layer_type else ""
+    short = tuple(getattr(rotary, f"{prefix}inv_freq").tolist())
+    factor = float(getattr(rotary, f"{prefix}attention_scaling"))
+    rope_type = rotary.rope_type[layer_type] if layer_type else rotary.rope_type
+    if rope_type != "longrope":
         return RotaryTable(short, attention_factor=factor)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kvlatent.model.families import logit_divisor_of
+
 __all__ = ["IGNORED", "Head", "token_losses", "tokens_of_logits"]
 
 IGNORED = -100  # torch's own default for targets that do not count
@@ -19,13 +21,19 @@ PROCESSOR_LOGITS_BYTES = 24 << 20
 
 
 class Head(NamedTuple):
-    """A language-model head: logits are `hidden @ weight.T + bias`."""
+    """A language-model head: logits are `(hidden @ weight.T + bias) / divisor`."""
 
     weight: Tensor
     bias: Tensor | None = None
+    divisor: float = 1.0
 
     @classmethod
-    def of(cls, head: nn.Module | Tensor | tuple[Tensor, Tensor | None]) -> Head:
+    def of_model(cls, model: Any) -> Head:
+        """The head of a causal language model, with what its family divides logits by."""
+        return cls.of(model.get_output_embeddings())._replace(divisor=logit_divisor_of(model.config))
+
+    @classmethod
+    def of(cls, head: nn.Module | Head | Tensor | tuple[Tensor, Tensor | None]) -> Head:
         """Take weight and bias from a linear layer, a weight, or a pair of both."""
         if isinstance(head, Tensor):
             return cls(head)
@@ -40,14 +48,17 @@ class Head(NamedTuple):
         if self.weight.requires_grad or not torch.is_autocast_enabled(kind):
             return self
         dtype = torch.get_autocast_dtype(kind)
-        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Return fp32 logits; the product runs in the head's dtype, or in autocast's."""
-        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return (logits if self.divisor == 1 else logits / self.divisor).float()
 
     def pull_back(self, slope: Float[Tensor, "N V"]) -> Float[Tensor, "N D"]:
         """Return the gradient by `hidden` of what has the gradient `slope` by the logits."""
+        slope = slope if self.divisor == 1 else slope / self.divisor
         return slope.to(self.weight.dtype) @ self.weight
 
 
@@ -65,7 +76,7 @@ def tokens_of_logits(head: Head) -> int:
 
 def token_losses(
     hidden: Float[Tensor, "B T D"],
-    head: nn.Module | Tensor | tuple[Tensor, Tensor | None],
+    head: nn.Module | Head | Tensor | tuple[Tensor, Tensor | None],
     labels: Int[Tensor, "B T"],
     *,
     chunk_tokens: int = 256,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvlatent.model.families import parts_of
+from kvlatent.model.families import family_of
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.rotary import LatentRotary
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "HiddenStateTensor",
     "HiddenStates",
     "blocks_at_once",
+    "embed",
     "hold_hidden_states",
     "isolate_layer",
+    "with_layers",
 ]
 
 
@@ -132,12 +135,35 @@ def isolate_layer(decoder: Any, index: int, *, attention_only: bool = False) -> 
         ffn = parts_of(decoder, index).ffn
         layer = copy.copy(layer)
         layer._modules = {name: nn.Identity() if m is ffn else m for name, m in layer._modules.items()}
+    shell = with_layers(decoder, [layer], index)
+    setattr(shell, family_of(decoder.config).final_norm, nn.Identity())
+    return shell
+
+
+def embed(decoder: Any, input_ids: Tensor) -> Tensor:
+    """What enters the first layer, [B, T, D], as upstream makes it of tokens [B, T]."""
+    family = family_of(decoder.config)
+    shell = with_layers(decoder, [], 0)
+    setattr(shell, family.final_norm, nn.Identity())
+    if family.embedding_multiplier:
+        setattr(shell, family.embedding_multiplier, getattr(decoder, family.embedding_multiplier))
+    return shell(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def with_layers(decoder: Any, layers: Sequence[nn.Module], first: int) -> Any:
+    """`decoder` with these layers in place of its own, sharing the rest; call it with `inputs_embeds`, taken as they are.
+
+    Args:
+        layers: they stand where the decoder's own stand from number `first` on.
+    """
+    family = family_of(decoder.config)
     shell = copy.copy(decoder)
     shell._modules = dict(decoder._modules)
-    shell.layers = nn.ModuleList([layer])
-    shell.norm = nn.Identity()
+    shell.layers = nn.ModuleList(layers)
+    if family.embedding_multiplier:
+        setattr(shell, family.embedding_multiplier, 1.0)  # states between layers carry it already
     shell.config = copy.copy(decoder.config)
-    shell.config.num_hidden_layers = 1
+    shell.config.num_hidden_layers = len(layers)
     if getattr(decoder.config, "layer_types", None) is not None:
-        shell.config.layer_types = [decoder.config.layer_types[index]]
+        shell.config.layer_types = decoder.config.layer_types[first : first + len(layers)]
     return shell

@@ -31,11 +31,11 @@ def needs_teacher(settings: Stage) -> bool:
 
 def stage2_loss(
     hidden: Float[Tensor, "B T D"],
-    head: nn.Module | Tensor | tuple[Tensor, Tensor | None],
+    head: nn.Module | Head | Tensor | tuple[Tensor, Tensor | None],
     labels: Int[Tensor, "B T"],
     settings: Stage2,
     teacher_hidden: Float[Tensor, "B T D_teacher"] | None = None,
-    teacher_head: nn.Module | Tensor | tuple[Tensor, Tensor | None] | None = None,
+    teacher_head: nn.Module | Head | Tensor | tuple[Tensor, Tensor | None] | None = None,
     *,
     chunk_tokens: int | None = None,
 ) -> Float[Tensor, ""]:

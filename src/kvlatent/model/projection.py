@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import family_of
+from kvlatent.model.families import family_of, key_value_heads_of
 
-__all__ = ["KeptChannels", "Projections"]
+__all__ = ["KeptChannels", "Projections", "Rows"]
+
+
+Rows = slice | Tensor
+"""Which rows of a parameter: a slice, or their numbers [n]."""
 
 
 class KeptChannels(nn.Module):
@@ -62,7 +66,7 @@ class Projections(nn.Module):
         super().__init__()
         family, hidden = family_of(config), config.hidden_size
         self.d_qk, self.d_vo = latent.widths_at(layer_idx)
-        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, key_value_heads_of(config)
         gathers = latent.qk_norm == "full" and self.d_qk < latent.original_head_dim
         projected = latent.original_head_dim if gathers else self.d_qk
         self.widths = (
@@ -71,6 +75,7 @@ class Projections(nn.Module):
             self.num_key_value_heads * self.d_vo,
         )
         qkv_bias, o_bias = family.biases(config)
+        self.fused_by_head = family.fused_qkv == "by head"
         if family.fused_qkv:
             self.qkv_proj = nn.Linear(hidden, sum(self.widths), bias=qkv_bias)
         else:
@@ -82,17 +87,22 @@ class Projections(nn.Module):
         self.k_norm: nn.Module | None = None
         self.kept: KeptChannels | None = None
         self.q_map: nn.Parameter | None = None
+        self.norms_all_heads = family.qk_norm == "all heads"
         if family.qk_norm:
             norm = family.upstream("RMSNorm")
-            self.q_norm = norm(projected, eps=config.rms_norm_eps)
-            self.k_norm = norm(projected, eps=config.rms_norm_eps)
+            heads = (self.num_heads, self.num_key_value_heads) if self.norms_all_heads else (1, 1)
+            self.q_norm, self.k_norm = (norm(each * projected, eps=config.rms_norm_eps) for each in heads)
         if gathers:
             self.kept = KeptChannels(latent.channels_at(layer_idx))
             self.q_map = nn.Parameter(torch.empty(self.num_heads, self.d_qk, projected))
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, T, d_qk], keys [B, K, T, d_qk] before the rotation, and values [B, K, T, d_vo]."""
-        if hasattr(self, "qkv_proj"):
+        if self.fused_by_head:
+            heads = self.qkv_proj(hidden_states).unflatten(-1, (self.num_heads, -1))
+            sizes = [width // self.num_heads for width in self.widths]
+            query, key, value = heads.split(sizes, dim=-1)
+        elif hasattr(self, "qkv_proj"):
             query, key, value = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
         else:
             query, key, value = (linear(hidden_states) for linear in (self.q_proj, self.k_proj, self.v_proj))
@@ -109,10 +119,12 @@ class Projections(nn.Module):
         return self._heads(part, flat)
 
     def _heads(self, part: str, flat: Tensor) -> Tensor:
-        """Projected [B, T, H x width] to [B, H, T, width], normalised and cut down where that is done."""
+        """Projected [B, T, H x width] or [B, T, H, width] to [B, H, T, width], normalised and cut down where that is done."""
         heads = self.num_heads if part == "q" else self.num_key_value_heads
-        x = flat.view(*flat.shape[:-1], heads, -1)
         norm = {"q": self.q_norm, "k": self.k_norm, "v": None}[part]
+        if norm is not None and self.norms_all_heads:
+            flat, norm = norm(flat), None
+        x = flat if self.fused_by_head and flat.dim() == 4 else flat.view(*flat.shape[:-1], heads, -1)
         if norm is not None:
             x = norm(x)
         if part == "q" and self.q_map is not None:
@@ -121,11 +133,15 @@ class Projections(nn.Module):
             x = self.kept(x)
         return x.transpose(1, 2)
 
-    def parameters_of(self, part: str) -> list[tuple[nn.Parameter, slice]]:
+    def parameters_of(self, part: str) -> list[tuple[nn.Parameter, Rows]]:
         """Weight and, where there is one, bias that project to "q", "k" or "v", each with the rows that do."""
         if not hasattr(self, "qkv_proj"):
             return [(parameter, slice(None)) for parameter in getattr(self, f"{part}_proj").parameters()]
         index = "qkv".index(part)
         start = sum(self.widths[:index])
-        rows = slice(start, start + self.widths[index])
+        rows: Rows = slice(start, start + self.widths[index])
+        if self.fused_by_head:
+            sizes = [width // self.num_heads for width in self.widths]
+            within = torch.arange(sizes[index]) + sum(sizes[:index])
+            rows = (torch.arange(self.num_heads)[:, None] * sum(sizes) + within).flatten()
         return [(parameter, rows) for parameter in self.qkv_proj.parameters()]

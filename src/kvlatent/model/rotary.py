@@ -92,11 +92,15 @@ class LatentRotary(nn.Module):
 
     It owns no parameter and no buffer: the fp32 tensors are built at the first forward on each device. Its name
     avoids "RotaryEmbedding", which transformers would re-initialise at load.
+
+    Args:
+        tables: none where every layer has its own.
+        in_float32: cosines and sines are not rounded to the type of what they turn.
     """
 
-    def __init__(self, tables: tuple[RotaryTable, ...]) -> None:
+    def __init__(self, tables: tuple[RotaryTable, ...], *, in_float32: bool = False) -> None:
         super().__init__()
-        self.tables = tables
+        self.tables, self.in_float32 = tables, in_float32
         self._on_device: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
     @property
@@ -121,20 +125,24 @@ class LatentRotary(nn.Module):
         return stacked([table.short for table in self.tables]), stacked(long) if long else None
 
     @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """Cosine and sine in x's dtype: [B, T, rotary_dim], or [B, K, T, rotary_dim] for tables per head.
 
         The same arithmetic, in the same order, as transformers' rotary modules, so that an unchanged table gives
-        unchanged bits. None when there is no table at this level (each layer then has its own).
+        unchanged bits. The positions themselves where there is no table at this level: each layer then has its own, and not
+        every decoder tells its layers their positions otherwise. `layer_type` is upstream's, where it has a table a type.
         """
         if not self.tables:
-            return None
+            return position_ids
         inv_freq = self.inv_freq(x.device, position_ids.max() + 1)
         positions = position_ids[..., None].float()
         freqs = (positions if inv_freq.dim() == 1 else positions[:, None]) * inv_freq
         emb = torch.cat((freqs, freqs), dim=-1)
         factor = self.tables[0].attention_factor
-        return (emb.cos() * factor).to(x.dtype), (emb.sin() * factor).to(x.dtype)
+        dtype = torch.float32 if self.in_float32 else x.dtype
+        return (emb.cos() * factor).to(dtype), (emb.sin() * factor).to(dtype)
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first rotary_dim channels of `x`, pass the rest through.
+    """Rotate the first rotary_dim channels of `x`, pass the rest through; in x's dtype.
 
     Args:
         x: [B, H, T, d]; cos, sin: [B, T, rotary_dim], or [B, K, T, rotary_dim] with K dividing H (each table serves
@@ -155,7 +163,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         groups = x.shape[1] // cos.shape[1]
         cos, sin = cos.repeat_interleave(groups, dim=1), sin.repeat_interleave(groups, dim=1)
     rotary_dim = cos.shape[-1]
+    if rotary_dim == 0:
+        return x
     if rotary_dim == x.shape[-1]:
-        return (x * cos) + (_rotate_half(x) * sin)
+        return ((x * cos) + (_rotate_half(x) * sin)).to(x.dtype)
     rotated, passed = x[..., :rotary_dim], x[..., rotary_dim:]
-    return torch.cat([(rotated * cos) + (_rotate_half(rotated) * sin), passed], dim=-1)
+    turned = (rotated * cos) + (_rotate_half(rotated) * sin)
+    return torch.cat([turned.to(x.dtype), passed], dim=-1)

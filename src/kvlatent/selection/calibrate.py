@@ -20,8 +20,8 @@ from kvlatent.jobs.devices import precision as autocast
 from kvlatent.jobs.fingerprints import model_fingerprint
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.assembly import full_width
-from kvlatent.model.families import parts_of
 from kvlatent.model.hidden_states import blocks_at_once
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.selection.moment_sums import MomentSums
 from kvlatent.selection.statistics import Statistics
 
@@ -61,18 +61,19 @@ def calibrate(
     columns = blocks[0 : len(blocks)] if not isinstance(blocks, dict) else blocks
     names = ("input_ids", "position_ids")
     ids, positions = (torch.as_tensor(columns[name]) for name in names)
-    attentions = [parts_of(twin.model, layer).attention for layer in range(len(twin.model.layers))]
+    decoder = twin.get_decoder()
+    attentions = [parts_of(decoder, layer).attention for layer in range(len(decoder.layers))]
     needed = attentions[0].o_proj.in_features
     if ids.numel() < needed:
         raise ValueError(
             f"calibration needs at least num_attention_heads x head_dim = {needed} tokens, the rank of its largest "
             f"statistic: got {ids.numel()}; give more text or more blocks"
         )
-    sums = [MomentSums(attention) for attention in attentions]
+    sums = [MomentSums(attention, decoder) for attention in attentions]
     generator = torch.Generator().manual_seed(seed)
     told = Progress.of(progress, ("done", "total"))
     counter = told.step("calibrate", len(ids), tokens=ids.shape[1])
-    size = blocks_at_once(twin.model, ids.shape[1])
+    size = blocks_at_once(decoder, ids.shape[1])
     with ExitStack() as hooks:
         for one in sums:
             hooks.enter_context(one.watching())
@@ -83,8 +84,8 @@ def calibrate(
                 torch.randperm(ids.shape[1], generator=generator)[:rows].sort().values for _ in batch[0]
             ]
             for one in sums:
-                one.rows = torch.stack(chosen)
-            given = twin.model(
+                one.rows, one.positions = torch.stack(chosen), batch[1].to(model.device)
+            given = decoder(
                 **dict(zip(names, (t.to(model.device) for t in batch), strict=True)), use_cache=False
             )
             _check_finite(sums, given.last_hidden_state, start)

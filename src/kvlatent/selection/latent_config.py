@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvlatent.model.config import Channels, LatentConfig, Tables
-from kvlatent.model.families import effective_table, family_of_original, head_dim_of
+from kvlatent.model.families import effective_tables, family_of_original, head_dim_of, rope_theta_of
 from kvlatent.model.rotary import frequency_aware_table
 from kvlatent.model.table import RotaryTable
 from kvlatent.model.widths import Width, Widths, width_per_layer
@@ -100,10 +100,15 @@ def _keys(
     config: Any, key_width: int | tuple[int, ...], choices: Choices, pairs: Pairs | None
 ) -> tuple[Tables, Channels]:
     """Tables and kept channels, by layer and key-value head."""
-    head_dim, table = head_dim_of(config), effective_table(config)
+    head_dim, originals = head_dim_of(config), effective_tables(config)
     if choices.keys not in BY_PAIRS or key_width == head_dim:
-        theta = float(config.rope_parameters["rope_theta"])
-        kept = [_keep_keys(head_dim, width, table, theta, choices) for width in width_per_layer(key_width)]
+        count = max(len(originals), len(width_per_layer(key_width)))
+        kept = [
+            _keep_keys(head_dim, width, table, rope_theta_of(config, layer), choices)
+            for layer, (width, table) in enumerate(
+                zip(width_per_layer(key_width, count), _spread(originals, count), strict=True)
+            )
+        ]
         return tuple((new,) for _, new in kept), tuple((channels,) for channels, _ in kept)
     if pairs is None:
         raise ValueError(
@@ -111,14 +116,22 @@ def _keys(
             "keys=stride"
         )
     whole = tuple(range(head_dim // 2))
-    widths = width_per_layer(key_width, len(pairs))
+    count = max(len(originals), len(pairs))
+    widths, originals = width_per_layer(key_width, count), _spread(originals, count)
     kept_pairs = [
-        (whole,) if width == head_dim else layer for width, layer in zip(widths, pairs, strict=True)
+        (whole,) if width == head_dim else layer
+        for width, layer in zip(widths, _spread(pairs, count), strict=True)
     ]
+    layers = list(zip(originals, kept_pairs, strict=True))
     return (
-        tuple(tuple(table.subset(p) if p != whole else table for p in layer) for layer in kept_pairs),
-        tuple(tuple(_channels(p, table.rotary_dim, head_dim) for p in layer) for layer in kept_pairs),
+        tuple(tuple(table.subset(p) if p != whole else table for p in layer) for table, layer in layers),
+        tuple(tuple(_channels(p, table.rotary_dim, head_dim) for p in layer) for table, layer in layers),
     )
+
+
+def _spread(entries: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """One entry for all layers, or one a layer, as one a layer."""
+    return entries * count if len(entries) == 1 else entries
 
 
 def _channels(pairs: tuple[int, ...], rotary_dim: int, head_dim: int) -> tuple[int, ...]:
@@ -134,6 +147,8 @@ def _keep_keys(
     """Kept key channels (rotated ones first) and their rotary table at width `d_qk`."""
     if d_qk == head_dim:
         return tuple(range(head_dim)), table
+    if not table.rotary_dim:
+        return stride_channels("d_qk", d_qk, head_dim), table
     rotary_dim = table.rotary_dim
     if choices.keys == "stride":
         stride_channels("d_qk", d_qk, head_dim, 4 if choices.frequencies == "frequency_aware" else 2)

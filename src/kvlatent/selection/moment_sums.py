@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlatent.model.rotary import apply_rotary
-from kvlatent.selection.attention_rows import allowed, pair_layout, recorded_projections
+from kvlatent.selection.attention_rows import allowed, pair_layout, recorded_projections, rotary_of
 from kvlatent.selection.statistics import LayerStatistics
 from kvlatent.selection.value_bases import value_errors
 
@@ -38,11 +38,13 @@ class MomentSums:
     """Running sums of one layer, in float64.
 
     Args:
-        attention: the layer's module in the full-width twin; `rows` [B, R], on the CPU, is set before each forward.
+        attention: the layer's module in the full-width twin; `rows` [B, R], on the CPU, and `positions` [B, T] are set before
+            each forward.
+        decoder: that the layer is of.
     """
 
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
+    def __init__(self, attention: Any, decoder: Any) -> None:
+        self.attention, self.decoder = attention, decoder
         heads, size, device = attention.num_heads, attention.d_qk, attention.o_proj.weight.device
         self.num_heads, self.pairs, self.device = heads, size // 2, device
         like: dict[str, Any] = {"dtype": torch.float64, "device": device}
@@ -54,7 +56,7 @@ class MomentSums:
         self.output_energy = torch.zeros((), **like)
         self.output_sum = torch.zeros(attention.o_proj.out_features, **like)
         self.tokens = self.sampled = 0
-        self.rows = torch.zeros(0, 0, dtype=torch.long)
+        self.rows = self.positions = torch.zeros(0, 0, dtype=torch.long)
         self.w_o = attention.o_proj.weight.float().unflatten(1, (heads, size)).transpose(0, 1)  # [N, D, d]
         self.output_metric = self.w_o.transpose(1, 2) @ self.w_o  # [N, d, d]
 
@@ -65,7 +67,9 @@ class MomentSums:
 
             def add_attention(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
                 with torch.autocast(self.device.type, enabled=False):
-                    self.add_attention(projected.pop(), kwargs["position_embeddings"], kwargs["position_ids"])
+                    given, hidden = projected.pop(), args[0] if args else kwargs["hidden_states"]
+                    rotary = rotary_of(module, self.decoder, hidden, self.positions)
+                    self.add_attention(given, rotary, self.positions)
 
             def add_outputs(module: nn.Module, args: tuple, output: Tensor) -> None:
                 with torch.autocast(self.device.type, enabled=False):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from kvlatent.jobs.atomic import write_atomically, write_text
 from kvlatent.jobs.devices import precision
 from kvlatent.jobs.recipe import Stage2
+from kvlatent.model.head import Head
 from kvlatent.model.logit_loss import stage2_loss
 from kvlatent.training.loop import collate
 from kvlatent.training.resume import load_trainable, read_journal
@@ -64,7 +65,7 @@ class Divergence:
     def __call__(self) -> float:
         """Of the model as it is now."""
         total = tokens = 0.0
-        heads = self.model.get_output_embeddings(), self.original.get_output_embeddings()
+        heads = Head.of_model(self.model), Head.of_model(self.original)
         if not self.wanted:
             self.wanted = [self._states(self.original, batch) for batch in self.batches]
         with _evaluating(self.model.get_decoder()):

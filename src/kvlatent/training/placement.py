@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kvlatent.model.families import head_dim_of
+from kvlatent.model.families import head_dim_of, key_value_heads_of
 from kvlatent.training.trainable import merged_copy, shared_copy
 
 __all__ = ["check_teacher", "place_teacher"]
@@ -20,7 +20,6 @@ _SAME = (
     "num_hidden_layers",
     "vocab_size",
     "num_attention_heads",
-    "num_key_value_heads",
     "intermediate_size",
 )
 
@@ -44,6 +43,7 @@ def check_teacher(student: PretrainedConfig, teacher: PretrainedConfig | None) -
             "pass the checkpoint that the student was converted from"
         )
     pairs = [(name, getattr(student, name), getattr(teacher, name, None)) for name in _SAME]
+    pairs.append(("num_key_value_heads", key_value_heads_of(student), key_value_heads_of(teacher)))
     if latent := getattr(student, "kv_latent", None):
         pairs.append(("model_type", latent["original_model_type"], teacher.model_type))
         pairs.append(("head_dim", latent["original_head_dim"], head_dim_of(teacher)))

@@ -17,6 +17,7 @@ from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe, Stage, Stage2
+from kvlatent.model.head import Head
 from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.training.held_out_checks import BestKept
 from kvlatent.training.loop import StageTrainer, training_arguments
@@ -96,9 +97,7 @@ def train_stage(
     )
     common = (decoder, args, train_blocks, view, place.journal, Progress.of(progress))
     if isinstance(settings, Stage2):
-        trainer: StageTrainer = EndToEndTrainer(
-            *common, head=model.get_output_embeddings(), settings=settings
-        )
+        trainer: StageTrainer = EndToEndTrainer(*common, head=Head.of_model(model), settings=settings)
     else:
         trainer = LayerTrainer(*common)
     best = None if divergence is None else BestKept(divergence, decoder, place.path)

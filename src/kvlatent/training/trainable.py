@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.model.families import Family, family_of
+from kvlatent.model.families import family_of
+from kvlatent.model.family import Family
 
 __all__ = ["merged_copy", "prepare_for_training", "shared_copy", "trainable_names", "trainable_state"]
 
@@ -49,7 +50,7 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
         raise ValueError("the model already carries LoRA; prepare it once, or start from merged_copy(model)")
     model.requires_grad_(False)
     if recipe.lora.rank:
-        _inject(model, recipe, list(family.ffn_modules))
+        _inject(model, recipe, family)
     expected = set(trainable_names(model))
     replaced: dict[int, nn.Parameter] = {}
     for path, module in list(model.named_modules()):
@@ -122,8 +123,12 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def _inject(model: PreTrainedModel, recipe: Recipe, targets: list[str]) -> None:
-    """Wrap every target linear layer of the model in a LoRA layer, seeded."""
+def _inject(model: PreTrainedModel, recipe: Recipe, family: Family) -> None:
+    """Wrap every linear layer of the FFN in a LoRA layer, seeded; experts, which are none, stay as they are."""
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    targets = [name for name in family.ffn_modules if name in names]
+    if not targets:
+        return
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlatent.jobs.recipe import Stage2
-from kvlatent.model.head import IGNORED
+from kvlatent.model.head import IGNORED, Head
 from kvlatent.model.logit_loss import needs_teacher, stage2_loss
 from kvlatent.training.layer_loss import capture, layer_losses
 from kvlatent.training.loop import StageTrainer
@@ -61,7 +61,7 @@ class EndToEndTrainer(StageTrainer):
 
     stage = 2
 
-    def __init__(self, *args: Any, head: nn.Linear, settings: Stage2, **others: Any) -> None:
+    def __init__(self, *args: Any, head: Head, settings: Stage2, **others: Any) -> None:
         super().__init__(*args, **others)
         self.head, self.settings = head, settings
 
@@ -78,5 +78,5 @@ class EndToEndTrainer(StageTrainer):
             assert self.teacher is not None
             with torch.no_grad():
                 output = self.teacher.get_decoder()(**call, use_cache=False)
-            teacher = [output.last_hidden_state, self.teacher.get_output_embeddings()]
+            teacher = [output.last_hidden_state, Head.of_model(self.teacher)]
         return stage2_loss(hidden, self.head, inputs["labels"], self.settings, *teacher)

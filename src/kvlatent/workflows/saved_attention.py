@@ -37,7 +37,7 @@ def restore_attention(model: PreTrainedModel, path: Path) -> PreTrainedModel:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
 
     def of_layer(index: int) -> dict[str, Tensor]:
-        prefix = f"model.layers.{index}.{family_of(model.config).attention}."
+        prefix = f"{model.base_model_prefix}.layers.{index}.{family_of(model.config).attention}."
         return {
             name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
         }

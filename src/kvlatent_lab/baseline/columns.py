@@ -143,7 +143,7 @@ class Columns:
         divergences: list[float] = []
         agreed: list[int] = []
         known = None if original is None else load_file(original())
-        head = Head.of(model.get_output_embeddings())
+        head = Head.of_model(model)
         for states, labels in self._states(model, name):
             losses += token_losses(states, head, labels).double().sum(1).tolist()
             for own, row in zip(states, labels, strict=True):

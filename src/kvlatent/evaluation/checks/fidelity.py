@@ -86,12 +86,12 @@ def fidelity(
     if batch_size is None:
         longest = max(map(len, blocks[0:1]["input_ids"]), default=1)
         batch_size = rows_at_once(original, longest, _MOST_BLOCKS, scored=True)
-    sums = [LayerSums() for _ in pair[0].model.layers]
+    sums = [LayerSums() for _ in pair[0].get_decoder().layers]
     generator = torch.Generator().manual_seed(seed)
     divergences: list[float] = []
     counts: list[int] = []
     agreed = 0
-    heads = [Head.of(model.get_output_embeddings()) for model in pair]
+    heads = [Head.of_model(model) for model in pair]
     advance = counter(progress, len(blocks))
     with evaluation_mode(*pair):
         for ids, positions, labels in _batches(blocks, batch_size, original.device):

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from kvlatent.model.assembly import full_width
-from kvlatent.model.families import parts_of
-from kvlatent.model.hidden_states import isolate_layer
+from kvlatent.model.hidden_states import embed, isolate_layer
+from kvlatent.model.layer_parts import final_norm, parts_of
 from kvlatent.selection.attention_rows import allowed, document_ids, row_logits
 
 __all__ = ["LayerSums", "as_latent", "in_lockstep", "sampled_rows"]
@@ -43,11 +43,11 @@ def in_lockstep(
     pair: tuple[Any, Any], ids: Tensor, positions: Tensor, rows: Tensor, sums: list[LayerSums]
 ) -> list[Tensor]:
     """Final hidden states [B, T, D] of both models, whose layers are compared on the way."""
-    decoders = [model.model for model in pair]
-    hidden = [decoder.embed_tokens(ids) for decoder in decoders]
+    decoders = [model.get_decoder() for model in pair]
+    hidden = [embed(decoder, ids) for decoder in decoders]
     norms = [
         *(parts_of(decoders[0], index).attention_norm for index in range(1, len(decoders[0].layers))),
-        decoders[0].norm,
+        final_norm(decoders[0]),
     ]
     for index, one in enumerate(sums):
         for block in range(len(ids)):
@@ -61,7 +61,7 @@ def in_lockstep(
             for decoder, states in zip(decoders, hidden, strict=True)
         ]
         one.add_outputs(*(norms[index](states.float()).flatten(0, 1) for states in hidden))
-    return [decoder.norm(states) for decoder, states in zip(decoders, hidden, strict=True)]
+    return [final_norm(decoder)(states) for decoder, states in zip(decoders, hidden, strict=True)]
 
 
 def _attention_rows(

@@ -12,6 +12,7 @@ from typing import Any
 from kvlatent.evaluation.speed.caches import CACHES, cached_widths
 from kvlatent.evaluation.speed.memory import read_bytes
 from kvlatent.evaluation.speed.variants import UNTIMED
+from kvlatent.model.families import key_value_heads_of
 from kvlatent.model.time_estimate import (
     DEFAULT_SECONDS,
     affordable,
@@ -97,7 +98,7 @@ def _grid(
 def _run_seconds(model: Any, cache: str, batch: int, context: int, new_tokens: int) -> float:
     """Of reading a prompt and adding tokens once."""
     config, speed = model.config, assumed_speed(model.device, model.dtype)
-    numbers = batch * context * config.num_key_value_heads * sum(map(sum, cached_widths(config)))
+    numbers = batch * context * key_value_heads_of(config) * sum(map(sum, cached_widths(config)))
     reading = read_bytes(model) / _READ_BYTES_PER_S.get(model.device.type, _READ_BYTES_PER_S["cpu"])
     step = max(reading, batch * forward_operations(model, 1, scored=True) / speed)
     step += config.num_hidden_layers * _LAYER_S

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, PretrainedConfig, QuantizedCache, StaticCache
 
 from kvlatent.model.classes import latent_config_of
-from kvlatent.model.families import family_of, head_dim_of
+from kvlatent.model.families import family_of, head_dim_of, key_value_heads_of
 
 __all__ = [
     "CACHES",
@@ -63,7 +63,7 @@ def group_size(kind: str, config: PretrainedConfig) -> int | None:
     backend, bits = CACHES[kind] or ("", 8)
     if backend not in PACKAGES:
         return None
-    heads = config.num_key_value_heads
+    heads = key_value_heads_of(config)
     packed = 8 // bits if backend == "hqq" else 1  # hqq packs whole bytes only: so many groups at least
     common = gcd(*(heads * width for widths in cached_widths(config) for width in widths))
     size = max((size for size in range(1, _GROUP + 1) if common % (size * packed) == 0), default=0)
@@ -174,7 +174,7 @@ def _try(kind: str, config: PretrainedConfig, device: torch.device) -> None:
     try:
         for _ in range(2):
             sides = [
-                torch.ones(1, config.num_key_value_heads, 1, width, device=device)
+                torch.ones(1, key_value_heads_of(config), 1, width, device=device)
                 for width in cached_widths(config)[0]
             ]
             cache.update(*sides, 0)
