@@ -18,7 +18,7 @@ from kvlatent.selection.choices import BY_PAIRS
 from kvlatent.selection.pair_search import pair_gains
 from kvlatent.selection.paper_rules import product_svd, stride_channels
 from kvlatent.selection.statistics import LayerStatistics
-from kvlatent.selection.value_bases import best_outputs, value_basis
+from kvlatent.selection.value_bases import best_outputs, gated_metric, metric_root, value_basis
 
 __all__ = ["attention_weights", "kept_pairs"]
 
@@ -53,8 +53,10 @@ def attention_weights(
     )
     if not keep_qk:
         factors = _query_factors(latent, layer, hf_config, statistics if gains else None)
-        new.update(_narrow_keys(new, latent, layer, factors))
-    if not keep_vo:
+        new.update(_narrow_keys(new, latent, layer, factors, hf_config.num_attention_heads))
+    if not keep_vo and family.gates_output:
+        new.update(_gated_values(new, latent, layer, key_value_heads_of(hf_config), statistics))
+    elif not keep_vo:
         new.update(_narrow_values(new, latent, layer, key_value_heads_of(hf_config), statistics))
     if family.fused_qkv:
         new |= _fuse_qkv(new, family, hf_config.num_attention_heads)
@@ -139,13 +141,12 @@ def _shared_gains(grams: Tensor, kept: tuple[int, ...]) -> Tensor:
 
 
 def _narrow_keys(
-    source: dict[str, Tensor], latent: LatentConfig, layer: int, factors: Tensor
+    source: dict[str, Tensor], latent: LatentConfig, layer: int, factors: Tensor, heads: int
 ) -> dict[str, Tensor]:
     """New q and k tensors of one layer: kept rows, the queries' times `factors`."""
     channels, head_dim = latent.channels_at(layer), latent.original_head_dim
     weight = source["q_proj.weight"]
     if latent.qk_norm == "full":
-        heads = weight.shape[0] // head_dim
         index = torch.tensor(channels).repeat_interleave(heads // len(channels), dim=0)
         chosen = torch.nn.functional.one_hot(index, head_dim) * factors[..., None]
         return {"q_map": chosen.to(weight)}
@@ -217,6 +218,43 @@ def _narrow_values(
     else:
         new = _svd_values(w_v, b_v, w_o, d_vo, num_key_value_heads)
     return {name: tensor.to(w_v).contiguous() for name, tensor in new.items()}
+
+
+def _gated_values(
+    source: dict[str, Tensor],
+    latent: LatentConfig,
+    layer: int,
+    num_key_value_heads: int,
+    statistics: LayerStatistics | None,
+) -> dict[str, Tensor]:
+    """New v tensors and the map back to the channels that the output gate multiplies; W_O stays.
+
+    Without statistics values are taken to be those of white inputs, and the gates to be half open and constant.
+    """
+    head_dim, d_vo = latent.original_head_dim, latent.d_vo_at(layer)
+    w_v = source["v_proj.weight"].double().cpu().unflatten(0, (num_key_value_heads, head_dim))  # [K, d, D]
+    w_o = source["o_proj.weight"].double().cpu().unflatten(1, (-1, head_dim)).transpose(0, 1)  # [N, D, d]
+    groups = len(w_o) // num_key_value_heads
+    metric = w_o.transpose(1, 2) @ w_o
+    if latent.values == "whitened" and statistics is not None:
+        moments, metric = statistics.outputs, gated_metric(metric, statistics.gates)
+    else:
+        moments = (w_v @ w_v.transpose(1, 2)).repeat_interleave(groups, dim=0)
+    if latent.values == "slice":
+        kept = list(stride_channels("d_vo", d_vo, head_dim))
+        bases = [torch.eye(head_dim, dtype=torch.float64)[kept]] * num_key_value_heads
+        lifts = torch.stack(bases).transpose(1, 2).repeat_interleave(groups, dim=0)
+    else:
+        roots, each = metric_root(metric), moments.split(groups)
+        bases = [value_basis(*pair, d_vo) for pair in zip(roots.split(groups), each, strict=True)]
+        eye = torch.eye(head_dim, dtype=torch.float64).expand(groups, -1, -1)
+        lifts = torch.cat([best_outputs(eye, *pair) for pair in zip(each, bases, strict=True)])
+    new = {"v_proj.weight": torch.cat([basis @ rows for basis, rows in zip(bases, w_v, strict=True)])}
+    if "v_proj.bias" in source:
+        biases = source["v_proj.bias"].double().cpu().unflatten(0, (-1, head_dim))
+        new["v_proj.bias"] = torch.cat([basis @ bias for basis, bias in zip(bases, biases, strict=True)])
+    new["v_map"] = lifts
+    return {name: tensor.to(source["v_proj.weight"]).contiguous() for name, tensor in new.items()}
 
 
 def _svd_values(

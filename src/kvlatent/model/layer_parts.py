@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from kvlatent.model.families import family_of
 
-__all__ = ["LayerParts", "carried_share", "final_norm", "layer_output", "parts_of", "windows_of"]
+__all__ = [
+    "LayerParts",
+    "carried_share",
+    "final_norm",
+    "first_norm",
+    "layer_output",
+    "parts_of",
+    "windows_of",
+]
 
 
 class LayerParts(NamedTuple):
@@ -40,6 +48,12 @@ def parts_of(decoder: Any, layer: int) -> LayerParts:
             raise ValueError(family.missing(f"the module {name!r} ({part}) in a {type(module).__name__}"))
         found.append(getattr(module, name) if name else nn.Identity())
     return LayerParts(*found)
+
+
+def first_norm(decoder: Any, layer: int) -> Any:
+    """What a layer's input passes first, with attention or without."""
+    name = family_of(decoder.config).attention_norm
+    return getattr(decoder.layers[layer], name) if name else nn.Identity()
 
 
 def final_norm(decoder: Any) -> Any:
