@@ -176,9 +176,10 @@ def _next_norm(tuned: TunedLayer) -> Any:
 
 
 def key_parameters(attention: Any) -> TunableRows:
-    """What makes narrow queries and keys of a latent attention: its map behind a QK-norm, or projections and norms."""
+    """What makes narrow queries and keys of a latent attention: its maps behind a QK-norm, or projections and norms."""
     if attention.q_map is not None:
-        return [(attention.q_map, slice(None))]
+        maps = (attention.q_map, attention.k_map)
+        return [(each, slice(None)) for each in maps if each is not None]
     norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
     return [
         *(attention.parameters_of("q") + attention.parameters_of("k")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,6 +115,8 @@ def convert(
             "statistics=calibrate(model, ...), or choose(...) with values=svd"
         )
     if config is None:
+        if not _can_factor(statistics, choices, qk_norm):
+            choices = replace(choices, unrotated="selected")
         pairs = _choose_pairs(model, widths.d_qk, choices, statistics) if narrow else None
         config = build_latent_config(model.config, widths, choices, qk_norm=qk_norm, pairs=pairs)
     _check_source(model, config, family, head_dim)
@@ -147,6 +150,15 @@ def _weights(
     return weights
 
 
+def _can_factor(statistics: Statistics | None, choices: Choices, qk_norm: str) -> bool:
+    """Whether there are unrotated channels that statistics know, and a place for their maps.
+
+    A sliced QK-norm has none, and layers that share one table share how many channels rotate.
+    """
+    widths = set() if statistics is None else {layer.unrotated_keys.shape[-1] for layer in statistics.layers}
+    return widths - {0} != set() and qk_norm == "full" and (choices.table != "model" or len(widths) == 1)
+
+
 def _choose_pairs(
     model: Any, d_qk: int | tuple[int, ...], choices: Choices, statistics: Statistics | None
 ) -> Pairs | None:
@@ -155,7 +167,8 @@ def _choose_pairs(
         return None
     if choices.keys != "weights":
         assert statistics is not None, "without_statistics replaced the others"
-        return choose_pairs(statistics, d_qk, choices.table, choices.keys)
+        factored = choices.unrotated == "factored"
+        return choose_pairs(statistics, d_qk, choices.table, choices.keys, factored=factored)
     return strongest_pairs(_weight_energies(model), d_qk, choices.table)
 
 

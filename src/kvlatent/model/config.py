@@ -19,7 +19,11 @@ __all__ = ["FORMAT_VERSION", "TABLE_SCOPES", "LatentConfig", "table_scope"]
 FORMAT_VERSION = 1
 TABLE_SCOPES = ("head", "layer", "model")
 """Who may share a rotary table: one a key-value head, one a layer, one for the model."""
-_ALLOWED = {"scale": ("original", "d_qk"), "qk_norm": ("none", "full", "sliced")}
+_ALLOWED = {
+    "scale": ("original", "d_qk"),
+    "qk_norm": ("none", "full", "sliced"),
+    "unrotated": ("selected", "factored"),
+}
 
 
 Tables = tuple[tuple[RotaryTable, ...], ...]
@@ -44,6 +48,8 @@ class LatentConfig:
         qk_norm: "none", "full" (normalise at full width, then select) or "sliced".
         layers: numbers of the layers that have attention, where not all have; lists by layer have an entry for each of
             these. None: all.
+        unrotated: original key channels that no rotation touches are "selected", or "factored": in narrow layers the channels
+            behind the rotated ones are then linear maps of all of them, numbered from the first on.
         original_head_dim: head width of the source model.
         original_model_type: `model_type` of the source model.
         version: of this format.
@@ -65,6 +71,7 @@ class LatentConfig:
     scale: str = "original"
     qk_norm: str = "none"
     layers: tuple[int, ...] | None = None
+    unrotated: str = "selected"
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -190,6 +197,7 @@ class LatentConfig:
                 "frequencies": self.frequencies,
                 "scale": self.scale,
                 "qk_norm": self.qk_norm,
+                **({} if self.unrotated == "selected" else {"unrotated": self.unrotated}),
                 "channels": [[list(kept) for kept in layer] for layer in self.channels],
             },
             **({} if self.layers is None else {"layers": list(self.layers)}),
@@ -214,6 +222,7 @@ class LatentConfig:
                 frequencies=selection["frequencies"],
                 scale=selection["scale"],
                 qk_norm=selection["qk_norm"],
+                unrotated=selection.get("unrotated", "selected"),
                 layers=None if data.get("layers") is None else tuple(data["layers"]),
                 version=data["version"],
             )

@@ -64,7 +64,8 @@ class Projections(nn.Module):
     """Parameters of one layer's attention, under upstream's names.
 
     After a QK-norm, `q_map` [N, d_qk, head_dim] takes the normalised queries to the kept channels; queries are not
-    cached, so it is free of any constraint. Before an output gate, `v_map` [N, head_dim, d_vo] takes what narrow values
+    cached, so it is free of any constraint. Where channels that no rotation touches are factored, `k_map` [K, r, u] takes
+    the u of them to the r that are cached behind the rotated ones. Before an output gate, `v_map` [N, head_dim, d_vo] takes what narrow values
     average to back to the channels that the gate multiplies.
 
     Args:
@@ -102,13 +103,21 @@ class Projections(nn.Module):
         self.k_norm: nn.Module | None = None
         self.kept: KeptChannels | None = None
         self.q_map: nn.Parameter | None = None
+        self.k_map: nn.Parameter | None = None
+        self.unrotated_from = projected
         self.norms_all_heads = family.qk_norm == "all heads"
         if family.qk_norm:
             norm = family.upstream("RMSNorm")
             heads = (self.num_heads, self.num_key_value_heads) if self.norms_all_heads else (1, 1)
             self.q_norm, self.k_norm = (norm(each * projected, eps=config.rms_norm_eps) for each in heads)
         if gathers:
-            self.kept = KeptChannels(latent.channels_at(layer_idx))
+            channels, rotated = latent.channels_at(layer_idx), latent.tables_at(layer_idx)[0].rotary_dim
+            if latent.unrotated == "factored" and rotated < self.d_qk:
+                self.unrotated_from = channels[0][rotated]
+                idle = projected - self.unrotated_from
+                self.k_map = nn.Parameter(torch.empty(self.num_key_value_heads, self.d_qk - rotated, idle))
+                channels = tuple(kept[:rotated] for kept in channels)
+            self.kept = KeptChannels(channels)
             self.q_map = nn.Parameter(torch.empty(self.num_heads, self.d_qk, projected))
 
     def project(self, hidden_states: Tensor) -> Projected:
@@ -167,7 +176,10 @@ class Projections(nn.Module):
         if part == "q" and self.q_map is not None:
             x = torch.einsum("btnh,nqh->btnq", x, self.q_map.to(x.dtype))
         if part == "k" and self.kept is not None:
+            idle = x[..., self.unrotated_from :]
             x = self.kept(x)
+            if self.k_map is not None:
+                x = torch.cat([x, torch.einsum("btkh,krh->btkr", idle, self.k_map.to(x.dtype))], dim=-1)
         return x.transpose(1, 2)
 
     def parameters_of(self, part: str) -> list[tuple[nn.Parameter, Rows]]:

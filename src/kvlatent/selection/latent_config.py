@@ -97,6 +97,7 @@ def build_latent_config(
         scale=choices.scale,
         qk_norm=qk_norm if family.qk_norm else "none",
         layers=listed_layers(config),
+        unrotated=choices.unrotated if key_width != head_dim else "selected",
     )
 
 
@@ -139,9 +140,29 @@ def _keys(
         for width, layer in zip(widths, _spread(pairs, count), strict=True)
     ]
     layers = list(zip(originals, kept_pairs, strict=True))
+    if choices.unrotated == "factored":
+        layers = [
+            (table, [tuple(pair for pair in pairs if pair < len(table.short)) for pairs in layer])
+            for table, layer in layers
+        ]
+        return (
+            tuple(tuple(table.subset(pairs) for pairs in layer) for table, layer in layers),
+            tuple(
+                tuple(_channels_before_maps(pairs, table.rotary_dim, width) for pairs in layer)
+                for (table, layer), width in zip(layers, widths, strict=True)
+            ),
+        )
     return (
         tuple(tuple(table.subset(p) if p != whole else table for p in layer) for table, layer in layers),
         tuple(tuple(_channels(p, table.rotary_dim, head_dim) for p in layer) for table, layer in layers),
+    )
+
+
+def _channels_before_maps(pairs: tuple[int, ...], rotary_dim: int, width: int) -> tuple[int, ...]:
+    """Kept channels of rotated pairs, then numbers for the maps of the others that fill the width."""
+    return (
+        *pairs_to_channels(pairs, rotary_dim),
+        *range(rotary_dim, rotary_dim + width - 2 * len(pairs)),
     )
 
 

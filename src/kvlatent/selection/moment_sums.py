@@ -50,6 +50,10 @@ class MomentSums:
         self.num_heads, self.pairs, self.device = heads, size // 2, device
         like: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.gates = torch.zeros(heads, attention.gate_width, attention.gate_width, **like)
+        rotary = decoder.rotary_emb if attention.rotary is None else attention.rotary
+        unrotated = size - rotary.tables[0].rotary_dim
+        self.unrotated_queries = torch.zeros(heads, unrotated, unrotated, **like)
+        self.unrotated_keys = torch.zeros(heads, unrotated, unrotated, **like)
         self.output_gram = torch.zeros(heads, self.pairs, self.pairs, **like)
         self.outputs = torch.zeros(heads, size, size, **like)
         self.output_means = torch.zeros(heads, size, **like)
@@ -96,6 +100,8 @@ class MomentSums:
         gates = self._add_gates(projected.gate)
         query, key = (apply_rotary(x.float(), *(t.float() for t in rotary)) for x in projected[:2])
         queries, keys = (pair_layout(x, rotary[0].shape[-1]) for x in (query, key))
+        idle = query[..., rotary[0].shape[-1] :].transpose(0, 1).flatten(1, 2)
+        self.unrotated_queries += (idle.transpose(1, 2) @ idle).double()
         self.query_energy += (queries[0].square() + queries[1].square()).sum((0, 2)).double()
         self.key_energy += (keys[0].square() + keys[1].square()).sum((0, 2)).double()
         positions = positions.expand(len(query), -1)
@@ -140,11 +146,19 @@ class MomentSums:
             logits = chosen.flatten(1, 2) @ key[:, :end].transpose(1, 2)  # [K, G x r, T]
             logits = logits.unflatten(1, (groups, -1)).masked_fill_(~seen[part, :end], float("-inf"))
             weights = logits.mul_(_TEMPER).softmax(-1)[:, :, :, None]  # [K, G, r, 1, T]
+            self._add_unrotated(weights.squeeze(3), key[:, :end, rotary_dim:])
             first, second = (half[..., None] for half in pair_layout(chosen, rotary_dim))  # [K, G, r, P, 1]
             pairs = first * firsts[:, None, None, :, :end]
             pairs.addcmul_(second, seconds[:, None, None, :, :end]).mul_(weights)  # [K, G, r, P, T]
             opened = None if gates is None else gates[:, rows[part]]
             self._add_gram(pairs, weights, values[:, :end], opened)
+
+    def _add_unrotated(self, weights: Tensor, keys: Tensor) -> None:
+        """Add second moments of keys [K, T, u], centred under the weights [K, G, r, T] of every row."""
+        mean = weights @ keys[:, None]  # [K, G, r, u]
+        weighed = weights.sum(2)[..., None] * keys[:, None]  # [K, G, T, u]
+        moments = weighed.transpose(2, 3) @ keys[:, None] - mean.transpose(2, 3) @ mean
+        self.unrotated_keys += moments.flatten(0, 1).double()
 
     def _add_gates(self, gate: Tensor | None) -> Tensor | None:
         """Add the second moments of the gates of all tokens; gives them as [B, N, T, d], or None where there are none."""
@@ -207,6 +221,8 @@ class MomentSums:
             "output_energy": torch.maximum(varying, _ROUNDING * energy),
             "head_energy": self._head_energy(outputs, metric),
             "gates": gates,
+            "unrotated_queries": self.unrotated_queries / self.tokens,
+            "unrotated_keys": self.unrotated_keys / self.sampled,
         }
         return LayerStatistics(**{name: tensor.cpu() for name, tensor in means.items()})
 

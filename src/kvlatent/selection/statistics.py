@@ -44,6 +44,8 @@ class LayerStatistics:
         head_energy: [N], the same of each query head's share of the output alone.
         gates: [N, d, d], second moment of the output gates (sigmoids); [N, 0, 0] without. `outputs` are then those before
             the gate.
+        unrotated_queries: [N, u, u], second moment of the u query channels that no rotation touches; unrotated_keys:
+            [N, u, u], that of the keys' channels, centred under the attention weights that `output_gram` has.
     """
 
     output_gram: Tensor
@@ -55,6 +57,8 @@ class LayerStatistics:
     output_energy: Tensor
     head_energy: Tensor
     gates: Tensor
+    unrotated_queries: Tensor
+    unrotated_keys: Tensor
 
 
 @dataclass(frozen=True)
@@ -150,11 +154,18 @@ class Statistics:
             raise _damaged(path, error) from error
 
 
+_LATER = (
+    "gates",
+    "unrotated_queries",
+    "unrotated_keys",
+)  # than the first files of this format, which lack them
+
+
 def _layer(tensors: dict[str, Tensor], prefix: str) -> LayerStatistics:
-    """What the file holds of a layer; earlier versions knew no gates."""
-    held = {f.name: tensors[prefix + f.name] for f in fields(LayerStatistics) if f.name != "gates"}
-    gates = tensors.get(f"{prefix}gates", held["head_energy"].new_zeros(len(held["head_energy"]), 0, 0))
-    return LayerStatistics(**held, gates=gates)
+    """What the file holds of a layer."""
+    held = {f.name: tensors[prefix + f.name] for f in fields(LayerStatistics) if f.name not in _LATER}
+    nothing = held["head_energy"].new_zeros(len(held["head_energy"]), 0, 0)
+    return LayerStatistics(**held, **{name: tensors.get(prefix + name, nothing) for name in _LATER})
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
