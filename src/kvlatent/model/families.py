@@ -44,6 +44,7 @@ _QWEN_HYBRID: dict[str, Any] = {
     "attention_layer_type": "full_attention",
     "gates_output": True,
     "norm_offset": 1.0,
+    "besides": "layers of linear attention and an output gate",
 }
 """Linear attention in most layers, gated attention with partial rotary in the others."""
 
@@ -175,13 +176,14 @@ FAMILIES = {
             windowed="always",
             ffn_modules=("gate_up_proj", "down_proj"),
         ),
-        Family("qwen3_next", "Qwen3Next", **_QWEN_HYBRID),
+        Family("qwen3_next", "Qwen3Next", expert_parameters=_EXPERTS, **_QWEN_HYBRID),
         Family("qwen3_5_text", "Qwen3_5", package="qwen3_5", text_classes=_TEXT_CLASSES, **_QWEN_HYBRID),
         Family(
             "qwen3_5_moe_text",
             "Qwen3_5Moe",
             package="qwen3_5_moe",
             text_classes=_TEXT_CLASSES,
+            expert_parameters=_EXPERTS,
             **_QWEN_HYBRID,
         ),
     )

@@ -75,9 +75,9 @@ def layer_output(decoder: Any, layer: int, hidden: Tensor, attended: Tensor) -> 
 
 
 def windows_of(model: Any) -> list[int | None]:
-    """Sliding window of every layer of a model, in tokens, or None."""
+    """Sliding window of every layer of a model that has attention, in tokens, or None."""
     family = family_of(model.config)
-    return [family.sliding_window(model.config, layer) for layer in range(model.config.num_hidden_layers)]
+    return [family.sliding_window(model.config, layer) for layer in family.attention_layers(model.config)]
 
 
 def carried_share(config: Any) -> float:
