@@ -156,10 +156,19 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, path: Path) -> np.ndarray:
 
 
 class MixedText(torch.utils.data.Dataset):
-    """Endless training items of 1,024 tokens; item i is a function of (seed, i)."""
+    """Endless training items of `context` tokens; item i is a function of (seed, i)."""
 
-    def __init__(self, stream: np.ndarray, ids: np.ndarray, tokenizer: Any, seed: int, share: float) -> None:
+    def __init__(
+        self,
+        stream: np.ndarray,
+        ids: np.ndarray,
+        tokenizer: Any,
+        seed: int,
+        share: float,
+        context: int = CONTEXT,
+    ) -> None:
         self.stream, self.ids, self.seed, self.share = stream, ids, seed, share
+        self.context = context
         layouts = ((" = ", "\n", "\n"), (": ", ", ", "\n\n"), ("=", " ", "\n"), (" -> ", "\n    ", "\n\n"))
         self.layouts = [tuple(tokenizer.encode(part) for part in layout) for layout in layouts]
 
@@ -170,7 +179,7 @@ class MixedText(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, index])
         share = max(self.share, 0.5) if index < EARLY_ITEMS else self.share
         if rng.random() >= share:
-            tokens = self._code(rng, CONTEXT)
+            tokens = self._code(rng, self.context)
             labels, is_copy = tokens, False
         else:
             make = (self._repeated, self._planted, self._lookup)[rng.choice(3, p=(0.35, 0.5, 0.15))]
@@ -187,11 +196,14 @@ class MixedText(torch.utils.data.Dataset):
 
     def _repeated(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One to four random strings, each whole at first, then pieces of them in any order, with gaps."""
-        length = int(np.exp(rng.uniform(np.log(8), np.log(256))))
-        pool = [rng.choice(self.ids, size=length) for _ in range(rng.integers(1, 1 + min(4, 512 // length)))]
+        length = int(np.exp(rng.uniform(np.log(8), np.log(self.context // 4))))
+        pool = [
+            rng.choice(self.ids, size=length)
+            for _ in range(rng.integers(1, 1 + min(4, self.context // 2 // length)))
+        ]
         gap = int(rng.choice((0, 4, 64)))
         pieces, targets, size, emitted = [], [], 0, 0
-        while size < CONTEXT:
+        while size < self.context:
             if emitted < len(pool):
                 piece = pool[emitted]
                 target = np.full(len(piece), IGNORED)
@@ -206,19 +218,19 @@ class MixedText(torch.utils.data.Dataset):
             targets += [target, np.full(len(noise), IGNORED)]
             size += len(piece) + len(noise)
             emitted += 1
-        return np.concatenate(pieces)[:CONTEXT], np.concatenate(targets)[:CONTEXT]
+        return np.concatenate(pieces)[: self.context], np.concatenate(targets)[: self.context]
 
     def _planted(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Code text with random strings of 16 to 64 tokens, each planted twice, 20 to 900 tokens apart."""
-        tokens = np.full(CONTEXT, -1, dtype=np.int64)
+        tokens = np.full(self.context, -1, dtype=np.int64)
         labels = tokens.copy()
         for _ in range(rng.integers(1, 9)):
             length = int(rng.integers(16, 65)) if rng.random() < 0.6 else 16
-            distance = int(rng.integers(max(20, length), 901))
-            first = int(rng.integers(0, max(1, CONTEXT - distance - length)))
+            distance = int(rng.integers(max(20, length), self.context - 123))
+            first = int(rng.integers(0, max(1, self.context - distance - length)))
             second = first + distance
             places = (slice(first, first + length), slice(second, second + length))
-            if second + length > CONTEXT or any((tokens[place] >= 0).any() for place in places):
+            if second + length > self.context or any((tokens[place] >= 0).any() for place in places):
                 continue
             string = rng.choice(self.ids, size=length)
             for place in places:
@@ -235,12 +247,12 @@ class MixedText(torch.utils.data.Dataset):
         equals, separator, turn = self.layouts[rng.integers(len(self.layouts))]
         key_size, value_size = int(rng.integers(1, 3)), int(rng.integers(1, 5))
         entry = key_size + value_size + len(equals) + len(separator)
-        count = int(rng.integers(4, max(5, CONTEXT // 2 // entry)))
+        count = int(rng.integers(4, max(5, self.context // 2 // entry)))
         keys = self.ids[rng.permutation(len(self.ids))[: count * key_size]].reshape(count, key_size)
         values = rng.choice(self.ids, size=(count, value_size))
         tokens: list[int] = []
         labels: list[int] = []
-        for round_ in range(1 + CONTEXT // (count * entry)):
+        for round_ in range(1 + self.context // (count * entry)):
             for item in rng.permutation(count):
                 value = values[item].tolist()
                 tokens += [*keys[item].tolist(), *equals, *value, *separator]
@@ -248,9 +260,9 @@ class MixedText(torch.utils.data.Dataset):
                 labels += [IGNORED] * key_size + equals + shown + separator
             tokens += turn
             labels += [IGNORED] * len(turn)
-        tokens += [0] * CONTEXT
-        labels += [IGNORED] * CONTEXT
-        return np.array(tokens[:CONTEXT]), np.array(labels[:CONTEXT])
+        tokens += [0] * self.context
+        labels += [IGNORED] * self.context
+        return np.array(tokens[: self.context]), np.array(labels[: self.context])
 
 
 class PretrainTrainer(Trainer):

@@ -120,9 +120,9 @@ def test_bad_tables_are_refused():
     ],
 )
 def test_a_config_that_does_not_fit_the_model_is_refused(changes, message):
-    make().check_model(num_layers=3, num_key_value_heads=2)
+    make().check_model(range(3), num_key_value_heads=2)
     with pytest.raises(ValueError, match=message):
-        make(**changes).check_model(num_layers=3, num_key_value_heads=2)
+        make(**changes).check_model(range(3), num_key_value_heads=2)
 
 
 def test_damaged_json_is_refused():

@@ -169,7 +169,7 @@ def test_originals_and_latent_models_are_loaded_from_disk(name, saved, tmp_path)
 
 @pytest.mark.parametrize("name", MORE_FAMILIES)
 def test_both_stages_train_the_attention_and_leave_experts_alone(name, tmp_path):
-    teacher, start = half(name)
+    teacher, _start = half(name)
     student = convert(teacher, d_qk=8, d_vo=8, preset="own-frequency")
     shared = {"tokens": 512, "batch_size": 4, "learning_rate": 1e-3}
     recipe = Recipe(stage1=shared, stage2={**shared, "objective": "kl"}, lora={"rank": 2})

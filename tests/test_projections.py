@@ -57,7 +57,7 @@ def latent_logits(latent, hidden, positions, layer):
     """q^T k times the scale of one layer, before masks: [N, T, T]."""
     attention = latent.model.layers[layer].self_attn
     with torch.no_grad():
-        query, key, _ = attention.project(hidden[None])
+        query, key, *_ = attention.project(hidden[None])
         rotary = attention.rotary or latent.model.rotary_emb
         cos, sin = rotary(hidden[None], positions[None])
         query, key = apply_rotary(query, cos, sin)[0], apply_rotary(key, cos, sin)[0]

@@ -28,10 +28,16 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SeedOssConfig,
     SeedOssForCausalLM,
     SmolLM3Config,
@@ -114,6 +120,7 @@ GRANITE = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 2.5,
 }
+# Run by `test_more_families.py`, once each, instead of by every cross product.
 MORE_FAMILIES = {
     "qwen3-moe": (
         Qwen3MoeConfig,
@@ -152,7 +159,30 @@ MORE_FAMILIES = {
         },
     ),
 }
-"""Run by `test_more_families.py`, once each, instead of by every cross product."""
+LINEAR = {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
+LINEAR_EXPERTS = {
+    **LINEAR,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+HYBRIDS = {
+    "qwen3-next": (Qwen3NextConfig, Qwen3NextForCausalLM, LINEAR_EXPERTS),
+    "qwen3.5": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, LINEAR | {"attention_bias": True}),
+    "qwen3.5-moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM, LINEAR_EXPERTS),
+}
+"""Layers 1 and 3 of four have attention, of heads of 32 channels of which 8 rotate."""
+MORE_FAMILIES |= HYBRIDS
 
 
 def tiny_model(name: str, **overrides):

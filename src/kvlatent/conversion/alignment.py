@@ -21,7 +21,7 @@ from torch.nn.functional import log_softmax, softmax
 from kvlatent.conversion.tuning import BLOCKS, TunableRows, tune
 from kvlatent.jobs.devices import precision
 from kvlatent.model.hidden_states import HiddenStates
-from kvlatent.model.layer_parts import final_norm, layer_output, parts_of
+from kvlatent.model.layer_parts import final_norm, first_norm, layer_output, parts_of
 from kvlatent.selection.attention_rows import masked_logits, row_logits
 
 __all__ = [
@@ -41,7 +41,7 @@ class TunedLayer:
     Args:
         index: of the layer.
         original, latent: the two decoders.
-        attention: float32 copy of the latent attention, which is tuned.
+        attention: float32 copy of the latent attention, which is tuned; None in a layer without.
         streams: what flows, each [blocks, T, ...]: "inputs" and "latent", hidden states before the layer, of the original and
             of the converted model; "outputs" of the original layer and "wanted", its attention's output plus what of its input that output can make up for;
             "queries" [N d] and "keys" [K d] of the original, rotated, where the attention is aligned.
@@ -106,7 +106,7 @@ def align_output(
         Squared error behind the next norm, relative to what it should give, on held-out blocks before and after.
     """
     layer = parts_of(tuned.latent, tuned.index)
-    dtype = tuned.latent.dtype
+    dtype, gated = tuned.latent.dtype, bool(tuned.attention.gate_width)
     following = _next_norm(tuned)
     with torch.no_grad():
         energy = (
@@ -127,7 +127,8 @@ def align_output(
         value = tuned.attention.project_one("v", normed)
         grouped = softmax(logits, dim=-1).unflatten(1, (value.shape[1], -1))  # [B, K, G, R, T]
         mixed = (grouped.flatten(2, 3) @ value.to(grouped.dtype)).view(*logits.shape[:3], -1)
-        attended = tuned.attention.o_proj(mixed.transpose(1, 2).flatten(2)).to(dtype)
+        gate = tuned.attention.project_one("gate", normed.gather(1, index)) if gated else None
+        attended = tuned.attention.read_out(mixed.transpose(1, 2).flatten(2), gate).to(dtype)
         given = layer_output(tuned.latent, tuned.index, hidden, attended)
         return (following(given) - wanted).float().square().mean() / energy
 
@@ -171,13 +172,14 @@ def _next_norm(tuned: TunedLayer) -> Any:
     """
     if tuned.index + 1 == len(tuned.original.layers):
         return final_norm(tuned.original)
-    return parts_of(tuned.original, tuned.index + 1).attention_norm
+    return first_norm(tuned.original, tuned.index + 1)
 
 
 def key_parameters(attention: Any) -> TunableRows:
-    """What makes narrow queries and keys of a latent attention: its map behind a QK-norm, or projections and norms."""
+    """What makes narrow queries and keys of a latent attention: its maps behind a QK-norm, or projections and norms."""
     if attention.q_map is not None:
-        return [(attention.q_map, slice(None))]
+        maps = (attention.q_map, attention.k_map)
+        return [(each, slice(None)) for each in maps if each is not None]
     norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
     return [
         *(attention.parameters_of("q") + attention.parameters_of("k")),
@@ -187,5 +189,6 @@ def key_parameters(attention: Any) -> TunableRows:
 
 def value_parameters(attention: Any) -> TunableRows:
     """What makes narrow values of a latent attention and reads them out."""
-    outputs = [(parameter, slice(None)) for parameter in attention.o_proj.parameters()]
+    readers = [*attention.o_proj.parameters(), *([] if attention.v_map is None else [attention.v_map])]
+    outputs = [(parameter, slice(None)) for parameter in readers]
     return outputs + attention.parameters_of("v")

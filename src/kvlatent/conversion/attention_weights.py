@@ -18,7 +18,8 @@ from kvlatent.selection.choices import BY_PAIRS
 from kvlatent.selection.pair_search import pair_gains
 from kvlatent.selection.paper_rules import product_svd, stride_channels
 from kvlatent.selection.statistics import LayerStatistics
-from kvlatent.selection.value_bases import best_outputs, value_basis
+from kvlatent.selection.unrotated import UnrotatedMaps, unrotated_maps
+from kvlatent.selection.value_bases import best_outputs, gated_metric, metric_root, value_basis
 
 __all__ = ["attention_weights", "kept_pairs"]
 
@@ -53,8 +54,13 @@ def attention_weights(
     )
     if not keep_qk:
         factors = _query_factors(latent, layer, hf_config, statistics if gains else None)
-        new.update(_narrow_keys(new, latent, layer, factors))
-    if not keep_vo:
+        rotated, maps = latent.tables_at(layer)[0].rotary_dim, None
+        if latent.unrotated == "factored" and rotated < latent.d_qk_at(layer):
+            maps = _unrotated_maps(latent, layer, hf_config, statistics)
+        new.update(_narrow_keys(new, latent, layer, factors, hf_config.num_attention_heads, maps))
+    if not keep_vo and family.gates_output:
+        new.update(_gated_values(new, latent, layer, key_value_heads_of(hf_config), statistics))
+    elif not keep_vo:
         new.update(_narrow_values(new, latent, layer, key_value_heads_of(hf_config), statistics))
     if family.fused_qkv:
         new |= _fuse_qkv(new, family, hf_config.num_attention_heads)
@@ -116,7 +122,8 @@ def _query_factors(
     fold = (d_qk / head_dim) ** 0.5 if latent.scale == "original" else 1.0
     channels, tables = latent.channels_at(layer), latent.tables_at(layer)
     factors = torch.full((1, d_qk), fold, dtype=torch.float64)
-    if latent.keys in BY_PAIRS and tables[0].attention_factor != 1.0:
+    in_table = latent.keys in BY_PAIRS and latent.unrotated == "selected"
+    if in_table and tables[0].attention_factor != 1.0:
         idle = torch.tensor([[f == 0.0 for f in table.short] * 2 for table in tables])
         factors = torch.where(idle, fold / tables[0].attention_factor ** 2, factors)
         factors = factors.repeat_interleave(hf_config.num_attention_heads // len(factors), dim=0)
@@ -125,7 +132,17 @@ def _query_factors(
     original = effective_table(hf_config, layer).rotary_dim
     grams = statistics.output_gram.split(len(statistics.output_gram) // len(channels))
     gains = []
+    turning = tables[0].rotary_dim
     for member, kept in zip(grams, channels, strict=True):
+        if latent.unrotated == "factored":  # the maps make up for what they drop themselves
+            turned = kept_pairs(kept[: turning // 2], original, head_dim)
+            gain = (
+                pair_gains(member[:, : original // 2, : original // 2], turned)
+                if turned
+                else member[:, :0, 0]
+            )
+            gains.append(torch.cat([gain, gain, gain.new_ones(len(gain), d_qk - turning)], dim=1))
+            continue
         pairs = kept_pairs(kept, original, head_dim)
         distinct = tuple(sorted(set(pairs)))
         gain = (_shared_gains if latent.qk_norm == "sliced" else pair_gains)(member, distinct)
@@ -139,22 +156,37 @@ def _shared_gains(grams: Tensor, kept: tuple[int, ...]) -> Tensor:
 
 
 def _narrow_keys(
-    source: dict[str, Tensor], latent: LatentConfig, layer: int, factors: Tensor
+    source: dict[str, Tensor],
+    latent: LatentConfig,
+    layer: int,
+    factors: Tensor,
+    heads: int,
+    maps: UnrotatedMaps | None,
 ) -> dict[str, Tensor]:
-    """New q and k tensors of one layer: kept rows, the queries' times `factors`."""
+    """New q and k tensors of one layer: kept rows, the queries' times `factors`, and unrotated ones by `maps`."""
     channels, head_dim = latent.channels_at(layer), latent.original_head_dim
     weight = source["q_proj.weight"]
     if latent.qk_norm == "full":
-        heads = weight.shape[0] // head_dim
         index = torch.tensor(channels).repeat_interleave(heads // len(channels), dim=0)
         chosen = torch.nn.functional.one_hot(index, head_dim) * factors[..., None]
-        return {"q_map": chosen.to(weight)}
+        if maps is None:
+            return {"q_map": chosen.to(weight)}
+        chosen = chosen.expand(heads, -1, -1).clone()
+        behind, unrotated = maps.keys.shape[1:]
+        chosen[:, -behind:] = 0
+        chosen[:, -behind:, -unrotated:] = factors[:, -behind:, None] * maps.queries
+        return {"q_map": chosen.to(weight), "k_map": maps.keys.to(weight)}
     new = {
         f"{name}.{kind}": _take(source[f"{name}.{kind}"], channels, head_dim)
         for name in ("q_proj", "k_proj")
         for kind in ("weight", "bias")
         if f"{name}.{kind}" in source
     }
+    if maps is not None:
+        new = {
+            name: _mapped(source[name], kept, maps.queries if name[0] == "q" else maps.keys, head_dim)
+            for name, kept in new.items()
+        }
     if latent.qk_norm == "sliced":
         new |= {f"{name}_norm.weight": _sliced_norm(source, new, name, channels, head_dim) for name in "qk"}
         count = len(new["q_norm.weight"]) // factors.shape[1]  # of heads with a weight of their own
@@ -164,6 +196,29 @@ def _narrow_keys(
         rows = factors.expand(new[name].shape[0] // factors.shape[1], -1).flatten()
         new[name] = _scaled(new[name], rows)
     return new
+
+
+def _mapped(source: Tensor, kept: Tensor, maps: Tensor, head_dim: int) -> Tensor:
+    """`kept` rows of a projection with the last ones of every head as maps [H, r, u] of its last u original ones."""
+    heads, (behind, unrotated) = len(maps), maps.shape[1:]
+    rows = source.double().cpu().view(heads, head_dim, -1)[:, -unrotated:]
+    new = kept.double().cpu().view(heads, len(kept) // heads, -1).clone()
+    new[:, -behind:] = maps @ rows
+    return new.view(kept.shape).to(kept)
+
+
+def _unrotated_maps(
+    latent: LatentConfig, layer: int, hf_config: Any, statistics: LayerStatistics | None
+) -> UnrotatedMaps:
+    """The maps of a layer's unrotated channels to those that are cached behind the rotated ones."""
+    if statistics is None or not statistics.unrotated_keys.numel():
+        raise ValueError(
+            "unrotated channels are factored by statistics of them: got none for layer "
+            f"{layer}; calibrate again, or convert with unrotated=selected"
+        )
+    width = latent.d_qk_at(layer) - latent.tables_at(layer)[0].rotary_dim
+    groups = hf_config.num_attention_heads // key_value_heads_of(hf_config)
+    return unrotated_maps(statistics, groups, width)
 
 
 def _scaled(tensor: Tensor, rows: Tensor) -> Tensor:
@@ -217,6 +272,43 @@ def _narrow_values(
     else:
         new = _svd_values(w_v, b_v, w_o, d_vo, num_key_value_heads)
     return {name: tensor.to(w_v).contiguous() for name, tensor in new.items()}
+
+
+def _gated_values(
+    source: dict[str, Tensor],
+    latent: LatentConfig,
+    layer: int,
+    num_key_value_heads: int,
+    statistics: LayerStatistics | None,
+) -> dict[str, Tensor]:
+    """New v tensors and the map back to the channels that the output gate multiplies; W_O stays.
+
+    Without statistics values are taken to be those of white inputs, and the gates to be half open and constant.
+    """
+    head_dim, d_vo = latent.original_head_dim, latent.d_vo_at(layer)
+    w_v = source["v_proj.weight"].double().cpu().unflatten(0, (num_key_value_heads, head_dim))  # [K, d, D]
+    w_o = source["o_proj.weight"].double().cpu().unflatten(1, (-1, head_dim)).transpose(0, 1)  # [N, D, d]
+    groups = len(w_o) // num_key_value_heads
+    metric = w_o.transpose(1, 2) @ w_o
+    if latent.values == "whitened" and statistics is not None:
+        moments, metric = statistics.outputs, gated_metric(metric, statistics.gates)
+    else:
+        moments = (w_v @ w_v.transpose(1, 2)).repeat_interleave(groups, dim=0)
+    if latent.values == "slice":
+        kept = list(stride_channels("d_vo", d_vo, head_dim))
+        bases = [torch.eye(head_dim, dtype=torch.float64)[kept]] * num_key_value_heads
+        lifts = torch.stack(bases).transpose(1, 2).repeat_interleave(groups, dim=0)
+    else:
+        roots, each = metric_root(metric), moments.split(groups)
+        bases = [value_basis(*pair, d_vo) for pair in zip(roots.split(groups), each, strict=True)]
+        eye = torch.eye(head_dim, dtype=torch.float64).expand(groups, -1, -1)
+        lifts = torch.cat([best_outputs(eye, *pair) for pair in zip(each, bases, strict=True)])
+    new = {"v_proj.weight": torch.cat([basis @ rows for basis, rows in zip(bases, w_v, strict=True)])}
+    if "v_proj.bias" in source:
+        biases = source["v_proj.bias"].double().cpu().unflatten(0, (-1, head_dim))
+        new["v_proj.bias"] = torch.cat([basis @ bias for basis, bias in zip(bases, biases, strict=True)])
+    new["v_map"] = lifts
+    return {name: tensor.to(source["v_proj.weight"]).contiguous() for name, tensor in new.items()}
 
 
 def _svd_values(

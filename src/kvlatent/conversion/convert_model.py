@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from kvlatent.jobs.devices import check_product_dtype, faster_dtype
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.assembly import assemble, full_width, original_attention
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import effective_table, family_of, head_dim_of
+from kvlatent.model.families import attention_layers_of, effective_table, family_of, head_dim_of
 from kvlatent.model.family import Family
 from kvlatent.model.finite import check_finite_weights
 from kvlatent.model.layer_parts import parts_of
@@ -29,7 +30,7 @@ from kvlatent.selection.attention_rows import pair_layout
 from kvlatent.selection.choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
 from kvlatent.selection.latent_config import build_latent_config, check_widths
 from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs
-from kvlatent.selection.statistics import Statistics
+from kvlatent.selection.statistics import LayerStatistics, Statistics
 
 __all__ = ["convert"]
 
@@ -114,6 +115,8 @@ def convert(
             "statistics=calibrate(model, ...), or choose(...) with values=svd"
         )
     if config is None:
+        if not _can_factor(statistics, choices, qk_norm):
+            choices = replace(choices, unrotated="selected")
         pairs = _choose_pairs(model, widths.d_qk, choices, statistics) if narrow else None
         config = build_latent_config(model.config, widths, choices, qk_norm=qk_norm, pairs=pairs)
     _check_source(model, config, family, head_dim)
@@ -129,6 +132,9 @@ def _weights(
     model: Any, family: Family, config: LatentConfig, choices: Choices, statistics: Statistics | None
 ) -> Callable[[int], dict[str, Tensor]]:
     """The closed-form attention tensors of a layer."""
+    of_layer: dict[int, LayerStatistics] = {}
+    if statistics is not None:
+        of_layer = dict(zip(attention_layers_of(model.config), statistics.layers, strict=True))
 
     def weights(index: int) -> dict[str, Tensor]:
         return attention_weights(
@@ -137,11 +143,20 @@ def _weights(
             model.config,
             config,
             index,
-            statistics=None if statistics is None else statistics.layers[index],
+            statistics=of_layer.get(index),
             gains=choices.gains,
         )
 
     return weights
+
+
+def _can_factor(statistics: Statistics | None, choices: Choices, qk_norm: str) -> bool:
+    """Whether there are unrotated channels that statistics know, and a place for their maps.
+
+    A sliced QK-norm has none, and layers that share one table share how many channels rotate.
+    """
+    widths = set() if statistics is None else {layer.unrotated_keys.shape[-1] for layer in statistics.layers}
+    return widths - {0} != set() and qk_norm == "full" and (choices.table != "model" or len(widths) == 1)
 
 
 def _choose_pairs(
@@ -152,25 +167,26 @@ def _choose_pairs(
         return None
     if choices.keys != "weights":
         assert statistics is not None, "without_statistics replaced the others"
-        return choose_pairs(statistics, d_qk, choices.table, choices.keys)
+        factored = choices.unrotated == "factored"
+        return choose_pairs(statistics, d_qk, choices.table, choices.keys, factored=factored)
     return strongest_pairs(_weight_energies(model), d_qk, choices.table)
 
 
 def _weight_energies(model: Any) -> list[Tensor]:
     """E|q_j|^2 E|k_j|^2 [K, P] a layer, from the weights alone, as if normalised inputs were white."""
     energies = []
-    decoder = full_width(model).get_decoder()
-    for index in range(len(decoder.layers)):
+    decoder, offset = full_width(model).get_decoder(), family_of(model.config).norm_offset
+    for index in attention_layers_of(model.config):
         attention, attention_norm, *_ = parts_of(decoder, index)
         sides = []
         for part, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
             weight, bias = _weight_and_bias(attention, part)
-            gain = getattr(attention_norm, "weight", weight.new_ones(()))
-            rows = (weight.float() * gain.float()).square().sum(1)
+            gain = getattr(attention_norm, "weight", weight.new_ones(()) - offset).float() + offset
+            rows = (weight.float() * gain).square().sum(1)
             rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
             if norm is not None:
                 mean = rows.mean() if attention.norms_all_heads else rows.mean(1, keepdim=True)
-                rows = rows / mean * norm.weight.float().square().view(-1, attention.d_qk)
+                rows = rows / mean * (norm.weight.float() + offset).square().view(-1, attention.d_qk)
             first, second = pair_layout(rows, effective_table(model.config, index).rotary_dim)
             sides.append(first + second)
         queries, keys = sides

@@ -22,6 +22,7 @@ from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Stage2
 from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import attention_layers_of
 from kvlatent.model.head import Head
 from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, hold_hidden_states
 from kvlatent.model.layer_parts import parts_of
@@ -142,7 +143,7 @@ def _final_states(decoder: Any, ids: Tensor, positions: Tensor, folder: Path, dt
 def _narrow_parameters(decoder: Any, config: LatentConfig) -> TunableRows:
     """The projections of every narrow side, made float32 parameters that are shared with nobody."""
     chosen: TunableRows = []
-    for index in range(len(decoder.layers)):
+    for index in attention_layers_of(decoder.config):
         attention = parts_of(decoder, index).attention
         sides = ((key_parameters, config.d_qk_at(index)), (value_parameters, config.d_vo_at(index)))
         narrow = [parameters_of for parameters_of, width in sides if width < config.original_head_dim]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.assembly import full_width
 from kvlatent.model.config import LatentConfig, table_scope
+from kvlatent.model.families import attention_layers_of
 from kvlatent.model.layer_parts import parts_of
 from kvlatent.selection.choices import BY_PAIRS, PAPER, Choices, resolve_choices
 from kvlatent.selection.statistics import Statistics
@@ -65,13 +66,15 @@ def layer_report(
     statistics.check(model)
     twin = full_width(model).eval()
     text = [t[:blocks].long().to(model.device) for t in (statistics.input_ids, statistics.position_ids)]
-    widths = config.widths.per_layer(model.config.num_hidden_layers)
-    rows: list[dict[str, Any]] = [
-        {"layer": index, "d_qk": d_qk, "d_vo": d_vo, "errors": {}, "reasons": {}}
-        for index, (d_qk, d_vo) in enumerate(widths)
-    ]
+    numbers = attention_layers_of(model.config)
+    widths = config.widths.per_layer(len(numbers))
+    rows: dict[int, dict[str, Any]] = {
+        index: {"layer": index, "d_qk": d_qk, "d_vo": d_vo, "errors": {}, "reasons": {}}
+        for index, (d_qk, d_vo) in zip(numbers, widths, strict=True)
+    }
     for name, choices in STRATEGIES.items():
-        for layers, converted in _build(model, statistics, config, choices, widths):
+        for places, converted in _build(model, statistics, config, choices, widths):
+            layers = [numbers[place] for place in places]
             if isinstance(converted, str):
                 for index in layers:
                     rows[index]["errors"][name], rows[index]["reasons"][name] = None, converted
@@ -79,13 +82,13 @@ def layer_report(
             errors = _measure_errors(twin, converted, layers, *text)
             for index in layers:
                 rows[index]["errors"][name] = errors[index]
-    return rows
+    return list(rows.values())
 
 
 def _build(
     model: Any, statistics: Statistics, config: LatentConfig, choices: Choices, widths: list[tuple[int, int]]
 ) -> Iterator[tuple[list[int], Any]]:
-    """Layers and the model in which they follow `choices`, or the sentence that says why they cannot.
+    """Places of layers in lists by layer and the model in which they follow `choices`, or the sentence that says why they cannot.
 
     Where not all layers can, each set of layers of equal widths is tried alone, the others kept whole.
     """

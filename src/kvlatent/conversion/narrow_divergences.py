@@ -10,7 +10,7 @@ Shapes: L layers, B blocks, T positions, D model width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvlatent.jobs.devices import faster_dtype, precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Stage2
 from kvlatent.model.assembly import full_width
-from kvlatent.model.families import family_of
+from kvlatent.model.families import attention_layers_of, family_of
 from kvlatent.model.head import Head
 from kvlatent.model.hidden_states import with_layers
 from kvlatent.model.layer_parts import parts_of
@@ -79,10 +79,11 @@ def narrow_divergences(
             qk_norm=qk_norm,
             statistics=statistics,
         )
-        attention = [_with_table(narrow.get_decoder(), index) for index in range(layers)]
+        numbers = attention_layers_of(model.config)
+        attention = {index: _with_table(narrow.get_decoder(), index) for index in numbers}
         found[side][width] = []
-        for index in range(each):
-            replaced = attention[index : index + 1] if per_layer else attention
+        for index in numbers[:each]:
+            replaced = {index: attention[index]} if per_layer else attention
             found[side][width].append(rest.divergence(index, replaced))
             step.advance()
     return found
@@ -123,8 +124,8 @@ class _Rest:
             hook.remove()
         self.final = output.last_hidden_state
 
-    def divergence(self, index: int, attention: Sequence[nn.Module]) -> float:
-        """With `attention` in the place of that of the layers from one on: mean KL from the original a token."""
+    def divergence(self, index: int, attention: Mapping[int, nn.Module]) -> float:
+        """With other attention in some layers, by number, the first of them `index`: mean KL from the original a token."""
         decoder = self._from_layer(index, attention)
         with precision(self.ids.device, self.dtype):
             hidden = decoder(
@@ -134,13 +135,14 @@ class _Rest:
                 stage2_loss(hidden, self.head, self.ids, Stage2(objective="kl"), self.final, self.head)
             )
 
-    def _from_layer(self, index: int, attention: Sequence[nn.Module]) -> Any:
-        """The decoder from one layer on, it and those behind it with other attention as far as that goes."""
+    def _from_layer(self, index: int, attention: Mapping[int, nn.Module]) -> Any:
+        """The decoder from one layer on, with other attention in the layers that are named."""
         decoder = self.twin.get_decoder()
         layers = [copy.copy(layer) for layer in decoder.layers[index:]]
-        for position, layer in enumerate(layers):
-            replaced = attention[position : position + 1] or [_with_table(decoder, index + position)]
-            layer._modules = layer._modules | {family_of(decoder.config).attention: replaced[0]}
+        for number in (number for number in attention_layers_of(decoder.config) if number >= index):
+            module = attention[number] if number in attention else _with_table(decoder, number)
+            layer = layers[number - index]
+            layer._modules = layer._modules | {family_of(decoder.config).attention: module}
         shell = with_layers(decoder, layers, index)
         shell.rotary_emb = LatentRotary(())  # so that layers get positions, each for its own table
         return shell

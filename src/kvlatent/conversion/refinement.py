@@ -21,6 +21,7 @@ from kvlatent.conversion.refit import refit_outputs
 from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.config import LatentConfig
+from kvlatent.model.families import attention_layers_of
 from kvlatent.model.hidden_states import (
     HiddenStates,
     blocks_at_once,
@@ -58,7 +59,7 @@ def refine(
         statistics: the text to look at.
         seed: of the sampling; dtype: of the products, "float32" or "bfloat16".
         progress: told after every step of every layer; steps that a layer does not need count as done.
-        layers: only so many, from the bottom; None: all.
+        layers: only so many with attention, from the bottom; None: all.
 
     Returns:
         One dict a layer: attention divergence and output error before and after, where aligned; the ridge of the refit.
@@ -66,26 +67,29 @@ def refine(
     ids, positions = (t.long().to(twin.device) for t in (statistics.input_ids, statistics.position_ids))
     blocks, size = ids.shape
     report = []
-    count = len(twin.get_decoder().layers) if layers is None else layers
+    attending = attention_layers_of(twin.config)[:layers]
     each = 2 * choices.align + 1
-    steps = progress.step("refine layers", each * count)
+    steps = progress.step("refine layers", each * len(attending))
     with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
         streams = layer_streams(Path(folder), twin, blocks, size, dtype)
         for name in ("inputs", "latent"):
             streams[name].write(embed(twin.get_decoder(), ids[b, None]) for b in range(blocks))
         held = held_out_blocks(blocks)
-        for index in range(count):
-            steps.to(each * index)
-            attention = copy_for_tuning(parts_of(latent.get_decoder(), index).attention)
+        for index in range(attending[-1] + 1):
+            steps.to(each * len(report))
             tuned = TunedLayer(
-                index, twin.get_decoder(), latent.get_decoder(), attention, streams, positions, held, dtype
+                index, twin.get_decoder(), latent.get_decoder(), None, streams, positions, held, dtype
             )
-            last = each * (index + 1)
+            last = each * (len(report) + 1)
 
             def advance(last: int = last) -> None:  # attempts at a lower rate are not counted
                 steps.to(min(steps.done + 1, last))
 
-            report.append(_refine_layer(tuned, config, choices, seed, advance))
+            if index in attending:
+                tuned.attention = copy_for_tuning(parts_of(latent.get_decoder(), index).attention)
+                report.append(_refine_layer(tuned, config, choices, seed, advance))
+            else:
+                _carry_on(tuned)
             latent_layer = isolate_layer(latent.get_decoder(), index)
             streams["latent"].write(
                 output for _, _, output in _pass(tuned, latent.get_decoder(), latent_layer, "latent")
@@ -97,7 +101,8 @@ def refine(
 
 def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -> dict[str, HiddenStates]:
     """Room for what flows between layers, and for the queries and keys of the original, in the dtype of the products."""
-    attention, hidden = parts_of(twin.get_decoder(), 0).attention, twin.config.hidden_size
+    first, hidden = attention_layers_of(twin.config)[0], twin.config.hidden_size
+    attention = parts_of(twin.get_decoder(), first).attention
     widths = dict.fromkeys(("inputs", "outputs", "wanted", "latent"), (hidden, twin.dtype))
     for name, heads in (("queries", attention.num_heads), ("keys", attention.num_key_value_heads)):
         widths[name] = (heads * attention.d_qk, getattr(torch, dtype))
@@ -140,6 +145,12 @@ def _pass(tuned: TunedLayer, decoder: Any, layer: Any, name: str) -> Iterator[tu
         yield inputs, positions, output.last_hidden_state
 
 
+def _carry_on(tuned: TunedLayer) -> None:
+    """Fill the original's stream through a layer without attention, which nothing is done to."""
+    layer = isolate_layer(tuned.original, tuned.index)
+    tuned.streams["outputs"].write(output for _, _, output in _pass(tuned, tuned.original, layer, "inputs"))
+
+
 def pass_original(tuned: TunedLayer, *, with_attention: bool) -> None:
     """Fill the streams with what the original layer gives on its own inputs; queries and keys if they are looked at."""
     decoder, attention = tuned.original, parts_of(tuned.original, tuned.index).attention
@@ -156,7 +167,7 @@ def pass_original(tuned: TunedLayer, *, with_attention: bool) -> None:
                 tuned, decoder, isolate_layer(decoder, tuned.index), "inputs"
             ):
                 tuned.streams["wanted"].append(share * hidden + caught.pop())
-                query, key, _ = projected.pop()
+                query, key, *_ = projected.pop()
                 if with_attention:
                     cos, sin = rotary_of(attention, decoder, hidden, positions)
                     for name, x in (("queries", query), ("keys", key)):

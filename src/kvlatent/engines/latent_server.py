@@ -15,7 +15,7 @@ from kvlatent.engines.openai_server import serve_model
 from kvlatent.jobs.devices import choose_device
 from kvlatent.model.cache_bytes import layer_cache_bytes
 from kvlatent.model.classes import latent_config_of
-from kvlatent.model.families import head_dim_of, key_value_heads_of
+from kvlatent.model.families import attention_layers_of, head_dim_of, key_value_heads_of
 
 __all__ = ["serve"]
 
@@ -29,7 +29,7 @@ def serve(settings: EngineSettings) -> tuple[dict[str, Any], Callable[[], None]]
     url, stop = serve_model(model, tokenizer, settings)
     latent = latent_config_of(config) if getattr(config, "kv_latent", None) else None
     keys, values = (head_dim_of(config),) * 2 if latent is None else (latent.d_qk, latent.d_vo)
-    sizes = (config.num_hidden_layers, key_value_heads_of(config), model.dtype.itemsize)
+    sizes = (len(attention_layers_of(config)), key_value_heads_of(config), model.dtype.itemsize)
     return {
         "engine": f"transformers {version('transformers')}",
         "url": url,

@@ -52,6 +52,11 @@ def check_exportable(latent: Any, options: ExportOptions) -> None:
             f"an export to openvino stores matrices in {' or '.join(_DTYPES)}: got --dtype {options.dtype}; leave it out"
         )
     family = family_of(latent.config)
+    if family.attention_layer_type:
+        raise ValueError(
+            f"an export to openvino caches keys and values alone, and a {family.model_type} model has {family.besides}; run the "
+            "checkpoint itself with transformers"
+        )
     if family.expert_parameters:
         raise ValueError(
             f"an export to openvino is traced, and which experts a token of a {family.model_type} model goes to would be fixed by "

@@ -16,7 +16,7 @@ import torch
 from kvlatent.engines.kv_dtypes import KVDtype, kv_bytes_by_layer
 from kvlatent.engines.roofline import attention_parameters, decode_speedup, maximum_context
 from kvlatent.model.cache_bytes import cache_bytes
-from kvlatent.model.families import family_of, head_dim_of, key_value_heads_of
+from kvlatent.model.families import attention_layers_of, family_of, head_dim_of, key_value_heads_of
 from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.widths import Width, width_per_layer
 
@@ -173,7 +173,8 @@ def serving_figures(
 def _footprint(
     config: Any, d_qk: Width, d_vo: Width, qk_norm: str, element_size: float, kv_dtype: KVDtype
 ) -> Footprint:
-    layers, heads = config.num_hidden_layers, key_value_heads_of(config)
+    numbers, heads = attention_layers_of(config), key_value_heads_of(config)
+    layers = len(numbers)
     keys, values = width_per_layer(d_qk, layers), width_per_layer(d_vo, layers)
     attention = sum(_attention_size(config, k, v, qk_norm) for k, v in zip(keys, values, strict=True))
     held, read = _sizes_around_attention(config.to_json_string(use_diff=False), type(config))
@@ -181,7 +182,7 @@ def _footprint(
         weight_bytes=(attention + held) * element_size,
         read_bytes=(attention + read) * element_size,
         layer_bytes=kv_bytes_by_layer(kv_dtype, keys, values, layers, heads),
-        windows=tuple(family_of(config).sliding_window(config, layer) for layer in range(layers)),
+        windows=tuple(family_of(config).sliding_window(config, layer) for layer in numbers),
     )
 
 
@@ -201,6 +202,9 @@ def _attention_size(config: Any, d_qk: int, d_vo: int, qk_norm: str) -> int:
         o_bias=o_bias,
         projected=head_dim if full else None,
     )
+    if family.gates_output:  # the gate's rows, W_O at the full width, and the map back to it
+        lifted = heads * (config.hidden_size * (head_dim - d_vo) + head_dim * d_vo) if d_vo < head_dim else 0
+        projections += heads * head_dim * (config.hidden_size + qkv_bias) + lifted
     norms = {"": 0, "head": 2, "all heads": heads + kv_heads}[family.qk_norm]
     return projections + norms * (head_dim if full else d_qk)
 
@@ -218,7 +222,7 @@ def _sizes_around_attention(config_json: str, config_type: Any) -> tuple[int, in
     decoder = model.get_decoder()
     attention = {
         id(parameter)
-        for layer in range(config.num_hidden_layers)
+        for layer in family.attention_layers(config)
         for parameter in parts_of(decoder, layer).attention.parameters()
     }
     held = idle = 0

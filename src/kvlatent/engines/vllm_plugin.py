@@ -69,6 +69,11 @@ def _convertor(base: Any) -> type:
 
             check_version(current_platform.device_type)
             latent = latent_config_of(self.hf_config)
+            if latent.layers is not None:
+                raise ValueError(
+                    f"vLLM was not tried with layers without attention: this {self.hf_config.model_type} model has attention in "
+                    f"{len(latent.layers)} of {self.hf_config.num_hidden_layers} layers; run it with transformers"
+                )
             layers = []
             for width in cache_widths(latent, self.hf_config.num_hidden_layers, current_platform.device_type):
                 layer = copy.copy(self.hf_config)

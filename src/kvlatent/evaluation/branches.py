@@ -31,9 +31,10 @@ def can_branch(model: Any) -> bool:
     family = FAMILIES.get(str(model.config.model_type).removeprefix(LATENT_PREFIX))
     if family is None or table_switch(model.config) < math.inf:
         return False
-    return all(
-        family.sliding_window(model.config, layer) is None for layer in range(model.config.num_hidden_layers)
-    )
+    layers = family.attention_layers(model.config)
+    if len(layers) < model.config.num_hidden_layers:  # the others read every token in turn, whatever the mask
+        return False
+    return all(family.sliding_window(model.config, layer) is None for layer in layers)
 
 
 def table_switch(config: Any) -> float:

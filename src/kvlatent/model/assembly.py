@@ -12,6 +12,7 @@ from torch import Tensor
 from kvlatent.model.classes import latent_classes
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import (
+    attention_layers_of,
     effective_tables,
     family_of,
     family_of_original,
@@ -20,7 +21,7 @@ from kvlatent.model.families import (
 )
 from kvlatent.model.layer_parts import parts_of
 
-__all__ = ["assemble", "full_width", "has_tied_head", "original_attention"]
+__all__ = ["assemble", "full_width", "has_tied_head", "listed_layers", "original_attention"]
 
 
 def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mapping[str, Tensor]]) -> Any:
@@ -34,7 +35,7 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
     Raises:
         ValueError: lists of the config do not fit the model's layers and heads.
     """
-    latent.check_model(model.config.num_hidden_layers, key_value_heads_of(model.config))
+    latent.check_model(attention_layers_of(model.config), key_value_heads_of(model.config))
     family = family_of(model.config)
     config_type, _, causal_type = latent_classes(family.model_type)
     config = config_type(**_config_fields(model, latent))
@@ -44,7 +45,7 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
     state = {
         name: tensor for name, tensor in model.state_dict().items() if f".{family.attention}." not in name
     }
-    for index in range(model.config.num_hidden_layers):
+    for index in attention_layers_of(model.config):
         for name, tensor in attention(index).items():
             state[f"{model.base_model_prefix}.layers.{index}.{family.attention}.{name}"] = tensor
     latent_model.load_state_dict(state, strict=True, assign=True)
@@ -92,7 +93,14 @@ def _at_full_width(config: Any) -> LatentConfig:
         values="full",
         scale="d_qk",
         qk_norm="full" if family.qk_norm else "none",
+        layers=listed_layers(config),
     )
+
+
+def listed_layers(config: Any) -> tuple[int, ...] | None:
+    """`LatentConfig.layers` for a source model's config: None where every layer has attention."""
+    layers = attention_layers_of(config)
+    return None if len(layers) == config.num_hidden_layers else layers
 
 
 def has_tied_head(model: Any) -> bool:

@@ -75,7 +75,7 @@ class LatentAttention(Projections):
         Raises:
             ValueError: training with flex attention on a CPU, which has no backward there.
         """
-        query, key, value = self.project(hidden_states)
+        query, key, value, gate = self.project(hidden_states)
         if self.rotary is not None:
             assert isinstance(position_embeddings, Tensor), "the decoder has no table"
             position_embeddings = self.rotary(hidden_states, position_embeddings)
@@ -113,7 +113,7 @@ class LatentAttention(Projections):
         if width is not None:  # vLLM gives the heads side by side: [T, N x width]
             output = output.reshape(*hidden_states.shape[:-1], self.num_heads, width)[..., : self.d_vo]
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        output = self.o_proj(output)
+        output = self.read_out(output, gate)
         if self.training and self.output_dropout:
             output = dropout(output, self.output_dropout)
         return output, weights

@@ -14,10 +14,13 @@ __all__ = ["cache_bytes", "layer_cache_bytes", "live_cache_bytes"]
 
 
 def live_cache_bytes(cache: Any) -> int:
-    """Bytes held by the key and value tensors of a transformers `Cache`, as they are in memory now."""
+    """Bytes held by the key and value tensors of a transformers `Cache`, as they are in memory now.
+
+    What layers without attention keep (states of a fixed size) does not count.
+    """
     total = 0
     for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if tensor is not None:
                 total += tensor.numel() * tensor.element_size()
     return total

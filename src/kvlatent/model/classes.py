@@ -13,7 +13,13 @@ from typing import Any
 
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import FAMILIES, LATENT_PREFIX, family_of, key_value_heads_of
+from kvlatent.model.families import (
+    FAMILIES,
+    LATENT_PREFIX,
+    attention_layers_of,
+    family_of,
+    key_value_heads_of,
+)
 from kvlatent.model.rotary import LatentRotary
 
 __all__ = ["latent_classes", "latent_config_of"]
@@ -30,7 +36,8 @@ def latent_config_of(config: Any) -> LatentConfig:
             f"config of type {getattr(config, 'model_type', None)!r} has no 'kv_latent': it is not a latent model; "
             "make one with `kvlatent convert`"
         )
-    read_from = config.kv_latent, config.model_type, config.num_hidden_layers, key_value_heads_of(config)
+    layers = attention_layers_of(config)
+    read_from = config.kv_latent, config.model_type, layers, key_value_heads_of(config)
     if (known := getattr(config, "_parsed", None)) is not None:
         latent, parsed_from = known
         if parsed_from[0] is read_from[0] and parsed_from[1:] == read_from[1:]:
@@ -41,7 +48,7 @@ def latent_config_of(config: Any) -> LatentConfig:
             f"config.json contradicts itself: model_type={config.model_type!r} but kv_latent was made from "
             f"{latent.original_model_type!r}; restore the file or convert the model again"
         )
-    latent.check_model(config.num_hidden_layers, key_value_heads_of(config))
+    latent.check_model(layers, key_value_heads_of(config))
     config._parsed = latent, read_from
     return latent
 
@@ -85,8 +92,8 @@ def _install(decoder: Any, config: Any) -> None:
     latent, family = latent_config_of(config), family_of(config)
     tables = latent.tables_at(0) if latent.one_table else ()
     decoder.rotary_emb = LatentRotary(tables, in_float32=family.rotates_in_float32)
-    for index, layer in enumerate(decoder.layers):
-        setattr(layer, family.attention, LatentAttention(config, latent, index))
+    for index in family.attention_layers(config):
+        setattr(decoder.layers[index], family.attention, LatentAttention(config, latent, index))
 
 
 _HUB_OPTIONS = ("commit_description", "commit_message", "create_pr", "private", "revision", "tags")

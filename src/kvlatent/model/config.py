@@ -7,6 +7,7 @@ the first forward (a buffer would come back as uninitialised memory from the met
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,11 @@ __all__ = ["FORMAT_VERSION", "TABLE_SCOPES", "LatentConfig", "table_scope"]
 FORMAT_VERSION = 1
 TABLE_SCOPES = ("head", "layer", "model")
 """Who may share a rotary table: one a key-value head, one a layer, one for the model."""
-_ALLOWED = {"scale": ("original", "d_qk"), "qk_norm": ("none", "full", "sliced")}
+_ALLOWED = {
+    "scale": ("original", "d_qk"),
+    "qk_norm": ("none", "full", "sliced"),
+    "unrotated": ("selected", "factored"),
+}
 
 
 Tables = tuple[tuple[RotaryTable, ...], ...]
@@ -41,6 +46,10 @@ class LatentConfig:
         frequencies: how the tables were made ("own", "frequency_aware").
         scale: softmax scale: "original" (folded into W_Q) or "d_qk" (the paper's).
         qk_norm: "none", "full" (normalise at full width, then select) or "sliced".
+        layers: numbers of the layers that have attention, where not all have; lists by layer have an entry for each of
+            these. None: all.
+        unrotated: original key channels that no rotation touches are "selected", or "factored": in narrow layers the channels
+            behind the rotated ones are then linear maps of all of them, numbered from the first on.
         original_head_dim: head width of the source model.
         original_model_type: `model_type` of the source model.
         version: of this format.
@@ -61,6 +70,8 @@ class LatentConfig:
     frequencies: str = "own"
     scale: str = "original"
     qk_norm: str = "none"
+    layers: tuple[int, ...] | None = None
+    unrotated: str = "selected"
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -91,21 +102,25 @@ class LatentConfig:
         """(d_qk, d_vo) of `layer`."""
         return self.d_qk_at(layer), self.d_vo_at(layer)
 
+    def _place(self, layer: int) -> int:
+        """Where lists by layer have their entry for `layer`."""
+        return layer if self.layers is None else self.layers.index(layer)
+
     def d_qk_at(self, layer: int) -> int:
         """Key width of `layer`."""
-        return self.d_qk if isinstance(self.d_qk, int) else self.d_qk[layer]
+        return self.d_qk if isinstance(self.d_qk, int) else self.d_qk[self._place(layer)]
 
     def d_vo_at(self, layer: int) -> int:
         """Value width of `layer`."""
-        return self.d_vo if isinstance(self.d_vo, int) else self.d_vo[layer]
+        return self.d_vo if isinstance(self.d_vo, int) else self.d_vo[self._place(layer)]
 
     def tables_at(self, layer: int) -> tuple[RotaryTable, ...]:
         """Rotary tables of `layer`: one for all its heads, or one per key-value head."""
-        return self.tables[layer if len(self.tables) > 1 else 0]
+        return self.tables[self._place(layer) if len(self.tables) > 1 else 0]
 
     def channels_at(self, layer: int) -> tuple[tuple[int, ...], ...]:
         """Kept original key channels of `layer`: one list for all its heads, or one per key-value head."""
-        return self.channels[layer if len(self.channels) > 1 else 0]
+        return self.channels[self._place(layer) if len(self.channels) > 1 else 0]
 
     @property
     def one_table(self) -> bool:
@@ -123,19 +138,29 @@ class LatentConfig:
         return max(width_per_layer(self.d_vo))
 
     def cache_bytes_per_token(self, num_layers: int, num_key_value_heads: int, element_size: int) -> int:
-        """Bytes to store one token of one sequence: sum over layers of kv_heads x (d_qk + d_vo) x element size."""
-        channels = sum(sum(self.widths_at(layer)) for layer in range(num_layers))
+        """Bytes to store one token of one sequence: sum over layers of kv_heads x (d_qk + d_vo) x element size.
+
+        Args:
+            num_layers: how many have attention.
+        """
+        channels = sum(sum(widths) for widths in self.widths.per_layer(num_layers))
         return channels * num_key_value_heads * element_size
 
-    def check_model(self, num_layers: int, num_key_value_heads: int) -> None:
-        """Raise `ValueError` unless lists per layer and per head fit a model of this many layers and heads."""
+    def check_model(self, attention_layers: Sequence[int], num_key_value_heads: int) -> None:
+        """Raise `ValueError` unless lists per layer and per head fit a model with attention in these layers, and its heads."""
+        num_layers = len(attention_layers)
+        if (self.layers or tuple(range(num_layers))) != tuple(attention_layers):
+            raise ValueError(
+                f"the model has attention in the layers {list(attention_layers)} but kv_latent was made for "
+                f"{'all' if self.layers is None else list(self.layers)}; convert the model again"
+            )
         self.widths.check_layers(num_layers)
         if len(self.tables) not in (1, num_layers):
             raise ValueError(
                 f"rotary tables are listed once or once per layer: got {len(self.tables)} for {num_layers} layers; "
                 "convert the model again"
             )
-        for layer in range(num_layers):
+        for layer in attention_layers:
             tables, channels = self.tables_at(layer), self.channels_at(layer)
             if len(tables) not in (1, num_key_value_heads) or len(channels) != len(tables):
                 raise ValueError(
@@ -172,8 +197,10 @@ class LatentConfig:
                 "frequencies": self.frequencies,
                 "scale": self.scale,
                 "qk_norm": self.qk_norm,
+                **({} if self.unrotated == "selected" else {"unrotated": self.unrotated}),
                 "channels": [[list(kept) for kept in layer] for layer in self.channels],
             },
+            **({} if self.layers is None else {"layers": list(self.layers)}),
             "original_head_dim": self.original_head_dim,
             "original_model_type": self.original_model_type,
         }
@@ -195,6 +222,8 @@ class LatentConfig:
                 frequencies=selection["frequencies"],
                 scale=selection["scale"],
                 qk_norm=selection["qk_norm"],
+                unrotated=selection.get("unrotated", "selected"),
+                layers=None if data.get("layers") is None else tuple(data["layers"]),
                 version=data["version"],
             )
         except (KeyError, TypeError) as error:

@@ -19,6 +19,7 @@ from kvlatent.model.table import RotaryTable
 __all__ = [
     "FAMILIES",
     "LATENT_PREFIX",
+    "attention_layers_of",
     "effective_table",
     "effective_tables",
     "family_of",
@@ -35,6 +36,18 @@ _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 _NORM_A_HEAD = (
     "its queries and keys pass a LayerNorm of each head's own, which the latent attention does not reproduce"
 )
+_TEXT_CLASSES = ("Config", "Model", "RotaryEmbedding")
+_QWEN_HYBRID: dict[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "qk_norm": "head",
+    "attention_layer_type": "full_attention",
+    "gates_output": True,
+    "norm_offset": 1.0,
+    "besides": "layers of linear attention and an output gate",
+}
+"""Linear attention in most layers, gated attention with partial rotary in the others."""
+
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -163,6 +176,16 @@ FAMILIES = {
             windowed="always",
             ffn_modules=("gate_up_proj", "down_proj"),
         ),
+        Family("qwen3_next", "Qwen3Next", expert_parameters=_EXPERTS, **_QWEN_HYBRID),
+        Family("qwen3_5_text", "Qwen3_5", package="qwen3_5", text_classes=_TEXT_CLASSES, **_QWEN_HYBRID),
+        Family(
+            "qwen3_5_moe_text",
+            "Qwen3_5Moe",
+            package="qwen3_5_moe",
+            text_classes=_TEXT_CLASSES,
+            expert_parameters=_EXPERTS,
+            **_QWEN_HYBRID,
+        ),
     )
 }
 
@@ -265,6 +288,11 @@ def key_value_heads_of(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
+def attention_layers_of(config: Any) -> tuple[int, ...]:
+    """Numbers of the layers that have attention, of an original or latent config."""
+    return family_of(config).attention_layers(config)
+
+
 def logit_divisor_of(config: Any) -> float:
     """What logits are divided by behind the head; 1 for models of families without a row as well."""
     family = FAMILIES.get(str(getattr(config, "model_type", "")).removeprefix(LATENT_PREFIX))
@@ -277,27 +305,30 @@ def rope_theta_of(config: Any, layer: int = 0) -> float:
     return float((rope if "rope_theta" in rope else rope[config.layer_types[layer]])["rope_theta"])
 
 
-def effective_table(config: Any, layer: int = 0) -> RotaryTable:
-    """The rotary table that a layer of the original model turns its keys by; see `effective_tables`."""
+def effective_table(config: Any, layer: int) -> RotaryTable:
+    """The rotary table that a layer with attention of the original model turns its keys by; see `effective_tables`."""
     tables = effective_tables(config)
-    return tables[layer if len(tables) > 1 else 0]
+    return tables[attention_layers_of(config).index(layer)] if len(tables) > 1 else tables[0]
 
 
 def effective_tables(config: Any) -> tuple[RotaryTable, ...]:
-    """One table for all layers, or one a layer, as the original model turns its keys (fp32 values, radians).
+    """One table for all layers, or one a layer with attention, as the original model turns its keys (fp32 values, radians).
 
     After all scaling, read from upstream's own rotary module, never recomputed from a base: llama3, linear, yarn, longrope
     and partial rotary are included. longrope gives both of its tables and the length at which they switch. The table of a
     layer without rotation is empty.
     """
     family = family_of(config)
-    kinds: list[str | None] = [""] * config.num_hidden_layers
+    layers = family.attention_layers(config)
+    kinds: list[str | None] = [""] * len(layers)
     if family.tables_by_layer_type:
-        kinds = list(config.layer_types)
+        kinds = [config.layer_types[layer] for layer in layers]
     if family.rotates:
         kinds = [
             kind if turns else None
-            for kind, turns in zip(kinds, getattr(config, family.rotates), strict=True)
+            for kind, turns in zip(
+                kinds, (getattr(config, family.rotates)[layer] for layer in layers), strict=True
+            )
         ]
     rotary = family.upstream("RotaryEmbedding")(config)
     tables = {

@@ -42,6 +42,12 @@ class Family:
         attention, attention_norm, ffn, final_norm: names of modules, the last one's of the decoder; `attention_norm` comes
             before the attention, "" where it reads the residual stream as it is.
         attention_names: (upstream's, ours) for each module of the attention that upstream calls otherwise.
+        attention_layer_type: the entry of `config.layer_types` where a layer has attention; "" where all have. The others
+            (linear attention, convolutions) are upstream's own and keep their states in upstream's cache.
+        gates_output: the query projection also puts out, a head, a gate: its sigmoid multiplies what the head averages.
+        norm_offset: what norms add to their weights.
+        package: transformers' package of the family; "" where it is called like the model type.
+        text_classes: suffixes of class names behind a "Text", in a package that holds a multimodal model as well.
         ffn_modules: linear layers of the FFN, the targets of LoRA.
         expert_parameters: weights of experts inside the FFN, [experts, out, in], that no LoRA is put on.
         besides: what its layers have that those of a plain decoder (Llama's, with windows, biases or Qwen3's norms) have
@@ -70,6 +76,11 @@ class Family:
     ffn: str = "mlp"
     final_norm: str = "norm"
     attention_names: tuple[tuple[str, str], ...] = ()
+    attention_layer_type: str = ""
+    gates_output: bool = False
+    norm_offset: float = 0.0
+    package: str = ""
+    text_classes: tuple[str, ...] = ()
     ffn_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     expert_parameters: tuple[str, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
@@ -86,12 +97,16 @@ class Family:
         Raises:
             ValueError: the installed transformers has none of that name.
         """
-        module = "configuration" if suffix == "Config" else "modeling"
-        path = f"transformers.models.{self.model_type}.{module}_{self.model_type}"
+        module, package = (
+            "configuration" if suffix == "Config" else "modeling",
+            self.package or self.model_type,
+        )
+        path = f"transformers.models.{package}.{module}_{package}"
+        name = f"{self.prefix}{'Text' if suffix in self.text_classes else ''}{suffix}"
         try:
-            return getattr(import_module(path), self.prefix + suffix)
+            return getattr(import_module(path), name)
         except (ImportError, AttributeError):
-            raise ValueError(self.missing(f"the class {self.prefix}{suffix} in {path}")) from None
+            raise ValueError(self.missing(f"the class {name} in {path}")) from None
 
     def missing(self, what: str) -> str:
         """The sentence for something that the row names and the installed transformers has not."""
@@ -108,6 +123,23 @@ class Family:
             for rule in (self.qkv_bias, self.o_bias)
         )
         return qkv, o
+
+    def attention_layers(self, config: Any) -> tuple[int, ...]:
+        """Numbers of the layers that have attention; lists that go by layer have an entry for each of these.
+
+        Raises:
+            ValueError: none has.
+        """
+        layers = range(config.num_hidden_layers)
+        if not self.attention_layer_type:
+            return tuple(layers)
+        found = tuple(layer for layer in layers if config.layer_types[layer] == self.attention_layer_type)
+        if not found:
+            raise ValueError(
+                f"none of the {len(layers)} layers has attention (layer_types lists no {self.attention_layer_type!r}), so "
+                "there is no cache to narrow; use the model as it is"
+            )
+        return found
 
     def sliding_window(self, config: Any, layer: int) -> int | None:
         """Window of `layer` in tokens, or None for full attention."""

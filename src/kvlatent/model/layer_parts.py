@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from kvlatent.model.families import family_of
 
-__all__ = ["LayerParts", "carried_share", "final_norm", "layer_output", "parts_of", "windows_of"]
+__all__ = [
+    "LayerParts",
+    "carried_share",
+    "final_norm",
+    "first_norm",
+    "layer_output",
+    "parts_of",
+    "windows_of",
+]
 
 
 class LayerParts(NamedTuple):
@@ -42,6 +50,12 @@ def parts_of(decoder: Any, layer: int) -> LayerParts:
     return LayerParts(*found)
 
 
+def first_norm(decoder: Any, layer: int) -> Any:
+    """What a layer's input passes first, with attention or without."""
+    name = family_of(decoder.config).attention_norm
+    return getattr(decoder.layers[layer], name) if name else nn.Identity()
+
+
 def final_norm(decoder: Any) -> Any:
     """The norm behind the last layer."""
     family = family_of(decoder.config)
@@ -61,9 +75,9 @@ def layer_output(decoder: Any, layer: int, hidden: Tensor, attended: Tensor) -> 
 
 
 def windows_of(model: Any) -> list[int | None]:
-    """Sliding window of every layer of a model, in tokens, or None."""
+    """Sliding window of every layer of a model that has attention, in tokens, or None."""
     family = family_of(model.config)
-    return [family.sliding_window(model.config, layer) for layer in range(model.config.num_hidden_layers)]
+    return [family.sliding_window(model.config, layer) for layer in family.attention_layers(model.config)]
 
 
 def carried_share(config: Any) -> float:

@@ -136,6 +136,8 @@ class LatentRotary(nn.Module):
         """
         if not self.tables:
             return position_ids
+        if position_ids.dim() == 3:  # time, height and width: of text they are one
+            position_ids = position_ids[0]
         inv_freq = self.inv_freq(x.device, position_ids.max() + 1)
         positions = position_ids[..., None].float()
         freqs = (positions if inv_freq.dim() == 1 else positions[:, None]) * inv_freq

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from kvlatent.jobs.devices import has_bfloat16_units
 from kvlatent.jobs.recipe import Recipe
-from kvlatent.model.families import head_dim_of
+from kvlatent.model.families import attention_layers_of, head_dim_of
 
 __all__ = [
     "DEFAULT_SECONDS",
@@ -113,7 +113,7 @@ def forward_operations(model: Any, tokens: int, *, scored: bool = False) -> floa
     size += layers * _PARAMETERS_OF_THE_REST.get(model.device.type, 0)
     if scored:
         size += model.get_output_embeddings().weight.numel()
-    seen = layers * config.num_attention_heads * head_dim_of(config) * tokens / 2
+    seen = len(attention_layers_of(config)) * config.num_attention_heads * head_dim_of(config) * tokens / 2
     return tokens * (2.0 * size + 4.0 * seen)
 
 

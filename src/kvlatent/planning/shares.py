@@ -11,7 +11,7 @@ from typing import Any
 
 from kvlatent.engines.facts import check_engine
 from kvlatent.jobs.recipe import Conversion
-from kvlatent.model.families import family_of, head_dim_of
+from kvlatent.model.families import attention_layers_of, family_of, head_dim_of
 from kvlatent.model.widths import Widths, width_per_layer
 from kvlatent.planning.candidates import candidates_for, share_at_least
 from kvlatent.selection.choices import BY_PAIRS, Choices
@@ -79,7 +79,7 @@ def _share_refused(
 def _check(config: Any, widths: Any, choices: Choices, qk_norm: str, engine: str | None) -> Widths:
     """The checked widths; raises `ValueError` unless model, choices and engine can have them (None: open, so all)."""
     checked = check_widths(config, *(widths or [head_dim_of(config)] * 2))
-    each = width_per_layer(checked.d_qk, config.num_hidden_layers)
+    each = width_per_layer(checked.d_qk, len(attention_layers_of(config)))
     if choices.keys in BY_PAIRS:
         check_shared_width(each, choices.table)
     pairs = tuple((tuple(range(width // 2)),) for width in each)  # any will do: only their number is checked

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlatent.model.projection import Projected
 from kvlatent.model.rotary import apply_rotary
 
 __all__ = [
@@ -61,11 +62,11 @@ _MASKED = -1e30
 
 
 @contextmanager
-def recorded_projections(attention: Any) -> Generator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """A list that gets what `attention.project` gives at every forward inside: queries, keys and values."""
-    recorded: list[tuple[Tensor, Tensor, Tensor]] = []
+def recorded_projections(attention: Any) -> Generator[list[Projected]]:
+    """A list that gets what `attention.project` gives at every forward inside."""
+    recorded: list[Projected] = []
 
-    def project(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(hidden_states: Tensor) -> Projected:
         recorded.append(type(attention).project(attention, hidden_states))
         return recorded[-1]
 

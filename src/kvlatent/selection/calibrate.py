@@ -20,6 +20,7 @@ from kvlatent.jobs.devices import precision as autocast
 from kvlatent.jobs.fingerprints import model_fingerprint
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.assembly import full_width
+from kvlatent.model.families import attention_layers_of
 from kvlatent.model.hidden_states import blocks_at_once
 from kvlatent.model.layer_parts import parts_of
 from kvlatent.selection.moment_sums import MomentSums
@@ -62,7 +63,7 @@ def calibrate(
     names = ("input_ids", "position_ids")
     ids, positions = (torch.as_tensor(columns[name]) for name in names)
     decoder = twin.get_decoder()
-    attentions = [parts_of(decoder, layer).attention for layer in range(len(decoder.layers))]
+    attentions = [parts_of(decoder, layer).attention for layer in attention_layers_of(model.config)]
     needed = attentions[0].o_proj.in_features
     if ids.numel() < needed:
         raise ValueError(

@@ -26,6 +26,7 @@ _ALLOWED = {
     "frequencies": ("own", "frequency_aware"),
     "values": ("slice", "svd", "whitened"),
     "table": TABLE_SCOPES,
+    "unrotated": ("selected", "factored"),
 }
 BY_PAIRS = ("gram", "energy", "weights")
 FULL = "full"  # of keys or values in the record of a checkpoint: that side was not narrowed
@@ -46,6 +47,8 @@ class Choices:
         refit: regress W_O on what the converted layer puts out.
         align: steps of attention alignment, and of output alignment, a layer; 0 turns both off.
         global_steps: of the pass over all layers at once; 0 leaves it out.
+        unrotated: key channels that no rotation touches are "selected" in pairs like the others, or "factored", a low-rank
+            map of them being cached; with keys="gram" only.
     """
 
     keys: str = "stride"
@@ -57,6 +60,7 @@ class Choices:
     refit: bool = False
     align: int = 0
     global_steps: int = 0
+    unrotated: str = "selected"
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for an unknown answer, or answers that contradict each other."""
@@ -69,6 +73,11 @@ class Choices:
         if self.global_steps < 0:
             raise ValueError(
                 f"the global pass takes 0 steps (off) or more: got global_steps={self.global_steps}; try 100"
+            )
+        if self.unrotated == "factored" and self.keys != "gram":
+            raise ValueError(
+                f"unrotated channels are factored by statistics, beside rotated pairs chosen by them: got keys={self.keys!r}; use "
+                "keys=gram or unrotated=selected"
             )
         if self.frequencies != "own" and (self.keys in BY_PAIRS or self.gains):
             what = (
@@ -155,7 +164,14 @@ def resolve_choices(
         table = "head" if keys in BY_PAIRS else "model"
     if gains is None and frequencies not in (None, "own"):
         gains = False  # they make up for dropped pairs, and here none keeps its turn
-    given = {"keys": keys, "frequencies": frequencies, "values": values, "table": table}
+    unrotated = "selected" if keys not in (None, "gram") else None
+    given = {
+        "unrotated": unrotated,
+        "keys": keys,
+        "frequencies": frequencies,
+        "values": values,
+        "table": table,
+    }
     replaced: dict[str, Any] = given | {
         "align": align,
         "gains": gains,
@@ -170,4 +186,13 @@ def without_statistics(choices: Choices) -> Choices:
     """The same without text: pairs by their weights, values by the plain SVD, no gains, refit or alignment."""
     keys = "weights" if choices.keys in ("gram", "energy") else choices.keys
     values = "svd" if choices.values == "whitened" else choices.values
-    return replace(choices, keys=keys, values=values, gains=False, refit=False, align=0, global_steps=0)
+    return replace(
+        choices,
+        keys=keys,
+        values=values,
+        gains=False,
+        refit=False,
+        align=0,
+        global_steps=0,
+        unrotated="selected",
+    )

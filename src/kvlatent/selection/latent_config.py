@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvlatent.model.assembly import listed_layers
 from kvlatent.model.config import Channels, LatentConfig, Tables
-from kvlatent.model.families import effective_tables, family_of_original, head_dim_of, rope_theta_of
+from kvlatent.model.families import (
+    attention_layers_of,
+    effective_tables,
+    family_of_original,
+    head_dim_of,
+    rope_theta_of,
+)
 from kvlatent.model.rotary import frequency_aware_table
 from kvlatent.model.table import RotaryTable
 from kvlatent.model.widths import Width, Widths, width_per_layer
@@ -61,6 +68,11 @@ def build_latent_config(
     family = family_of_original(config)
     if qk_norm not in ("full", "sliced"):
         raise ValueError(f"unknown qk_norm {qk_norm!r}; choose one of full, sliced")
+    if qk_norm == "sliced" and family.gates_output:
+        raise ValueError(
+            f"a sliced QK-norm is for stock engines, and none runs {family.model_type!r} with a narrow cache (its attention has "
+            "an output gate): got qk_norm='sliced'; use qk_norm=full"
+        )
     head_dim = head_dim_of(config)
     key_width, value_width = widths
     for name, width, rule in (("d_qk", key_width, choices.keys), ("d_vo", value_width, choices.values)):
@@ -84,6 +96,8 @@ def build_latent_config(
         values="full" if value_width == head_dim else choices.values,
         scale=choices.scale,
         qk_norm=qk_norm if family.qk_norm else "none",
+        layers=listed_layers(config),
+        unrotated=choices.unrotated if key_width != head_dim else "selected",
     )
 
 
@@ -93,7 +107,7 @@ def check_widths(config: Any, d_qk: Width, d_vo: Width) -> Widths:
     Raises:
         ValueError: see `Widths.check`.
     """
-    return Widths.check(d_qk, d_vo, head_dim_of(config), config.num_hidden_layers)
+    return Widths.check(d_qk, d_vo, head_dim_of(config), len(attention_layers_of(config)))
 
 
 def _keys(
@@ -105,8 +119,11 @@ def _keys(
         count = max(len(originals), len(width_per_layer(key_width)))
         kept = [
             _keep_keys(head_dim, width, table, rope_theta_of(config, layer), choices)
-            for layer, (width, table) in enumerate(
-                zip(width_per_layer(key_width, count), _spread(originals, count), strict=True)
+            for layer, width, table in zip(
+                attention_layers_of(config)[:count],
+                width_per_layer(key_width, count),
+                _spread(originals, count),
+                strict=True,
             )
         ]
         return tuple((new,) for _, new in kept), tuple((channels,) for channels, _ in kept)
@@ -123,9 +140,29 @@ def _keys(
         for width, layer in zip(widths, _spread(pairs, count), strict=True)
     ]
     layers = list(zip(originals, kept_pairs, strict=True))
+    if choices.unrotated == "factored":
+        layers = [
+            (table, [tuple(pair for pair in pairs if pair < len(table.short)) for pairs in layer])
+            for table, layer in layers
+        ]
+        return (
+            tuple(tuple(table.subset(pairs) for pairs in layer) for table, layer in layers),
+            tuple(
+                tuple(_channels_before_maps(pairs, table.rotary_dim, width) for pairs in layer)
+                for (table, layer), width in zip(layers, widths, strict=True)
+            ),
+        )
     return (
         tuple(tuple(table.subset(p) if p != whole else table for p in layer) for table, layer in layers),
         tuple(tuple(_channels(p, table.rotary_dim, head_dim) for p in layer) for table, layer in layers),
+    )
+
+
+def _channels_before_maps(pairs: tuple[int, ...], rotary_dim: int, width: int) -> tuple[int, ...]:
+    """Kept channels of rotated pairs, then numbers for the maps of the others that fill the width."""
+    return (
+        *pairs_to_channels(pairs, rotary_dim),
+        *range(rotary_dim, rotary_dim + width - 2 * len(pairs)),
     )
 
 

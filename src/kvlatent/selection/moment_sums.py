@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvlatent.model.projection import Projected
 from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.attention_rows import allowed, pair_layout, recorded_projections, rotary_of
 from kvlatent.selection.statistics import LayerStatistics
-from kvlatent.selection.value_bases import value_errors
+from kvlatent.selection.value_bases import gated_metric, metric_root, value_errors
 
 __all__ = ["MomentSums"]
 
@@ -48,6 +49,11 @@ class MomentSums:
         heads, size, device = attention.num_heads, attention.d_qk, attention.o_proj.weight.device
         self.num_heads, self.pairs, self.device = heads, size // 2, device
         like: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.gates = torch.zeros(heads, attention.gate_width, attention.gate_width, **like)
+        rotary = decoder.rotary_emb if attention.rotary is None else attention.rotary
+        unrotated = size - rotary.tables[0].rotary_dim
+        self.unrotated_queries = torch.zeros(heads, unrotated, unrotated, **like)
+        self.unrotated_keys = torch.zeros(heads, unrotated, unrotated, **like)
         self.output_gram = torch.zeros(heads, self.pairs, self.pairs, **like)
         self.outputs = torch.zeros(heads, size, size, **like)
         self.output_means = torch.zeros(heads, size, **like)
@@ -71,31 +77,31 @@ class MomentSums:
                     rotary = rotary_of(module, self.decoder, hidden, self.positions)
                     self.add_attention(given, rotary, self.positions)
 
-            def add_outputs(module: nn.Module, args: tuple, output: Tensor) -> None:
+            def read_out(averaged: Tensor, gate: Tensor | None) -> Tensor:
+                output = type(self.attention).read_out(self.attention, averaged, gate)
                 with torch.autocast(self.device.type, enabled=False):
-                    self.add_outputs(args[0].float().flatten(0, -2), output.float().flatten(0, -2))
+                    self.add_outputs(averaged.float().flatten(0, -2), output.float().flatten(0, -2))
+                return output
 
-            hooks = (
-                self.attention.register_forward_hook(add_attention, with_kwargs=True),
-                self.attention.o_proj.register_forward_hook(add_outputs),
-            )
+            hook = self.attention.register_forward_hook(add_attention, with_kwargs=True)
+            self.attention.read_out = read_out
             try:
                 yield
             finally:
-                for hook in hooks:
-                    hook.remove()
+                hook.remove()
+                del self.attention.read_out
 
-    def add_attention(
-        self, projected: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor], positions: Tensor
-    ) -> None:
+    def add_attention(self, projected: Projected, rotary: tuple[Tensor, Tensor], positions: Tensor) -> None:
         """Energies, and the Gram matrix of the sampled rows.
 
         Args:
-            projected: queries [B, N, T, d], keys and values [B, K, T, d] before the rotation; rotary: cosines and sines;
-                positions: [B, T], or [1, T] for all blocks.
+            projected: what the layer made of its input; rotary: cosines and sines; positions: [B, T], or [1, T] for all blocks.
         """
+        gates = self._add_gates(projected.gate)
         query, key = (apply_rotary(x.float(), *(t.float() for t in rotary)) for x in projected[:2])
         queries, keys = (pair_layout(x, rotary[0].shape[-1]) for x in (query, key))
+        idle = query[..., rotary[0].shape[-1] :].transpose(0, 1).flatten(1, 2)
+        self.unrotated_queries += (idle.transpose(1, 2) @ idle).double()
         self.query_energy += (queries[0].square() + queries[1].square()).sum((0, 2)).double()
         self.key_energy += (keys[0].square() + keys[1].square()).sum((0, 2)).double()
         positions = positions.expand(len(query), -1)
@@ -105,7 +111,10 @@ class MomentSums:
         values = torch.cat([projected[2].float(), ones], dim=-1)
         for block in range(len(query)):
             self._add_rows(
-                *(x[block] for x in (query, key, values, seen, rows)), self.rows[block], rotary[0].shape[-1]
+                *(x[block] for x in (query, key, values, seen, rows)),
+                self.rows[block],
+                rotary[0].shape[-1],
+                None if gates is None else gates[block],
             )
         self.sampled += rows.numel()
 
@@ -118,10 +127,11 @@ class MomentSums:
         rows: Tensor,
         known: Tensor,
         rotary_dim: int,
+        gates: Tensor | None,
     ) -> None:
         """One block, a few rows at a time: query [N, T, d], key [K, T, d], values [K, T, d + 1], seen [R, T], rows [R].
 
-        `known` is `rows` on the CPU, so that nothing waits for the device.
+        `known` is `rows` on the CPU, so that nothing waits for the device; `gates` [N, T, d], where outputs have one.
         """
         groups, scaling = self.attention.num_key_value_groups, self.attention.scaling
         chunk = _CHUNK_ON_CPU if self.device.type == "cpu" else _CHUNK_ON_GPU
@@ -136,22 +146,43 @@ class MomentSums:
             logits = chosen.flatten(1, 2) @ key[:, :end].transpose(1, 2)  # [K, G x r, T]
             logits = logits.unflatten(1, (groups, -1)).masked_fill_(~seen[part, :end], float("-inf"))
             weights = logits.mul_(_TEMPER).softmax(-1)[:, :, :, None]  # [K, G, r, 1, T]
+            self._add_unrotated(weights.squeeze(3), key[:, :end, rotary_dim:])
             first, second = (half[..., None] for half in pair_layout(chosen, rotary_dim))  # [K, G, r, P, 1]
             pairs = first * firsts[:, None, None, :, :end]
             pairs.addcmul_(second, seconds[:, None, None, :, :end]).mul_(weights)  # [K, G, r, P, T]
-            self._add_gram(pairs, weights, values[:, :end])
+            opened = None if gates is None else gates[:, rows[part]]
+            self._add_gram(pairs, weights, values[:, :end], opened)
 
-    def _add_gram(self, weighed: Tensor, weights: Tensor, values: Tensor) -> None:
+    def _add_unrotated(self, weights: Tensor, keys: Tensor) -> None:
+        """Add second moments of keys [K, T, u], centred under the weights [K, G, r, T] of every row."""
+        mean = weights @ keys[:, None]  # [K, G, r, u]
+        weighed = weights.sum(2)[..., None] * keys[:, None]  # [K, G, T, u]
+        moments = weighed.transpose(2, 3) @ keys[:, None] - mean.transpose(2, 3) @ mean
+        self.unrotated_keys += moments.flatten(0, 1).double()
+
+    def _add_gates(self, gate: Tensor | None) -> Tensor | None:
+        """Add the second moments of the gates of all tokens; gives them as [B, N, T, d], or None where there are none."""
+        if gate is None:
+            return None
+        opened = torch.sigmoid(gate.float()).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        flat = opened.transpose(0, 1).flatten(1, 2)
+        self.gates += (flat.transpose(1, 2) @ flat).double()
+        return opened
+
+    def _add_gram(self, weighed: Tensor, weights: Tensor, values: Tensor, opened: Tensor | None) -> None:
         """Add the Gram matrix of what the pairs put out, centred over the keys under the attention weights.
 
         Args:
             weighed: [K, G, r, P, T], pair contributions times weights; weights: [K, G, r, 1, T]; values: [K, T, d + 1], the
-                last channel 1, so that sums of contributions come with the products.
+                last channel 1, so that sums of contributions come with the products; opened: [N, r, d], what multiplies outputs,
+                or None.
         """
         shape = weighed.shape[:-1]
         moved = (weighed.flatten(1, 3) @ values).unflatten(1, shape[1:])  # [K, G, r, P, d + 1]
         mean = (weights.flatten(1, 3) @ values[..., :-1]).unflatten(1, (*shape[1:3], 1))
         moved = torch.addcmul(moved[..., :-1], moved[..., -1:], mean, value=-1).flatten(0, 1)  # [N, r, P, d]
+        if opened is not None:
+            moved = moved * opened[:, :, None]
         given = moved.flatten(1, 2) @ self.output_metric  # [N, r x P, d]
         given = given.unflatten(1, moved.shape[1:3]).transpose(1, 2).flatten(2)  # [N, P, r x d]
         self.output_gram += (given @ moved.transpose(1, 2).flatten(2).transpose(1, 2)).double()
@@ -176,20 +207,27 @@ class MomentSums:
         outputs, groups = self.outputs / self.tokens, self.attention.num_key_value_groups
         energy = self.output_energy / self.tokens
         varying = energy - (self.output_sum / self.tokens).square().sum()
+        gates = self.gates / self.tokens
+        metric = gated_metric(self.output_metric.double(), gates)
         means = {
             "output_gram": self.output_gram / self.sampled,
             "outputs": outputs,
             "output_means": self.output_means / self.tokens,
             "query_energy": self.query_energy / self.tokens,
             "key_energy": self.key_energy / self.tokens,
-            "value_errors": value_errors(self.w_o.double(), outputs, groups),
+            "value_errors": value_errors(
+                metric_root(metric) if gates.numel() else self.w_o.double(), outputs, groups
+            ),
             "output_energy": torch.maximum(varying, _ROUNDING * energy),
-            "head_energy": self._head_energy(outputs),
+            "head_energy": self._head_energy(outputs, metric),
+            "gates": gates,
+            "unrotated_queries": self.unrotated_queries / self.tokens,
+            "unrotated_keys": self.unrotated_keys / self.sampled,
         }
         return LayerStatistics(**{name: tensor.cpu() for name, tensor in means.items()})
 
-    def _head_energy(self, outputs: Tensor) -> Tensor:
+    def _head_energy(self, outputs: Tensor, metric: Tensor) -> Tensor:
         """What varies of every head's share of the output, from the moments of what it averages: [N]."""
         means = self.output_means / self.tokens
         varying = outputs - means[:, :, None] * means[:, None]
-        return (self.output_metric.double() * varying).sum((1, 2)).clamp_min(0)
+        return (metric * varying).sum((1, 2)).clamp_min(0)

@@ -15,6 +15,7 @@ from kvlatent.model.config import Channels
 from kvlatent.model.widths import width_per_layer
 from kvlatent.selection.pair_search import greedy_order, kept_error, search
 from kvlatent.selection.statistics import LayerStatistics, Statistics
+from kvlatent.selection.unrotated import choose_rotated
 
 __all__ = [
     "RULES",
@@ -34,7 +35,12 @@ Pairs = Channels
 
 
 def choose_pairs(
-    statistics: Statistics, d_qk: int | tuple[int, ...], scope: str = "head", rule: str = "gram"
+    statistics: Statistics,
+    d_qk: int | tuple[int, ...],
+    scope: str = "head",
+    rule: str = "gram",
+    *,
+    factored: bool = False,
 ) -> Pairs:
     """Kept pairs by layer, then by key-value head, with the nesting of `LatentConfig.channels`.
 
@@ -42,6 +48,7 @@ def choose_pairs(
         d_qk: key width, one number or one per layer.
         scope: who shares a set: "head" (each key-value head has its own), "layer" or "model".
         rule: "gram" (see `search`) or "energy" (see `strongest_pairs`).
+        factored: unrotated channels are (see `unrotated`), so that of their pairs the first ones stand for all.
 
     Raises:
         ValueError: an unknown scope or rule, or one table for layers of different widths.
@@ -51,8 +58,24 @@ def choose_pairs(
     if rule == "energy":
         return strongest_pairs([_energy(layer) for layer in statistics.layers], d_qk, scope)
     groups = groups_of(statistics)
+    if factored:
+        return _beside_factored(statistics, d_qk, scope, groups)
     members = [list(weighted_grams(layer).split(groups)) for layer in statistics.layers]
     return _pick_per_set(members, d_qk, scope, torch.cat, lambda grams, number: search(grams, number)[0])
+
+
+def _beside_factored(statistics: Statistics, d_qk: int | tuple[int, ...], scope: str, groups: int) -> Pairs:
+    """`choose_pairs` where unrotated channels are factored; layers without them choose as always."""
+    layers = [(layer, weighted_grams(layer)) for layer in statistics.layers]
+    widths = width_per_layer(d_qk, len(layers))
+    check_shared_width(widths, scope)
+    if scope == "model":
+        return (tuple(choose_rotated(layers, groups, widths[0], False)),)
+    heads_differ = scope == "head"
+    return tuple(
+        tuple(choose_rotated([layer], groups, width, heads_differ))
+        for layer, width in zip(layers, widths, strict=True)
+    )
 
 
 def strongest_pairs(energies: list[Tensor], d_qk: int | tuple[int, ...], scope: str = "head") -> Pairs:

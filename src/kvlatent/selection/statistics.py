@@ -42,6 +42,10 @@ class LayerStatistics:
         output_energy: [], E |o - E o|^2 of the attention output o, per token: what varies, since a constant part, however
             large, costs nothing to keep.
         head_energy: [N], the same of each query head's share of the output alone.
+        gates: [N, d, d], second moment of the output gates (sigmoids); [N, 0, 0] without. `outputs` are then those before
+            the gate.
+        unrotated_queries: [N, u, u], second moment of the u query channels that no rotation touches; unrotated_keys:
+            [N, u, u], that of the keys' channels, centred under the attention weights that `output_gram` has.
     """
 
     output_gram: Tensor
@@ -52,6 +56,9 @@ class LayerStatistics:
     value_errors: Tensor
     output_energy: Tensor
     head_energy: Tensor
+    gates: Tensor
+    unrotated_queries: Tensor
+    unrotated_keys: Tensor
 
 
 @dataclass(frozen=True)
@@ -139,15 +146,26 @@ class Statistics:
             raise _damaged(path, ValueError(f"{broken} holds NaN or infinity"))
         try:
             heads, head_dim, count = json.loads(about["sizes"])
-            layers = tuple(
-                LayerStatistics(**{f.name: tensors[f"layers.{i}.{f.name}"] for f in fields(LayerStatistics)})
-                for i in range(count)
-            )
+            layers = tuple(_layer(tensors, f"layers.{i}.") for i in range(count))
             text = tensors["input_ids"], tensors["position_ids"]
             recall = int(about.get("recall_blocks", 0))  # earlier versions made none
             return cls(layers, *text, about["fingerprint"], heads, head_dim, recall)
         except (KeyError, ValueError) as error:
             raise _damaged(path, error) from error
+
+
+_LATER = (
+    "gates",
+    "unrotated_queries",
+    "unrotated_keys",
+)  # than the first files of this format, which lack them
+
+
+def _layer(tensors: dict[str, Tensor], prefix: str) -> LayerStatistics:
+    """What the file holds of a layer."""
+    held = {f.name: tensors[prefix + f.name] for f in fields(LayerStatistics) if f.name not in _LATER}
+    nothing = held["head_energy"].new_zeros(len(held["head_energy"]), 0, 0)
+    return LayerStatistics(**held, **{name: tensors.get(prefix + name, nothing) for name in _LATER})
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

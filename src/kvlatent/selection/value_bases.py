@@ -12,11 +12,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["best_outputs", "output_error", "value_basis", "value_errors"]
+__all__ = ["best_outputs", "gated_metric", "metric_root", "output_error", "value_basis", "value_errors"]
 
 _FLOOR = 1e-10  # relative to the largest eigenvalue
 _SHRINK = 1e-6
 _TINY = 1e-30  # stands for the mean of a head that is 0 everywhere, far enough above the smallest number to divide by
+
+
+def gated_metric(metric: Tensor, gates: Tensor) -> Tensor:
+    """What an error of averaged values costs behind the output gate and W_O: E (W_O s)^T (W_O s), [N, d, d].
+
+    Args:
+        metric: W_O^T W_O, [N, d, d]; gates: second moments of the gates s [N, d, d], empty where there are none. They are
+            taken to be independent of the values.
+    """
+    return metric * gates if gates.numel() else metric
+
+
+def metric_root(metric: Tensor) -> Tensor:
+    """R [N, d, d] with R^T R = metric, in the place of output weights."""
+    values, vectors = torch.linalg.eigh(metric)
+    return values.clamp_min(0).sqrt()[..., None] * vectors.transpose(1, 2)
 
 
 def value_basis(w_o: Tensor, moments: Tensor, d_vo: int) -> Tensor:

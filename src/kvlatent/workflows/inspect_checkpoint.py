@@ -9,7 +9,7 @@ from kvlatent.checkpoints.gguf_files import describe_weights
 from kvlatent.checkpoints.load import load_config
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import table_scope
-from kvlatent.model.families import family_of, key_value_heads_of
+from kvlatent.model.families import attention_layers_of, family_of, key_value_heads_of
 from kvlatent.workflows.run_record import read_record
 
 __all__ = ["describe"]
@@ -31,7 +31,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     config = load_config(str(model))
     family = family_of(config)
     saved = getattr(config, "kv_latent", None)
-    heads, layers = key_value_heads_of(config), config.num_hidden_layers
+    heads, layers = key_value_heads_of(config), len(attention_layers_of(config))
     dtype = config.dtype
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     document: dict[str, Any] = {
@@ -42,7 +42,8 @@ def describe(model: str | Path) -> dict[str, Any]:
     if (weights := describe_weights(model)) is not None:
         document["weights"] = weights
     document |= {
-        "num_hidden_layers": layers,
+        "num_hidden_layers": config.num_hidden_layers,
+        **({} if layers == config.num_hidden_layers else {"num_attention_layers": layers}),
         "num_key_value_heads": heads,
         "dtype": str(dtype).removeprefix("torch."),
     }

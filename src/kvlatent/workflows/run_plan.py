@@ -20,7 +20,7 @@ from kvlatent.engines.facts import check_engine, engine_named
 from kvlatent.jobs.devices import choose_device, working_dtype
 from kvlatent.jobs.recipe import Conversion, Recipe
 from kvlatent.model.cache_bytes import layer_cache_bytes
-from kvlatent.model.families import family_of_original, head_dim_of, key_value_heads_of
+from kvlatent.model.families import attention_layers_of, family_of_original, head_dim_of, key_value_heads_of
 from kvlatent.model.time_estimate import estimate_seconds, layer_size, stage_settings
 from kvlatent.model.widths import Widths
 from kvlatent.planning.candidates import candidates_for, equal_widths
@@ -162,7 +162,7 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
         kv=0.5 if kv is None else kv,
         widths=widths,
         head_dim=head_dim_of(config),
-        num_layers=config.num_hidden_layers,
+        num_layers=len(attention_layers_of(config)),
         num_key_value_heads=key_value_heads_of(config),
         recipe=recipe,
         stages=stages,

@@ -24,7 +24,7 @@ from kvlatent.jobs.record import joined_metrics
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig, table_scope
-from kvlatent.model.families import key_value_heads_of
+from kvlatent.model.families import attention_layers_of, key_value_heads_of
 from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.model.time_estimate import estimate_seconds, layer_size
 from kvlatent.selection.choices import BLIND, BY_PAIRS, PRESETS, UNMEASURED, Choices
@@ -85,7 +85,7 @@ def plan_training(
         kv=1.0,
         widths=latent.widths,
         head_dim=latent.original_head_dim,
-        num_layers=config.num_hidden_layers,
+        num_layers=len(attention_layers_of(config)),
         num_key_value_heads=key_value_heads_of(config),
         recipe=recipe,
         stages=(stage,),

@@ -116,7 +116,7 @@ def score_grams(
 
 def _score_gram(attention: Any, hidden: Tensor, kwargs: dict, rows: Tensor) -> Tensor:
     """Sum over rows and visible keys of the products of pair contributions, of one block: [N, P, P]."""
-    query, key, _ = attention.project(hidden)
+    query, key, *_ = attention.project(hidden)
     cos, sin = kwargs["position_embeddings"]
     query, key = (apply_rotary(x, cos, sin).float()[0] for x in (query, key))
     key = key.repeat_interleave(attention.num_key_value_groups, dim=0)

@@ -24,6 +24,7 @@ from kvlatent.evaluation.perplexity import ratio_error
 from kvlatent.evaluation.sequences import check_counts, counter, evaluation_mode
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.record import with_error
+from kvlatent.model.families import attention_layers_of
 from kvlatent.model.head import IGNORED, Head
 from kvlatent.model.time_estimate import rows_at_once
 
@@ -86,7 +87,7 @@ def fidelity(
     if batch_size is None:
         longest = max(map(len, blocks[0:1]["input_ids"]), default=1)
         batch_size = rows_at_once(original, longest, _MOST_BLOCKS, scored=True)
-    sums = [LayerSums() for _ in pair[0].get_decoder().layers]
+    sums = {layer: LayerSums() for layer in attention_layers_of(pair[0].config)}
     generator = torch.Generator().manual_seed(seed)
     divergences: list[float] = []
     counts: list[int] = []
@@ -113,7 +114,7 @@ def fidelity(
         "kl_standard_error": ratio_error(divergences, counts),
         "top1_agreement": agreed / tokens,
         "tokens": tokens,
-        "layers": [{"layer": index} | one.finish() for index, one in enumerate(sums)],
+        "layers": [{"layer": index} | one.finish() for index, one in sums.items()],
     }
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 
 from kvlatent.model.assembly import full_width
 from kvlatent.model.hidden_states import embed, isolate_layer
-from kvlatent.model.layer_parts import final_norm, parts_of
+from kvlatent.model.layer_parts import final_norm, first_norm, parts_of
 from kvlatent.selection.attention_rows import allowed, document_ids, row_logits
 
 __all__ = ["LayerSums", "as_latent", "in_lockstep", "sampled_rows"]
@@ -40,27 +40,28 @@ def sampled_rows(positions: Tensor, rows: int, generator: torch.Generator) -> Te
 
 
 def in_lockstep(
-    pair: tuple[Any, Any], ids: Tensor, positions: Tensor, rows: Tensor, sums: list[LayerSums]
+    pair: tuple[Any, Any], ids: Tensor, positions: Tensor, rows: Tensor, sums: dict[int, LayerSums]
 ) -> list[Tensor]:
     """Final hidden states [B, T, D] of both models, whose layers are compared on the way."""
     decoders = [model.get_decoder() for model in pair]
     hidden = [embed(decoder, ids) for decoder in decoders]
     norms = [
-        *(parts_of(decoders[0], index).attention_norm for index in range(1, len(decoders[0].layers))),
+        *(first_norm(decoders[0], index) for index in range(1, len(decoders[0].layers))),
         final_norm(decoders[0]),
     ]
-    for index, one in enumerate(sums):
-        for block in range(len(ids)):
+    for index, following in enumerate(norms):
+        for block in range(len(ids)) if index in sums else ():
             part = slice(block, block + 1)
             states = [h[part] for h in hidden]
-            one.add_rows(*_attention_rows(decoders, index, states, positions[part], rows[part]))
+            sums[index].add_rows(*_attention_rows(decoders, index, states, positions[part], rows[part]))
         hidden = [
             isolate_layer(decoder, index)(
                 inputs_embeds=states, position_ids=positions, use_cache=False
             ).last_hidden_state
             for decoder, states in zip(decoders, hidden, strict=True)
         ]
-        one.add_outputs(*(norms[index](states.float()).flatten(0, 1) for states in hidden))
+        if index in sums:
+            sums[index].add_outputs(*(following(states.float()).flatten(0, 1) for states in hidden))
     return [final_norm(decoder)(states) for decoder, states in zip(decoders, hidden, strict=True)]
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, PretrainedConfig, QuantizedCache, StaticCache
 
 from kvlatent.model.classes import latent_config_of
-from kvlatent.model.families import family_of, head_dim_of, key_value_heads_of
+from kvlatent.model.families import attention_layers_of, family_of, head_dim_of, key_value_heads_of
 
 __all__ = [
     "CACHES",
@@ -45,8 +45,8 @@ _GROUP, _SMALLEST_GROUP = 64, 8
 
 
 def cached_widths(config: PretrainedConfig) -> list[tuple[int, int]]:
-    """(d_qk, d_vo) of every layer of an original or latent model's config."""
-    layers = range(config.num_hidden_layers)
+    """(d_qk, d_vo) of every layer with attention of an original or latent model's config."""
+    layers = attention_layers_of(config)
     if getattr(config, "kv_latent", None):
         latent = latent_config_of(config)
         return [(latent.d_qk_at(layer), latent.d_vo_at(layer)) for layer in layers]
@@ -159,7 +159,7 @@ def check_caches(
 
 def _check_full_attention(kind: str, config: PretrainedConfig) -> None:
     family = family_of(config)
-    windows = [family.sliding_window(config, layer) for layer in range(config.num_hidden_layers)]
+    windows = [family.sliding_window(config, layer) for layer in family.attention_layers(config)]
     windowed = [window for window in windows if window is not None]
     if windowed:
         raise ValueError(

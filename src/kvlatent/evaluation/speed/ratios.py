@@ -143,9 +143,10 @@ def largest_contexts(
     rows = []
     for (batch, cache, role), cell in longest.items():
         model = models[role]
-        weights, layers = weight_bytes(model), range(model.config.num_hidden_layers)
-        family = family_of(model.config)
-        windows = [family.sliding_window(model.config, layer) for layer in layers]
+        weights, family = weight_bytes(model), family_of(model.config)
+        windows = [
+            family.sliding_window(model.config, layer) for layer in family.attention_layers(model.config)
+        ]
         rates = cell.runs[-1].token_bytes
         fits = memory >= weights
         tokens = maximum_context(memory, weights, rates, windows, batch) if fits else 0
