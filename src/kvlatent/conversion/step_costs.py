@@ -72,7 +72,7 @@ def measure_step_costs(
         clock: seconds since whenever.
     """
 
-    now, given = _synchronised(clock, latent.device), {"seed": seed, "dtype": dtype}
+    now, given = _synchronised(clock, latent.device), dict[str, Any](seed=seed, dtype=dtype)
     with frozen_pair(model, latent) as twin, _put_back(latent):
         config = latent_config_of(latent.config)
         forward_s = forward_seconds(model, statistics, dtype, clock)
