@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import prepare_for_training, trainable_state
-from kvlatent.workflows import healing, minutes, timed_conversion
+from kvlatent.workflows import healing, minutes
 from kvlatent.workflows.compress_checkpoint import compress
 from on_disk import write_checkpoint, write_text
-from test_minutes import COSTS, QUICK, Clock
+from test_minutes import NOTHING, QUICK, Clock, set_costs
 from training_setup import blocks, original, student_of
 
 OPTIONS = {"overrides": QUICK, "device": "cpu", "eval_tokens": 320, "minutes": 3}
@@ -45,7 +45,7 @@ def _set_clock(monkeypatch):
     """A second passes at every look, so a step of training takes one, and a step of the conversion `COSTS`."""
     clock = Clock(tick=1.0)
     monkeypatch.setattr(minutes, "monotonic", clock)
-    monkeypatch.setattr(timed_conversion, "measure_step_costs", lambda *args, **options: COSTS)
+    set_costs(monkeypatch)
     return clock
 
 
@@ -66,8 +66,8 @@ def test_the_budget_is_split_and_every_step_says_what_it_gained(place, whole):
     record = whole
     rows = {row["step"]: row for row in record["minutes"]["steps"]}
     assert list(rows) == [
-        "calibration", "widths", "closed form", "measure the speed", "alignment and refit", "global pass",
-        "search of the rate", "stage II",
+        "foresee the time", "calibration", "widths", "closed form", "measure the speed", "alignment and refit",
+        "global pass", "search of the rate", "stage II",
     ]  # fmt: skip
     stage, search = record["training"]["stage2"], record["training"]["stage2"]["search"]
     assert list(record["training"]) == ["stage2"] and "stage1" not in record["figures"]
@@ -170,9 +170,16 @@ def test_where_no_step_of_the_stage_fits_the_conversion_is_the_result(place, tmp
     assert record["figures"]["latent"]["perplexity"] == record["figures"]["converted"]["perplexity"]
 
 
-def test_without_any_step_that_fits_nothing_is_left(place, tmp_path, clock):
+def test_without_any_step_that_fits_nothing_is_left(place, tmp_path, clock, monkeypatch):
+    told = []
+    with pytest.raises(ValueError, match=r"--minutes has to be enough for .*about .* got 0\.15"):
+        run(place, tmp_path / "out", minutes=0.15, progress=lambda step, *rest: told.append(step))
+    assert "foresee the time" in told and "calibrate" not in told and list(tmp_path.iterdir()) == []
+    set_costs(monkeypatch, foreseen=NOTHING)
     for options in ({"minutes": 0.15}, {"minutes": 0.12, "overrides": (*QUICK, "conversion.preset=paper")}):
-        with pytest.raises(ValueError, match=r"--minutes has to be enough for .*at least .* got 0\.1"):
+        with pytest.raises(
+            ValueError, match=r"--minutes has to be enough for .*(?:about|at least) .* got 0\.1"
+        ):
             run(place, tmp_path / "out", **options)
         assert list(tmp_path.iterdir()) == []
 

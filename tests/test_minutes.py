@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -14,10 +15,11 @@ from kvlatent.conversion.step_costs import StepCosts, measure_step_costs
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.assembly import full_width
 from kvlatent.selection.choices import resolve_choices
-from kvlatent.workflows import minutes, timed_conversion
+from kvlatent.workflows import foreseen_steps, minutes, timed_conversion
+from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint
 from kvlatent.workflows.compress_checkpoint import compress
 from kvlatent.workflows.convert_checkpoint import convert_checkpoint
-from kvlatent.workflows.minutes import Budget, check_minutes, split_minutes
+from kvlatent.workflows.minutes import Budget, TooFewMinutes, check_minutes, split_minutes
 from kvlatent.workflows.run_plan import plan_run
 from on_disk import SETTINGS, write_checkpoint, write_text
 from test_cli import call
@@ -28,6 +30,7 @@ QUICK = (
     "calibration.blocks=34",
     "calibration.rows=8",
 )
+NOTHING = StepCosts(refine_s=0, align_s=0, global_start_s=0, global_s=0, forward_s=0)
 COSTS = StepCosts(refine_s=10, align_s=1, global_start_s=5, global_s=2, forward_s=0.001)
 
 
@@ -55,8 +58,15 @@ def clock(monkeypatch):
     """Stands still, and what steps cost is `COSTS`."""
     clock = Clock()
     monkeypatch.setattr(minutes, "monotonic", clock)
-    monkeypatch.setattr(timed_conversion, "measure_step_costs", lambda *args, **options: COSTS)
+    set_costs(monkeypatch)
     return clock
+
+
+def set_costs(monkeypatch, foreseen=COSTS):
+    """Steps are found to cost `COSTS`, whatever was foreseen."""
+    monkeypatch.setattr(timed_conversion, "measure_step_costs", lambda *args, **options: COSTS)
+    monkeypatch.setattr(foreseen_steps, "foresee_step_costs", lambda *args, **options: foreseen)
+    monkeypatch.setattr(foreseen_steps, "forward_seconds", lambda *args, **options: foreseen.forward_s)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +166,8 @@ def test_convert_takes_the_steps_that_fit_and_its_recipe_repeats_it(place, tmp_p
     assert told["asked"] == 2 and told["spent"] == 0 and "33%" in told["why"]
     rows = {row["step"]: row for row in told["steps"]}
     assert list(rows) == [
-        "calibration", "widths", "closed form", "measure the speed", "alignment and refit", "global pass",
+        "foresee the time", "calibration", "widths", "closed form", "measure the speed", "alignment and refit",
+        "global pass",
     ]  # fmt: skip
     aligned, tuned = rows["alignment and refit"], rows["global pass"]
     assert aligned["steps"] == 25 and 0 < tuned["steps"] <= 64
@@ -193,11 +204,16 @@ def test_steps_on_all_layers_follow_the_clock_once_more(place, tmp_path, clock, 
 
 
 @pytest.mark.parametrize("when", ["load", "calibrate", "measure narrow sides", "split"])
-def test_too_few_minutes_end_in_one_sentence_and_nothing_is_written(place, tmp_path, clock, when):
+def test_too_few_minutes_end_in_one_sentence_and_nothing_is_written(
+    place, tmp_path, clock, monkeypatch, when
+):
+    """Also where nothing of it was foreseen."""
+
     def pass_time(step, done, total, note):
         if step == when:
             clock.now += 30
 
+    set_costs(monkeypatch, foreseen=NOTHING)
     asked = 0.4 if when == "split" else 0.6
     with pytest.raises(
         ValueError, match=r"^--minutes has to be enough for .*, which take at least [0-9.]+ on"
@@ -213,8 +229,67 @@ def test_too_few_minutes_end_in_one_sentence_and_nothing_is_written(place, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def told_until_refused(run):
+    """The steps that were told of, and the sentence."""
+    told = []
+    with pytest.raises(
+        TooFewMinutes, match=r"^--minutes has to be enough for .*, which take about "
+    ) as error:
+        run(lambda step, done, total, note: told.append((step, done)))
+    return told, str(error.value)
+
+
+@pytest.mark.parametrize("source", ["text", "statistics"])
+def test_what_is_foreseen_refuses_before_anything_long(place, tmp_path, clock, source):
+    given = {}
+    if source == "statistics":
+        file = tmp_path / "seen.safetensors"
+        calibrate_checkpoint(place / "model", place / "text.txt", file, device="cpu", overrides=QUICK)
+        given = {"data": None, "eval_data": place / "text.txt", "statistics": file}
+    # A step takes 17; two models are measured on 320 tokens and their recall, six with a narrow side on two blocks.
+    tokens = 2 * (320 + minutes.MOST_TOKENS) + 6 * 2 * 32 + (2 * 34 * 32 if source == "text" else 0)
+    expected = 17 + 0.001 * tokens
+    out = tmp_path / "out"
+    told, sentence = told_until_refused(
+        lambda tell: convert(place, out, minutes=0.85 * expected / 60, progress=tell, **given)
+    )
+    assert [step for step, _ in told] == ["load", "foresee the time"] and not out.exists()
+    least = float(sentence.partition("which take about ")[2].split()[0])
+    assert least == pytest.approx(expected / 60, abs=0.01)
+    assert f"; try --minutes {minutes._rounded_up(2 * expected / 60):g}" in sentence
+
+
+@pytest.mark.parametrize(("when", "most"), [("calibrate", 30), ("measure narrow sides", 6)])
+def test_a_step_whose_pace_leaves_no_time_is_ended_early(place, tmp_path, clock, monkeypatch, when, most):
+    monkeypatch.setattr("kvlatent.selection.calibrate.blocks_at_once", lambda *given: 4)
+
+    def pass_time(step, done, total, note):
+        told.append((step, done))
+        clock.now += 20 * (step == when and done > 0)
+
+    told = []
+    with pytest.raises(
+        TooFewMinutes, match=r"which take about [0-9.]+ on this machine: got 2; try --minutes "
+    ):
+        convert(place, tmp_path / "out", minutes=2, progress=pass_time)
+    done = [done for step, done in told if step == when]
+    assert 0 < done[-1] < most and told[-1][0] == when and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_foreseen_is_less_than_what_is_measured():
+    model, latent, statistics = converted("llama")
+    choices, given = resolve_choices(), {"seed": 0, "dtype": "float32", "clock": time.process_time}
+    step_costs.forward_seconds(model, statistics, "float32", time.process_time)
+    foreseen = step_costs.foresee_step_costs(
+        model, latent, step_costs._first_blocks(statistics, 5), choices, blocks=34, **given
+    )
+    measured = measure_step_costs(model, latent, statistics, choices, **given)
+    for name in ("refine_s", "align_s", "global_start_s", "global_s", "forward_s"):
+        assert 0 < getattr(foreseen, name) < 3 * getattr(measured, name), name
+
+
 def test_enough_is_what_the_sentence_says(place, tmp_path, clock):
-    with pytest.raises(ValueError, match="at least") as error:
+    with pytest.raises(ValueError, match="which take about") as error:
         convert(place, tmp_path / "out", minutes=0.1)
     tried = float(str(error.value).partition("try --minutes ")[2].split(",")[0])
     assert convert(place, tmp_path / "out", minutes=tried)["minutes"]["asked"] == tried

@@ -32,7 +32,7 @@ from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["SIDES", "narrow_divergences"]
+__all__ = ["SIDES", "narrow_divergences", "work_of_widths"]
 
 SIDES = ("keys", "values")
 # Widths to measure, in eighths of a head; between them curves are close to exponential.
@@ -65,7 +65,7 @@ def narrow_divergences(
     """
     closed_form = replace(choices, refit=False, align=0, global_steps=0)
     head_dim, layers = statistics.head_dim, len(statistics.layers)
-    widths = sorted({max(2, head_dim * eighths // 8 // 4 * 4) for eighths in _EIGHTHS})
+    widths = _widths(head_dim)
     each = layers if per_layer else 1
     step = Progress.of(progress).step("measure narrow sides", len(SIDES) * len(widths) * each)
     rest = _Rest(model, statistics)
@@ -89,6 +89,29 @@ def narrow_divergences(
     return found
 
 
+def work_of_widths(
+    layers: int, head_dim: int, blocks: int, size: int, *, per_layer: bool
+) -> tuple[int, float]:
+    """How many conversions `narrow_divergences` makes, and how many tokens its models read, as if all layers were run.
+
+    Args:
+        blocks: of the text, of `size` tokens each.
+    """
+    conversions = len(SIDES) * len(_widths(head_dim))
+    tokens = len(_blocks(blocks, size)) * size
+    # Of a layer by itself, those from it on are run: half of them in the mean.
+    return conversions, conversions * tokens * (layers / 2 if per_layer else 1)
+
+
+def _widths(head_dim: int) -> list[int]:
+    return sorted({max(2, head_dim * eighths // 8 // 4 * 4) for eighths in _EIGHTHS})
+
+
+def _blocks(count: int, size: int) -> list[int]:
+    """Which of so many blocks are looked at."""
+    return held_out_blocks(count)[: max(1, _TOKENS // size)] or [0]
+
+
 def _with_table(decoder: Any, index: int) -> nn.Module:
     """The attention of a layer, with the rotary table that it shares with others as its own."""
     attention = parts_of(decoder, index).attention
@@ -109,7 +132,7 @@ class _Rest:
         self.head = head._replace(weight=head.weight.detach())
         self.dtype = faster_dtype(model.config, model.device)
         count, size = statistics.input_ids.shape
-        chosen = held_out_blocks(count)[: max(1, _TOKENS // size)] or [0]
+        chosen = _blocks(count, size)
         self.ids, self.positions = (
             t[chosen].long().to(model.device) for t in (statistics.input_ids, statistics.position_ids)
         )

@@ -1,6 +1,7 @@
 """What the steps of a conversion cost on the machine at hand, in seconds, by taking a few of each.
 
-Nothing of it stays in the model. The figures err on the side of more: a few steps measure more often than many do.
+Nothing of it stays in the model. The figures err on the side of more: a few steps measure more often than many do. What
+is foreseen before anything is known of a text errs on the side of less, so that no budget that is enough is refused.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["StepCosts", "measure_step_costs"]
+__all__ = ["StepCosts", "foresee_step_costs", "forward_seconds", "measure_step_costs"]
 
 _ALIGNED, _GLOBAL = 12, 3  # steps to take; of alignment, in one layer
 
 _MEASURED = 10  # times that the global pass looks at its held-out blocks
+
+_PASSES, _OF_A_STEP = (
+    2,
+    3,
+)  # forwards of the text through both models, and of its blocks in a step on all layers
 
 
 @dataclass(frozen=True)
@@ -66,24 +72,11 @@ def measure_step_costs(
         clock: seconds since whenever.
     """
 
-    def now() -> float:
-        if latent.device.type == "cuda":  # whose kernels run behind
-            torch.cuda.synchronize(latent.device)
-        return clock()
-
+    now, given = _synchronised(clock, latent.device), dict[str, Any](seed=seed, dtype=dtype)
     with frozen_pair(model, latent) as twin, _put_back(latent):
         config = latent_config_of(latent.config)
-        given: dict[str, Any] = {"seed": seed, "dtype": dtype}
-
-        def one_layer(align: int) -> float:
-            start = now()
-            few_steps = replace(choices, align=align)
-            refine(twin, latent, config, statistics, few_steps, layers=1, progress=Progress(), **given)
-            return now() - start
-
-        forward_s = _forward_seconds(model, statistics, dtype, now)
-        alone = one_layer(0)
-        aligned = one_layer(_ALIGNED)
+        forward_s = forward_seconds(model, statistics, dtype, clock)
+        alone, aligned = _layer_seconds(twin, latent, statistics, choices, now, **given)
         marks: list[float] = []
         few = _first_blocks(statistics, blocks_of_a_step(statistics.input_ids.shape[1]) + 1)
         told = Progress(lambda **report: marks.append(now()))
@@ -100,9 +93,66 @@ def measure_step_costs(
     )
 
 
+def foresee_step_costs(
+    model: Any,
+    latent: Any,
+    few: Statistics,
+    choices: Choices,
+    *,
+    blocks: int,
+    seed: int,
+    dtype: str,
+    clock: Callable[[], float],
+) -> StepCosts:
+    """What `measure_step_costs` will find at least, from a few seconds of work.
+
+    Args:
+        latent: of the widths that are likely, whatever its weights.
+        few: some blocks of the text; nothing else of it is read.
+        blocks: of the whole text.
+        model, choices, seed, dtype, clock: as for `measure_step_costs`.
+    """
+    now, size = _synchronised(clock, latent.device), few.input_ids.shape[1]
+    with frozen_pair(model, latent) as twin, _put_back(latent):
+        forward_s = forward_seconds(model, few, dtype, clock)
+        alone, aligned = _layer_seconds(twin, latent, few, choices, now, seed=seed, dtype=dtype)
+    measured = _MEASURED * len(held_out_blocks(blocks))
+    return StepCosts(
+        refine_s=_PASSES * forward_s * blocks * size,
+        align_s=len(latent.model.layers) * max(0.0, aligned - alone) / _ALIGNED,
+        global_start_s=forward_s * size * (blocks + measured),
+        global_s=_OF_A_STEP * forward_s * size * blocks_of_a_step(size),
+        forward_s=forward_s,
+    )
+
+
+def _synchronised(clock: Callable[[], float], device: torch.device) -> Callable[[], float]:
+    """The clock, behind what a GPU still has to do."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    return now
+
+
+def _layer_seconds(
+    twin: Any, latent: Any, text: Statistics, choices: Choices, now: Callable[[], float], **given: Any
+) -> tuple[float, float]:
+    """The lowest layer refined without steps, and with a few."""
+    marks = [now()]
+    for align in (0, _ALIGNED):
+        few_steps, config = replace(choices, align=align), latent_config_of(latent.config)
+        refine(twin, latent, config, text, few_steps, layers=1, progress=Progress(), **given)
+        marks.append(now())
+    return marks[1] - marks[0], marks[2] - marks[1]
+
+
 @torch.no_grad()
-def _forward_seconds(model: Any, statistics: Statistics, dtype: str, now: Callable[[], float]) -> float:
-    """Of a token, logits included; the first block warms up."""
+def forward_seconds(model: Any, statistics: Statistics, dtype: str, clock: Callable[[], float]) -> float:
+    """Of a token of the text, logits included; the first block warms up."""
+    now = _synchronised(clock, model.device)
     ids, positions = (t.long().to(model.device) for t in (statistics.input_ids, statistics.position_ids))
     seconds = 0.0
     for block in (0, len(ids) - 1):

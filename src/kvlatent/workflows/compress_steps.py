@@ -25,6 +25,7 @@ from kvlatent.text.parts import TextReader, Texts, read_texts
 from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import merged_copy, prepare_for_training
+from kvlatent.workflows.foreseen_steps import expect_steps
 from kvlatent.workflows.healing import CONVERSION_SHARE, Healing, part_checked
 from kvlatent.workflows.minutes import Budget, noted, tokens_to_measure
 from kvlatent.workflows.run_plan import Plan
@@ -120,6 +121,7 @@ class CompressRun:
         kept = self.workspace.path / "statistics.safetensors"
         if (known := self.workspace.done("calibration")) is not None:
             return Statistics.load(kept), known
+        self._expect(texts, file)
         with noted(self.budget, "calibration", self.progress) as told:
             statistics, figures = calibrate_or_load(
                 self.plan, self.original, self.tokenizer, texts, file, told
@@ -128,6 +130,14 @@ class CompressRun:
             return None, None
         statistics.save(kept, overwrite=True)
         return statistics, self.workspace.finish("calibration", figures)
+
+    def _expect(self, texts: Texts, file: str | Path | None) -> None:
+        """Refuse a budget that is not enough for one step, before anything long."""
+        if self.budget is None or self.workspace.done("original") is not None:
+            return
+        tokens = tokens_to_measure(texts.held_out, models=3, recalls=2)
+        given = self.budget, self.original, self.plan, texts.train, file, self.progress
+        expect_steps(*given, tokens_to_measure=tokens)
 
     def _convert(self, statistics: Statistics | None, texts: Texts) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The latent model, put together again from its tensors where a calibrated conversion has finished."""

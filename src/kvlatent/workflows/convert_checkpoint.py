@@ -19,6 +19,7 @@ from kvlatent.jobs.progress import Progress, Report
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import TextReader, Texts, check_sources, read_texts
 from kvlatent.training.trainable import merged_copy
+from kvlatent.workflows.foreseen_steps import expect_steps
 from kvlatent.workflows.losses import judge_losses, warn_of_losses
 from kvlatent.workflows.minutes import Budget, noted, tokens_to_measure
 from kvlatent.workflows.run_plan import Plan, plan_run
@@ -101,6 +102,9 @@ def convert_checkpoint(
         texts = read_texts(reader, data, eval_data, eval_tokens=eval_tokens, calibrates=plan.calibrates)
         if announce is not None:
             announce(plan.summary())
+        if budget is not None:
+            tokens = tokens_to_measure(texts.held_out, models=2, recalls=2)
+            expect_steps(budget, original, plan, texts.train, statistics, report, tokens_to_measure=tokens)
         with noted(budget, "calibration", report) as told:
             seen, record["calibration"] = calibrate_or_load(
                 plan, original, tokenizer, texts, statistics, told

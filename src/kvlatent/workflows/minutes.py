@@ -48,6 +48,7 @@ PASSES = 8
 _DECIDED = ("tokens", "align", "global_steps")
 _DECIDED_KEYS = ("stage1.tokens", "stage2.tokens", "conversion.align", "conversion.global_steps")
 _SAVING = 0.02  # of the budget, for what nobody measures: loading, writing
+_SURE = 0.9  # of what is foreseen, as other work on the machine comes and goes
 
 
 class TooFewMinutes(ValueError):
@@ -69,6 +70,7 @@ class Budget:
         self._start = self.clock()
         self.rows: list[dict[str, Any]] = []
         self.reasons: list[str] = []
+        self._expected: dict[str, float] = {}
 
     @property
     def spent_s(self) -> float:
@@ -93,19 +95,41 @@ class Budget:
         row["minutes"] = round((self.clock() - start) / 60, 4)
         self.rows.append(row)
 
-    def watch(self, progress: Progress) -> Progress:
-        """The same progress, for what comes before the first step that learns: it ends when no time is left.
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """Say what steps will take at least, by their names; each stands until it begins.
 
         Raises:
-            TooFewMinutes: from a report, when the minutes are gone.
+            TooFewMinutes: they do not fit.
         """
+        self._expected = dict(seconds)
+        self._look_ahead(0)
+
+    def watch(self, name: str, progress: Progress) -> Progress:
+        """The same progress, for a step before the first that learns: it ends when no time is left, or when by its pace
+            none will be for those behind it.
+
+        Raises:
+            TooFewMinutes: from a report.
+        """
+        self._expected.pop(name, None)
+        marks: dict[str, tuple[int, float]] = {}
 
         def tell(step: str, done: int, total: int, note: str, **figures: float) -> None:
             if self.left_s <= 0:
                 self.refuse(self.spent_s * max(1.0, total / done if done else 1.0))
+            if done:  # the first part warms up
+                begun, start = marks.setdefault(step, (done, self.clock()))
+                pace = (self.clock() - start) / max(1, done - begun)
+                self._look_ahead(pace * (total - done))
             progress.report(step, done, total, note, **figures)
 
         return Progress(tell)
+
+    def _look_ahead(self, rest_s: float) -> None:
+        """Refuse where a step that has so many seconds left, and those that are expected behind it, do not fit."""
+        needed = self.spent_s + rest_s + sum(self._expected.values())
+        if _SURE * (needed - self.spent_s) > self.left_s:
+            self.refuse(needed, foreseen=True)
 
     def summary(self, conversion: dict[str, Any]) -> dict[str, Any]:
         """Minutes asked for and spent, why they were split so, and what each step took and gained; JSON-able.
@@ -119,12 +143,16 @@ class Budget:
         spent = round(self.spent_s / 60, 4)
         return {"asked": self.minutes, "spent": spent, "why": "; ".join(self.reasons), "steps": self.rows}
 
-    def refuse(self, needed_s: float) -> NoReturn:
-        """Raise `TooFewMinutes`: up to one step that learns, and with the measuring behind it, the run takes so long."""
+    def refuse(self, needed_s: float, *, foreseen: bool = False) -> NoReturn:
+        """Raise `TooFewMinutes`: up to one step that learns, and with the measuring behind it, the run takes so long.
+
+        Args:
+            foreseen: that is an estimate.
+        """
         least = needed_s / 60
         raise TooFewMinutes(
-            "--minutes has to be enough for the calibration, one step that learns and the measuring, which take at least "
-            f"{_rounded_up(least):g} on this machine: got {self.minutes:g}; try --minutes {_rounded_up(2 * least):g}, or "
+            "--minutes has to be enough for the calibration, one step that learns and the measuring, which take "
+            f"{'about' if foreseen else 'at least'} {_rounded_up(least):g} on this machine: got {self.minutes:g}; try --minutes {_rounded_up(2 * least):g}, or "
             "fewer --blocks"
         )
 
@@ -136,7 +164,7 @@ def noted(budget: Budget | None, name: str, progress: Progress) -> Generator[Pro
         yield progress
         return
     with budget.step(name):
-        yield budget.watch(progress)
+        yield budget.watch(name, progress)
 
 
 def tokens_to_measure(blocks: Dataset | None, *, models: int, recalls: int) -> int:
