@@ -62,7 +62,9 @@ def with_fewer_steps(words: list[str]) -> list[str]:
     if "--minutes" in words:  # a page may speak of hours
         return [*words, "--dry-run"]
     fixed = "--statistics" in words or "--kv-bytes" in words or "--dry-run" in words
-    more = [] if fixed else [word for flag in FEWER if flag in has - set(words) for word in (flag, FEWER[flag])]
+    more = (
+        [] if fixed else [word for flag in FEWER if flag in has - set(words) for word in (flag, FEWER[flag])]
+    )
     if words[0] == "train" or ("--set" in has and "--kv-bytes" not in words):
         more += [word for setting in SMALL for word in ("--set", setting)]
     if words[0] == "eval" and "--checks" not in words:
@@ -157,6 +159,8 @@ def run_page(page) -> None:
                     file.write(text)
                 Recipe.load("page.yaml")
             elif block.language == "bash":
+                if server is not None:
+                    server = server.end()
                 for line in block.lines:
                     run_line(line)
     finally:
@@ -169,11 +173,17 @@ def run_page(page) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that pages import themselves
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_the_page_runs(page, place, tmp_path, monkeypatch):
-    made = {out for block in snippets_of(page) for out in re.findall(r"--out (\S+)", block.text)}
+    made = {
+        out
+        for block in snippets_of(page)
+        if block.language == "bash"
+        for out in re.findall(r"--out (\S+)", block.text)
+    }
     for part in place.iterdir():
         if part.name not in made:
             os.symlink(part, tmp_path / part.name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of exports that are served
     run_page(page)
 
 

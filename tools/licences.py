@@ -52,7 +52,9 @@ def find_licence(package: Distribution) -> str:
     """What a package says of its licence, shortest form first; "" where it says nothing."""
     said = package.metadata
     classified = [
-        line.rpartition(" :: ")[2] for line in said.get_all("Classifier") or () if line.startswith("License ::")
+        line.rpartition(" :: ")[2]
+        for line in said.get_all("Classifier") or ()
+        if line.startswith("License ::")
     ]
     words = said.get("License-Expression") or " / ".join(classified) or said.get("License") or ""
     return words.strip().partition("\n")[0][:80]

@@ -17,7 +17,7 @@ __all__ = ["LARGEST_BYTES", "check_sdist", "check_wheel", "only_file"]
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_BYTES = 10_000_000
 _PACKAGES = ("kvlatent", "kvlatent_lab", "kvlatent_cli")
-_SUFFIXES = (".py", ".typed")
+_SUFFIXES = (".py", ".typed", ".cpp", ".json", ".css", ".j2")
 _ASSETS = "kvlatent/assets/"
 _METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 _IN_SDIST = {
@@ -47,14 +47,18 @@ def check_wheel(path: Path) -> dict[str, int]:
     """
     size = path.stat().st_size
     if size > LARGEST_BYTES:
-        raise ValueError(f"a wheel is at most {LARGEST_BYTES:,} bytes: got {size:,} of {path.name}; leave out what it need not carry")
+        raise ValueError(
+            f"a wheel is at most {LARGEST_BYTES:,} bytes: got {size:,} of {path.name}; leave out what it need not carry"
+        )
     carried: Counter[str] = Counter()
     with zipfile.ZipFile(path) as wheel:
         for entry in wheel.infolist():
             carried[_part_of(entry.filename)] += entry.file_size
     for part in (*_PACKAGES, _ASSETS, "metadata"):
         if not carried[part]:
-            raise ValueError(f"the wheel lacks {part}: {path.name} carries {', '.join(carried)}; see [tool.hatch] in pyproject.toml")
+            raise ValueError(
+                f"the wheel lacks {part}: {path.name} carries {', '.join(carried)}; see [tool.hatch] in pyproject.toml"
+            )
     return dict(carried)
 
 
@@ -66,7 +70,9 @@ def _part_of(name: str) -> str:
         return package
     if package.endswith(".dist-info") and rest in _METADATA:
         return "metadata"
-    raise ValueError(f"a wheel carries modules and the embedded model only: got {name}; see [tool.hatch] in pyproject.toml")
+    raise ValueError(
+        f"a wheel carries modules and the embedded model only: got {name}; see [tool.hatch] in pyproject.toml"
+    )
 
 
 def check_sdist(path: Path) -> set[str]:
@@ -88,7 +94,10 @@ def check_sdist(path: Path) -> set[str]:
 def main(folder: Path) -> None:
     """Check both files, and print what the wheel carries."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    wheel, sdist = only_file(folder, f"kvlatent-{version}-*.whl"), only_file(folder, f"kvlatent-{version}.tar.gz")
+    wheel, sdist = (
+        only_file(folder, f"kvlatent-{version}-*.whl"),
+        only_file(folder, f"kvlatent-{version}.tar.gz"),
+    )
     for part, size in check_wheel(wheel).items():
         print(f"{size:>12,}  {part}")
     check_sdist(sdist)

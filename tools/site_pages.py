@@ -98,7 +98,9 @@ def families_page() -> str:
     return (
         f"{_HEAD}# Families\n\nWhat can be converted, by `model_type` in the model's `config.json`. Everything else is refused "
         "with a sentence that says what is in the way. A test converts a toy of each at full width, and the logits are the "
-        "original's, bit for bit.\n\n" + "\n".join(table) + "\n\nTo add one, see [Extending](extending.md#a-family).\n"
+        "original's, bit for bit.\n\n"
+        + "\n".join(table)
+        + "\n\nTo add one, see [Extending](extending.md#a-family).\n"
     )
 
 

@@ -49,7 +49,15 @@ def cache_picture() -> str:
             _text(left, 200, "keys", fill=_KEYS),
             _text(left + 148, 200, "values", fill=_VALUES),
         ]
-    parts.append(_text(80, 224, "One head of one layer. A row is a token; every further token adds one.", size=13, fill=_LIGHT))
+    parts.append(
+        _text(
+            80,
+            224,
+            "One head of one layer. A row is a token; every further token adds one.",
+            size=13,
+            fill=_LIGHT,
+        )
+    )
     return _svg(740, 240, "The KV cache of one head before and after", parts)
 
 
@@ -69,9 +77,17 @@ def rope_picture(theta: float = 1e4, pairs: int = 8) -> str:
             )
         parts.append(_text(x, 142, f"{turn:.2g}", size=13, anchor="middle", fill=ink))
         parts.append(_text(x, 162, "kept" if pair in kept else "dropped", size=13, anchor="middle", fill=ink))
-    parts.append(_text(22, 30, "Eight channel pairs of a key: radians by which each turns from a token to the next"))
     parts.append(
-        _text(22, 192, "A kept pair turns as it did in training. New frequencies would mean that it reads distances wrongly.", size=13, fill=_LIGHT)
+        _text(22, 30, "Eight channel pairs of a key: radians by which each turns from a token to the next")
+    )
+    parts.append(
+        _text(
+            22,
+            192,
+            "A kept pair turns as it did in training. New frequencies would mean that it reads distances wrongly.",
+            size=13,
+            fill=_LIGHT,
+        )
     )
     return _svg(740, 208, "Rotary position embedding, and which pairs are kept", parts)
 
