@@ -3,6 +3,9 @@
 # make test   set everything up and run the tests
 # make test-numerics   the tests of numbers again, with other kernels and numbers of threads
 # make engines   the tests that need a heavy engine (vLLM for the CPU, llama.cpp built here: 20 minutes, 4 GB), in .venv-engines
+# make docs   build the documentation's site into build/site, strictly
+# make release-files   wheel and sdist in dist, and a look at what they hold
+# make release-check   the same, then the wheel in an empty environment and the demo there (1 GB, ten minutes)
 # All need Python 3.11 or newer and the package index, nothing else. VENV=path chooses the environment.
 
 PYTHON ?= python3
@@ -15,7 +18,8 @@ CHECKOUT := $(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.kvlatent-$(CHECKOUT)
 ENGINES_STAMP := $(ENGINES)/.kvlatent-$(CHECKOUT)
 
-.PHONY: install demo demo-real engines test test-numerics test-rounding lint types imports check clean
+.PHONY: install demo demo-real docs engines release-files release-check test test-numerics test-rounding lint types \
+	imports check clean
 
 install: $(STAMP)
 
@@ -93,7 +97,33 @@ types: install
 imports: install
 	$(BIN)/lint-imports
 
-check: lint types imports test test-numerics
+# An environment of its own: the site is built from sources and docstrings, and needs neither torch nor kvlatent.
+DOCS := build/docs-env
+
+$(DOCS)/.kvlatent: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -c constraints.txt $$($(PYTHON) -c "import tomllib; print(*( \
+		one.replace(' ', '') for one in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']))")
+	touch $@
+
+docs: $(DOCS)/.kvlatent
+	PYTHONPATH=tools $(DOCS)/bin/zensical build --clean --strict
+
+release-files:
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install build
+	build/release/bin/python -m build --outdir dist
+	build/release/bin/python tools/release_check.py dist
+
+# The wheel comes from the sdist, so both are installed.
+release-check: release-files
+	build/release/bin/python -m pip install -c constraints.txt torch==2.13.0
+	build/release/bin/python -m pip install -c constraints.txt dist/kvlatent-*.whl
+	cd build/release && bin/kvlatent demo --overwrite --minutes 2
+	build/release/bin/python tools/licences.py
+
+check: lint types imports test test-numerics docs
 
 clean:
 	rm -rf .venv .venv-engines dist build .pytest_cache .ruff_cache .import_linter_cache
