@@ -179,7 +179,9 @@ def render(folder: Path) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
-        head = f"| {cell.get('engine', cell['runs_on'])} | {cell['d_qk']}/{cell['d_vo']} | {cell['kv_dtype']} |"
+        head = (
+            f"| {cell.get('engine', cell['runs_on'])} | {cell['d_qk']}/{cell['d_vo']} | {cell['kv_dtype']} |"
+        )
         if "refused" in cell:
             lines.append(f"{head} refused: {cell['refused']} | | | | |")
             continue
@@ -196,9 +198,7 @@ def measure_all(args: argparse.Namespace) -> None:
     """Every cell of an engine that is not there yet."""
     config: Any = load_config(args.model)
     text = ScoredText(args.data, "<|endoftext|>", "text", args.work, None)
-    picked = text.blocks(
-        load_tokenizer(args.model, config), config.vocab_size, args.block_size, args.blocks
-    )
+    picked = text.blocks(load_tokenizer(args.model, config), config.vocab_size, args.block_size, args.blocks)
     blocks = torch.as_tensor(picked[: args.blocks]["input_ids"])
     if len(blocks) < args.blocks:
         sys.exit(f"error: {args.data} has {len(blocks)} blocks of {args.block_size} tokens: got --blocks {args.blocks}; give less")  # fmt: skip
