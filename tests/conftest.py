@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compatibility import Recorder, Records, sentences_recorded
 from rounding import Rounding
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch may have been imported before
@@ -22,6 +23,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--rounding", type=int, metavar="SEED", help="every kernel rounds otherwise: rounding.py"
     )
+    parser.addoption(
+        "--compatibility", metavar="DIR", help="keep what engine tests measured here: compatibility.py"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--compatibility"):
+        config.pluginmanager.register(Records(config.getoption("--compatibility")), "compatibility-records")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -29,6 +38,23 @@ def pytest_runtest_protocol(item):
     seed = item.config.getoption("--rounding")
     with nullcontext() if seed is None else Rounding(seed):
         return (yield)
+
+
+@pytest.fixture
+def compatibility(record_property, tmp_path_factory):
+    """Keeps what a test measured of an engine: `compatibility.Recorder`."""
+    return Recorder(record_property, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(autouse=True)
+def _refusals(request):
+    """A test marked `refused_by(ENGINE)` has the sentences recorded that it asks for."""
+    marker = request.node.get_closest_marker("refused_by")
+    if marker is None:
+        yield
+        return
+    with sentences_recorded(request.getfixturevalue("compatibility"), *marker.args):
+        yield
 
 
 SENTENCES = (

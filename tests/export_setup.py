@@ -4,16 +4,19 @@ import json
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
+from kvlatent.engines.engine_process import EngineSettings
 from kvlatent.engines.export_options import ExportOptions
+from kvlatent.evaluation.speed.memory import held_bytes
 from kvlatent.selection.choices import Choices
 from tiny import tiny_model
 
 ONE_TABLE = Choices(keys="weights", table="model")
 WIDTH = 16  # of HEAD_DIM
+LONG = 8192
 
 
 def latent_toy(name, d_qk=WIDTH, d_vo=WIDTH, choices=ONE_TABLE, **overrides):
@@ -41,6 +44,30 @@ def difference(exporter, latent, source, out, input_ids, **options):
     if theirs.logsumexp(-1).abs().max() < 1e-3:
         ours = ours.log_softmax(-1)
     return facts, float((ours - theirs).abs().max()), ours
+
+
+def formula_bytes(facts, number_bytes=4):
+    """Bytes of a token in a type of that many bytes a number, by what an export says of its own type."""
+    own = {"float32": 4, "float16": 2, "bfloat16": 2}[facts["cache_dtype"]]
+    return facts["cache_bytes_per_token"] * number_bytes / own
+
+
+def transformers_cache_bytes(out, input_ids):
+    """Bytes of a token in the cache that upstream's class fills, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
+    with torch.no_grad():
+        cache = model(input_ids, use_cache=True).past_key_values
+    return held_bytes(cache) / input_ids.numel()
+
+
+def llama_cpp_cache_bytes(out, kv_dtype="f32"):
+    """Bytes of a token as xllamacpp's log has them; in a long context, as it says hundredths of a MiB."""
+    from kvlatent.engines import llama_cpp_server
+
+    settings = EngineSettings(str(next(out.glob("*.gguf"))), "toy", LONG, kv_dtype, threads=1)
+    facts, run = llama_cpp_server.open_bench(settings)
+    run([5, 6], 1)  # one that is closed before it has started never ends
+    return facts["cache_bytes_per_token"]
 
 
 def untrained_tokenizer():

@@ -128,6 +128,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(place, tmp_path, tiny_token
     assert "neither a local directory" in mistake("export", tmp_path / "none", "--to", "stock", "--out", out)
 
 
+@pytest.mark.refused_by("any export")
 def test_an_export_of_an_export_is_refused(place, tmp_path, read_here):
     for to in ("stock", "gguf"):
         export(place / "latent", tmp_path / to, to=to)
@@ -139,6 +140,7 @@ def test_an_export_of_an_export_is_refused(place, tmp_path, read_here):
     assert not (tmp_path / "stock" / "config.json").exists()
 
 
+@pytest.mark.refused_by("any export")
 def test_a_table_per_head_and_an_untrained_tokenizer_leave_nothing(tmp_path, tiny_tokenizer):
     latent_directory(tmp_path / "heads", tiny_tokenizer, choices=Choices(keys="weights", table="head"))
     latent_directory(tmp_path / "letters", untrained_tokenizer())

@@ -12,7 +12,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from conftest import SENTENCES
-from export_setup import difference, latent_directory, latent_toy, untrained_tokenizer
+from export_setup import (
+    difference,
+    formula_bytes,
+    latent_directory,
+    latent_toy,
+    llama_cpp_cache_bytes,
+    untrained_tokenizer,
+)
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import HARD_STRINGS
 from kvlatent.engines import gguf_export, gguf_tokens, llama_cpp_reading
@@ -63,7 +70,7 @@ def fields(out):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_computes_the_same(name, tmp_path, source):
+def test_every_family_computes_the_same(name, tmp_path, source, compatibility):
     latent = latent_toy(name, **VOCAB)
     facts, off, _ = difference(gguf_export, latent, source, tmp_path / "out", tokens(), dtype="f32")
     assert off < 1e-4
@@ -72,10 +79,29 @@ def test_every_family_computes_the_same(name, tmp_path, source):
     assert said["llama.attention.key_length"] == said["llama.attention.value_length"] == 16
     assert said["llama.context_length"] == facts["context"]
     assert held["rope_freqs.weight"].shape.tolist() == [8]
+    record(compatibility, latent, name, facts, off, tmp_path / "out", "--dtype f32")
 
 
+def record(compatibility, latent, name, facts, off, out, options, weights="f32"):
+    """Keep it for the page, once the cache is as large as is said."""
+    said, by_formula = llama_cpp_cache_bytes(out), formula_bytes(facts)
+    assert said == pytest.approx(by_formula, rel=0.002)
+    compatibility.computed(
+        latent,
+        name,
+        engine=facts["engine"],
+        command=f"kvlatent export DIR --to gguf {options} --out OUT",
+        difference=off,
+        compared="log-probabilities",
+        weights=weights,
+        said_bytes=said,
+        formula_bytes=by_formula,
+    )
+
+
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 @pytest.mark.parametrize(("d_qk", "d_vo"), [(8, 16), (16, 8)])
-def test_unequal_widths_padded_or_apart(d_qk, d_vo, tmp_path, source):
+def test_unequal_widths_padded_or_apart(d_qk, d_vo, tmp_path, source, compatibility):
     latent = latent_toy("qwen2", d_qk, d_vo, **VOCAB)
     with pytest.raises(
         ValueError, match=f"got d_qk={d_qk} and d_vo={d_vo}; .*--engine llama.cpp.*--pad.*--experimental"
@@ -83,8 +109,10 @@ def test_unequal_widths_padded_or_apart(d_qk, d_vo, tmp_path, source):
         gguf_export.check_exportable(latent, ExportOptions())
     padded, off, _ = difference(gguf_export, latent, source, tmp_path / "padded", tokens(), pad=True)
     assert off < 1e-4
+    record(compatibility, latent, "qwen2", padded, off, tmp_path / "padded", "--pad")
     apart, off, _ = difference(gguf_export, latent, source, tmp_path / "apart", tokens(), experimental=True)
     assert off < 1e-4
+    record(compatibility, latent, "qwen2", apart, off, tmp_path / "apart", "--experimental")
     assert (padded["architecture"], apart["architecture"]) == ("llama", "step35")
     assert "experimental" in apart["changes"][-1]
     assert padded["cache_bytes_per_token"] == 2 * 16 * 3 * 2 * 2
@@ -92,7 +120,7 @@ def test_unequal_widths_padded_or_apart(d_qk, d_vo, tmp_path, source):
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
-def test_matrices_of_every_type(dtype, tmp_path, source):
+def test_matrices_of_every_type(dtype, tmp_path, source, compatibility):
     latent = latent_toy("llama", 16, 16, hidden_size=64, intermediate_size=80, **VOCAB)
     facts, off, ours = difference(gguf_export, latent, source, tmp_path / "out", tokens(), dtype=dtype)
     assert 1e-6 < off < 0.1 * float(ours.std())
@@ -104,6 +132,7 @@ def test_matrices_of_every_type(dtype, tmp_path, source):
     expected = "F16" if dtype == "q8_0" else dtype.upper()
     assert held["blk.0.ffn_down.weight"].tensor_type.name == expected
     assert ("3 matrices are f16" in " ".join(facts["changes"])) == (dtype == "q8_0")
+    record(compatibility, latent, "llama", facts, off, tmp_path / "out", f"--dtype {dtype}", weights=dtype)
 
 
 def test_without_the_factors_it_is_another_model(tmp_path, source, monkeypatch):
@@ -121,6 +150,7 @@ def test_queries_left_in_halves_are_another_model(tmp_path, source, monkeypatch)
     assert off > 0.05 * float(ours.std())
 
 
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 def test_qwen3_is_refused():
     with pytest.raises(
         ValueError, match="keys of a qwen3 model by its own table and takes no other; export with --to stock"
@@ -128,12 +158,14 @@ def test_qwen3_is_refused():
         gguf_export.check_exportable(latent_toy("qwen3"), ExportOptions())
 
 
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 def test_an_engine_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(llama_cpp_reading, "_PACKAGES", {"no_such_engine": "no-such-engine"})
     with pytest.raises(ValueError, match="no_such_engine is not installed; pip install xllamacpp"):
         gguf_export.check_exportable(latent_toy("llama"), ExportOptions())
 
 
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 def test_biases_without_a_place_are_refused():
     latent = latent_toy("llama", 8, 16, mlp_bias=True)
     with pytest.raises(
@@ -147,6 +179,7 @@ def test_all_biases_go_out(tmp_path, source):
     assert difference(gguf_export, latent, source, tmp_path / "out", tokens())[1] < 1e-4
 
 
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 def test_another_activation_is_refused():
     with pytest.raises(ValueError, match="has the activation silu: got 'gelu'; export with --to stock"):
         gguf_export.check_exportable(latent_toy("llama", hidden_act="gelu"), ExportOptions())
@@ -226,12 +259,14 @@ def test_tokenizers_make_the_same_ids(name, tmp_path):
     assert said["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
 
 
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 def test_an_untrained_tokenizer_is_refused(tmp_path):
     latent_directory(tmp_path / "source", untrained_tokenizer())
     with pytest.raises(ValueError, match="was never trained: it has 256 tokens and 0 merges"):
         gguf_tokens.read_vocabulary(tmp_path / "source", load_model(tmp_path / "source").config)
 
 
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 def test_a_tokenizer_of_words_is_refused(tmp_path):
     backend = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(tmp_path)
@@ -241,6 +276,7 @@ def test_a_tokenizer_of_words_is_refused(tmp_path):
         gguf_tokens.read_vocabulary(tmp_path, latent_toy("llama").config)
 
 
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 def test_a_splitting_without_a_name_is_refused(tmp_path):
     byte_pairs(split(r"\w+")).save_pretrained(tmp_path)
     with pytest.raises(
@@ -249,6 +285,7 @@ def test_a_splitting_without_a_name_is_refused(tmp_path):
         gguf_tokens.read_vocabulary(tmp_path, latent_toy("llama", **VOCAB).config)
 
 
+@pytest.mark.refused_by("llama.cpp (--to gguf)")
 def test_no_tokenizer_and_too_many_tokens_are_refused(tmp_path, source):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="carries its tokenizer, and .* has none"):

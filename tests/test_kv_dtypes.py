@@ -149,6 +149,7 @@ def test_notes_name_the_widths_that_are_slower_or_coarser():
         ("q8_0", None, (32, 32), None, r"^engine transformers has no KV dtype 'q8_0'; choose one of bfloat16, float32, fp8$"),
     ],
 )  # fmt: skip
+@pytest.mark.refused_by("planning (--kv-dtype)")
 def test_refusals(dtype, engine, widths, backend, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         check_kv_dtype(dtype, engine, *widths, backend=backend)

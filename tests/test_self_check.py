@@ -89,6 +89,7 @@ def test_another_table_scale_or_weight_is_told_apart(folder):
         ("dtype", ..., "damaged .KeyError: 'dtype'"),
     ],
 )
+@pytest.mark.refused_by("vLLM (self-check)")
 def test_a_damaged_vector_is_refused(folder, field, value, said):
     data = json.loads((folder / SELF_CHECK).read_text())
     data[field] = value
@@ -104,6 +105,7 @@ def test_no_object_is_refused():
         SelfCheck.from_dict([])
 
 
+@pytest.mark.refused_by("vLLM (self-check)")
 def test_answers_of_another_vocabulary_or_a_short_context(folder):
     check = stored(folder)
     with pytest.raises(ValueError, match="of a vocabulary of 20"):

@@ -135,6 +135,7 @@ def test_the_command_serves_until_it_is_ended(latent):
         process.communicate()
 
 
+@pytest.mark.refused_by("kvlatent serve")
 def test_a_taken_port_is_refused_before_any_work(latent, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -150,6 +151,7 @@ def test_a_taken_port_is_refused_before_any_work(latent, tmp_path):
 
 
 @pytest.mark.parametrize("engine", RUNNERS)
+@pytest.mark.refused_by("kvlatent serve")
 def test_an_engine_that_is_not_installed_says_how_to_install_it(engine, latent, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_choice, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"engine {engine} needs .* not installed; pip install "):
@@ -169,11 +171,13 @@ def test_an_unknown_engine_lists_the_known(latent, tmp_path):
         ({"context": 10_000}, "a context is 2 to 256 tokens, .*: got 10,000; try --context 256"),
     ],
 )
+@pytest.mark.refused_by("kvlatent serve")
 def test_settings_that_the_engine_does_not_take(options, sentence, latent, cache):
     with pytest.raises(ValueError, match=sentence):
         start_server(latent, engine="llama.cpp", port=0, cache=cache, **options)
 
 
+@pytest.mark.refused_by("kvlatent serve")
 def test_a_width_that_a_type_does_not_take():
     runnable = Runnable(RUNNERS["llama.cpp"], "m.gguf", "toy", False, CONTEXT, (48,), (48,))
     assert runnable.check_kv_dtype("f16") == "f16" and runnable.check_kv_dtype(None) is None
@@ -183,6 +187,7 @@ def test_a_width_that_a_type_does_not_take():
         runnable.check_kv_dtype("q4_0")
 
 
+@pytest.mark.refused_by("kvlatent serve")
 def test_our_own_runtime_has_one_type_of_cache(latent, tmp_path):
     with pytest.raises(ValueError, match="in the model's own dtype: got --kv-dtype fp8; leave it out"):
         start_server(latent, engine="transformers", kv_dtype="fp8", port=0, cache=tmp_path)
@@ -214,6 +219,7 @@ def test_an_export_is_made_once(latent, cache, monkeypatch):
         choose_runnable(first.path, None, cache, dtype="q8_0")
 
 
+@pytest.mark.refused_by("kvlatent serve")
 def test_what_an_engine_does_not_load_is_refused(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(engine_choice, "find_spec", lambda name: name)
     (original_directory(tmp_path / "stock", tiny_tokenizer) / EXPORT_RECORD).write_text("{}")

