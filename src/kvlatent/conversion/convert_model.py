@@ -29,7 +29,7 @@ from kvlatent.selection.latent_config import build_latent_config, check_widths
 from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs
 from kvlatent.selection.statistics import Statistics
 
-__all__ = ["convert"]
+__all__ = ["convert", "weight_energy"]
 
 
 def convert(
@@ -156,22 +156,24 @@ def _choose_pairs(
 
 def _weight_energies(model: Any) -> list[Tensor]:
     """E|q_j|^2 E|k_j|^2 [K, P] a layer, from the weights alone, as if normalised inputs were white."""
-    energies = []
     decoder, rotary_dim = full_width(model).model, effective_table(model.config).rotary_dim
-    for index in range(len(decoder.layers)):
-        attention, attention_norm, *_ = parts_of(decoder, index)
-        sides = []
-        for part, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
-            weight, bias = _weight_and_bias(attention, part)
-            rows = (weight.float() * attention_norm.weight.float()).square().sum(1)
-            rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
-            if norm is not None:
-                rows = rows / rows.mean(1, keepdim=True) * norm.weight.float().square()
-            first, second = pair_layout(rows, rotary_dim)
-            sides.append(first + second)
-        queries, keys = sides
-        energies.append(queries.unflatten(0, (len(keys), -1)).sum(1) * keys)
-    return energies
+    return [weight_energy(decoder, index, rotary_dim) for index in range(len(decoder.layers))]
+
+
+def weight_energy(decoder: Any, index: int, rotary_dim: int) -> Tensor:
+    """What `strongest_pairs` goes by in one layer of a full-width twin: [K, P]."""
+    attention, attention_norm, *_ = parts_of(decoder, index)
+    sides = []
+    for part, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
+        weight, bias = _weight_and_bias(attention, part)
+        rows = (weight.float() * attention_norm.weight.float()).square().sum(1)
+        rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
+        if norm is not None:
+            rows = rows / rows.mean(1, keepdim=True) * norm.weight.float().square()
+        first, second = pair_layout(rows, rotary_dim)
+        sides.append(first + second)
+    queries, keys = sides
+    return queries.unflatten(0, (len(keys), -1)).sum(1) * keys
 
 
 def _weight_and_bias(attention: Any, part: str) -> tuple[Tensor, Tensor | None]:

@@ -29,7 +29,7 @@ from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["layer_streams", "pass_original", "refine"]
+__all__ = ["layer_streams", "pass_original", "refine", "refine_layer"]
 
 
 def refine(
@@ -77,11 +77,7 @@ def refine(
             def advance(last: int = last) -> None:  # attempts at a lower rate are not counted
                 steps.to(min(steps.done + 1, last))
 
-            report.append(_refine_layer(tuned, config, choices, seed, advance))
-            latent_layer = isolate_layer(latent.model, index)
-            streams["latent"].write(
-                output for _, _, output in _pass(tuned, latent.model, latent_layer, "latent")
-            )
+            report.append(refine_layer(tuned, config, choices, seed, advance, streams["latent"]))
             streams["inputs"], streams["outputs"] = streams["outputs"], streams["inputs"]
     steps.to(steps.total)
     return report
@@ -99,10 +95,19 @@ def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -
     }
 
 
-def _refine_layer(
-    tuned: TunedLayer, config: LatentConfig, choices: Choices, seed: int, advance: Callable[[], None]
+def refine_layer(
+    tuned: TunedLayer,
+    config: LatentConfig,
+    choices: Choices,
+    seed: int,
+    advance: Callable[[], None],
+    above: HiddenStates,
 ) -> dict[str, Any]:
-    """Align, refit, align; returns what alignment measured."""
+    """Align, refit, align, then pass the text through; returns what alignment measured.
+
+    Args:
+        above: gets what the converted layer makes of its stream "latent", and may be that stream.
+    """
     keys = config.d_qk_at(tuned.index) < config.original_head_dim
     values = config.d_vo_at(tuned.index) < config.original_head_dim
     pass_original(tuned, with_attention=bool(choices.align and keys))
@@ -118,6 +123,8 @@ def _refine_layer(
             tuned, choices.align, seed + 1, advance, keys=keys, values=values
         )
         _put_back(tuned)
+    layer = isolate_layer(tuned.latent, tuned.index)
+    above.write(output for _, _, output in _pass(tuned, tuned.latent, layer, "latent"))
     return measured
 
 
