@@ -102,8 +102,10 @@ def convert_streamed(
         }
         finish_checkpoint(work.path / "out", latent, Path(model), tokenizer, written)
         put_in_place(work.path / "out", place.resolve())
-    except BaseException:
-        if not work.has_work():
+    except BaseException as error:
+        if (
+            isinstance(error, ValueError) or not work.has_work()
+        ):  # of a bad input nothing is worth going on from
             work.remove()
         raise
     work.remove()
