@@ -40,7 +40,7 @@ def fork(folder: Path, out: str) -> int:
     try:
         convert_checkpoint(folder / "model", folder / out, data=folder / "text.txt", **OPTIONS)
         os._exit(0)
-    except BaseException:
+    finally:  # not reached but by an error
         traceback.print_exc()
         os._exit(1)
 

@@ -38,7 +38,7 @@ from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs
 from kvlatent.selection.statistics import LayerStatistics, Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["StreamedText", "Streaming", "state_bytes"]
+__all__ = ["StreamedText", "Streaming"]
 
 
 @dataclass(frozen=True)
@@ -288,12 +288,6 @@ class Streaming:
         shape = (self._positions.shape[1], width or self.layers.config.hidden_size)
         path = self._states / f"{name}-{index:05}"
         return HiddenStateFile(path, shape, kind or self.layers.dtype, self.layers.device)
-
-
-def state_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
-    """What the states between layers take on disk at the most, of so many tokens of text."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    return tokens * dtype.itemsize * (7 * config.hidden_size + heads * head_dim_of(config))
 
 
 def _as_pairs(listed: Any) -> Pairs:

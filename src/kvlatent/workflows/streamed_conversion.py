@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from kvlatent.checkpoints.shard_output import finish_checkpoint
 from kvlatent.checkpoints.sharded import ShardedWeights
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.resident_layers import ResidentLayers
-from kvlatent.conversion.streaming import StreamedText, Streaming, state_bytes
+from kvlatent.conversion.stream_costs import StreamCosts, stream_costs
+from kvlatent.conversion.streaming import StreamedText, Streaming
 from kvlatent.jobs.atomic import prepare_output, put_in_place
 from kvlatent.jobs.devices import faster_dtype, free_memory, working_dtype
 from kvlatent.jobs.fingerprints import fingerprint, sampled_fingerprint
@@ -79,9 +80,11 @@ def convert_streamed(
     if not dry_run and (finished := finished_record(place, work)) is not None:
         return finished
     prepare_output(place, overwrite)
-    _check_space(place, layers, plan)
+    costs = _predict(layers, plan)
+    _check_space(place, costs)
+    shown = replace(plan, notes=(*plan.notes, costs.sentence())).summary()
     if dry_run:
-        return {"plan": plan.summary()}
+        return {"plan": shown}
     tokenizer = load_tokenizer(model, config)
     typed = options_as_typed({**files, "out": place}, {**options, "stages": None, "stream": True})
     record = describe_run("convert", model, typed, hashes, plan.device)
@@ -92,7 +95,7 @@ def convert_streamed(
             plan, layers, tokenizer, data, statistics, eval_tokens, known
         )
         if announce is not None:
-            announce(plan.summary())
+            announce(shown)
         latent, conversion = _stream(plan, layers, text, work, progress)
         record |= {"plan": plan.summary(), "conversion": conversion, "figures": {}, "warnings": []}
         written = {
@@ -207,24 +210,26 @@ def _check_device(layers: ResidentLayers, plan: Plan) -> None:
     if needed > free:
         where, step = ("the GPU", "use --device cpu") if plan.device == "cuda" else ("memory", "free some")
         raise ValueError(
-            f"a streamed conversion holds one layer twice, {needed / 1e6:,.0f} MB: {free / 1e6:,.0f} MB of {where} are free; "
+            f"a streamed conversion holds one layer twice, {needed / 1e6:,.1f} MB: {free / 1e6:,.1f} MB of {where} are free; "
             f"{step}"
         )
 
 
-def _check_space(place: Path, layers: ResidentLayers, plan: Plan) -> None:
-    """Raise `ValueError` where the disk has no room for the result and for the states between layers."""
-    work = partial_of(place)
-    there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+def _predict(layers: ResidentLayers, plan: Plan) -> StreamCosts:
+    """What it will take, as far as the shape says it."""
+    assert plan.widths is not None
     size = min(plan.recipe.data.block_size, layers.config.max_position_embeddings)
-    tokens = plan.recipe.calibration.blocks * size if plan.calibrates else 0
-    needed = layers.weights.num_bytes(dtype=plan.stored_dtype) + state_bytes(
-        layers.config, tokens, layers.dtype
-    )
+    blocks = plan.recipe.calibration.blocks if plan.calibrates else 0
+    return stream_costs(layers, plan.widths, plan.choices, plan.stored_dtype, blocks=blocks, size=size)
+
+
+def _check_space(place: Path, costs: StreamCosts) -> None:
+    """Raise `ValueError` where the disk has no room for the result and for the states between layers."""
+    there = sum(file.stat().st_size for file in partial_of(place).rglob("*") if file.is_file())
     parent = next(folder for folder in place.parents if folder.exists())
     free = shutil.disk_usage(parent).free + there
-    if needed > free:
+    if costs.disk_bytes > free:
         raise ValueError(
-            f"the result and the states between its layers take {needed / 1e9:.2f} GB at the most: {parent} has "
-            f"{free / 1e9:.2f} GB free; make room, or give --out another disk"
+            f"the result and the states between its layers take {costs.disk_bytes / 1e9:.3f} GB at the most: {parent} has "
+            f"{free / 1e9:.3f} GB free; make room, or give --out another disk"
         )
