@@ -11,6 +11,7 @@ Shapes: B blocks, T positions, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -96,10 +97,13 @@ class Streaming:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._states.mkdir(exist_ok=True)
         self._write_part("embeddings", 0, [EMBEDDING])
-        with torch.inference_mode(False):  # which also turns gradients on where the caller turned them off
+        # It writes one layer while the next is computed. inference_mode(False) also turns gradients on.
+        with ThreadPoolExecutor(1) as writer, torch.inference_mode(False):
+            self._writer = writer
             self._pairs = self._start_pairs()
             self._latent = self.layers.latent_skeleton(self._config())
             measured = [self._finish_layer(index) for index in range(self.layers.count)]
+            self._wait()
         tied = self.layers.config.tie_word_embeddings
         self._write_part("head", self.layers.count + 1, [NORM] if tied else [NORM, HEAD])
         self._told.to(self._told.total)
@@ -113,6 +117,7 @@ class Streaming:
         self._states = self.work.path / "states"
         self._each = 2 * self.choices.align + 1
         self._told = self.progress.step("convert layers", self._each * self.layers.count)
+        self._pending: Future[None] | None = None
         if self.text is None:
             return
         self._positions = self.text.position_ids.long().to(self.layers.device)
@@ -174,21 +179,46 @@ class Streaming:
         return choose_pairs(seen, width, self.choices.table, self.choices.keys)
 
     def _finish_layer(self, index: int) -> dict[str, Any]:
-        """What the tuning of a layer measured, now or when it was finished; its shard is written, its pairs are known."""
+        """What the tuning of a layer measured, now or when it was finished."""
         name = f"layer-{index:05}"
-        if (known := self.work.done(name)) is None:
-            self._told.to(self._each * index)
-            for file in self._states.glob("*"):
-                if not file.name.endswith(f"-{index:05}"):
-                    file.unlink()
-            with self.layers.resident(index, attention_only=self.text is None):
-                measured, tensors = self._convert_layer(index)
-                write_shard(tensors, self._shard(index + 1))
-            pairs = self._pairs[index] if len(self._pairs) == self.layers.count else None
-            known = self.work.finish(name, {"measured": measured, "pairs": pairs})
+        known = self.work.done(name) or self._convert_and_write(index, name)
         if known["pairs"] is not None:
             self._pairs[index] = _as_pairs([known["pairs"]])[0]
         return known["measured"]
+
+    def _convert_and_write(self, index: int, step: str) -> dict[str, Any]:
+        """Convert a layer and write it, or let it be written while the next is computed; what is to be known of it."""
+        self._told.to(self._each * index)
+        for file in self._states.glob("*"):
+            if not file.name.endswith(f"-{index:05}"):
+                file.unlink()
+        with self.layers.resident(index, attention_only=self.text is None):
+            measured, tensors = self._convert_layer(index)
+        pairs = self._pairs[index] if len(self._pairs) == self.layers.count else None
+        known = {"measured": measured, "pairs": pairs}
+        write = partial(self._write_layer, index, tensors, step, known)
+        self._wait()
+        if self.text is None:
+            self._pending = self._writer.submit(write)
+        else:  # the next layer would take away the states that a repetition of this one needs
+            write()
+        return known
+
+    def _wait(self) -> None:
+        """Until the layer before is written; raises what went wrong there."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write_layer(self, index: int, tensors: dict[str, Tensor], step: str, about: dict[str, Any]) -> None:
+        """Write a layer, with those of its tensors that were not in memory, and note that it is finished."""
+        own = f"{layer_prefix(index)}{self.layers.family.attention}."
+        for name in self.layers.names_of(index):
+            if name not in tensors and not name.startswith(own):
+                tensors[name] = self.layers.weights.read(name)
+        written = {name: tensor.to("cpu", self.stored).contiguous() for name, tensor in tensors.items()}
+        write_shard(written, self._shard(index + 1))
+        self.work.finish(step, about)
 
     def _convert_layer(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What the tuning of the layer that is resident measured, and the tensors to write."""
@@ -217,16 +247,13 @@ class Streaming:
             return measured, self._tensors(index, tuned)
 
     def _tensors(self, index: int, attention: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All tensors of a layer as they are written: its attention, and the others, resident or read."""
+        """The tensors of a layer that are in memory, by their whole names."""
         prefix = layer_prefix(index)
         own = f"{prefix}{self.layers.family.attention}."
         resident = self.layers.decoder.layers[index].state_dict()
-        written = {own + name: tensor for name, tensor in attention.items()}
-        for name in self.layers.names_of(index):
-            if not name.startswith(own):
-                held = resident[name.removeprefix(prefix)]
-                written[name] = self.layers.weights.read(name) if held.is_meta else held
-        return {name: tensor.to("cpu", self.stored).contiguous() for name, tensor in written.items()}
+        held = {prefix + name: tensor for name, tensor in resident.items() if not tensor.is_meta}
+        rest = {name: tensor for name, tensor in held.items() if not name.startswith(own)}
+        return rest | {own + name: tensor for name, tensor in attention.items()}
 
     def _statistics(self, index: int) -> LayerStatistics | None:
         """Of a layer that is resident; None where no text is looked at."""
