@@ -35,7 +35,7 @@ CONVERSION = [
 ]
 FLAGS = {
     "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--seed", "--overwrite", "--dry-run", *SHARED],
-    "convert": ["MODEL", "--out", *CONVERSION, "--data", "--overwrite", "--dry-run", *SHARED],
+    "convert": ["MODEL", "--out", *CONVERSION, "--data", "--stream", "--overwrite", "--dry-run", *SHARED],
     "export": ["DIR", "--to", "--out", "--dtype", "--pad", "--experimental", "--overwrite", "--json"],
     "serve": ["DIR", "--engine", "--host", "--port", "--context", "--kv-dtype", "--dtype", "--json"],
     "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],

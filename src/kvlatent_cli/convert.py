@@ -21,6 +21,7 @@ from .options import (
     TOKENS,
     Option,
     command,
+    switch,
 )
 from .session import Session
 
@@ -29,6 +30,9 @@ TEXT_TO_CALIBRATE = Option(
     "data",
     "Text to calibrate on; a held-out part of it is measured. All of it, where the preset looks at no text.",
     "FILE",
+)
+STREAM = switch(
+    "stream", "Hold one decoder layer in memory at a time; by itself where the model does not fit."
 )
 
 
@@ -41,7 +45,7 @@ def compress(run: Session, given: dict[str, Any]) -> None:
     _show_record(run, record, given["out"])
 
 
-@command(MODEL, OUT, *CONVERSION, TEXT_TO_CALIBRATE, MINUTES, DEVICE, DTYPE, OVERWRITE, DRY_RUN)
+@command(MODEL, OUT, *CONVERSION, TEXT_TO_CALIBRATE, MINUTES, STREAM, DEVICE, DTYPE, OVERWRITE, DRY_RUN)
 def convert(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint without training it: calibrate on --data, choose what to keep, and measure what it costs."""
     from kvlatent.workflows.convert_checkpoint import convert_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -112,8 +113,13 @@ def conversion_listing(record: Mapping[str, Any]) -> list[Any]:
         ]
         reasons = {name: why for row in layers for name, why in row["reasons"].items()}
         lines += [f"{name} is impossible: {why}" for name, why in reasons.items()]
-    prices = ", ".join(f"{scope} {error:.4f}" for scope, error in conversion["scope_errors"].items())
-    return [*lines, f"predicted error of the keys alone with one rotary table per: {prices}"]
+    if tuned := [row["output_error"] for row in conversion.get("tuned", ()) if "output_error" in row]:
+        before, after = (fmean(row[name] for row in tuned) for name in ("before", "after"))
+        lines.append(f"error of the layers' outputs on held-out blocks: {before:.4f}, tuned {after:.4f}")
+    if prices := conversion.get("scope_errors"):
+        told = ", ".join(f"{scope} {error:.4f}" for scope, error in prices.items())
+        lines.append(f"predicted error of the keys alone with one rotary table per: {told}")
+    return lines
 
 
 def minutes_lines(record: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["check_weights", "first_line", "weights_dtype"]
+__all__ = ["check_weights", "first_line", "index_map", "weight_files", "weights_dtype"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -24,7 +24,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 def check_weights(path: Path, config: Any) -> None:
     """Raise `ValueError` unless every file that upstream reads is there and its header and size agree."""
-    shards = _weight_files(path, config)
+    shards = weight_files(path, config)
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise ValueError(
@@ -63,11 +63,11 @@ def weights_dtype(source: str, config: Any) -> torch.dtype | None:
 
 def _dtypes_in(folder: Path, config: Any) -> list[str]:
     """Types of the tensors of the first weight file, in its order."""
-    with safe_open(_weight_files(folder, config)[0], framework="pt") as file:
+    with safe_open(weight_files(folder, config)[0], framework="pt") as file:
         return [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - not a dict
 
 
-def _weight_files(path: Path, config: Any) -> list[Path]:
+def weight_files(path: Path, config: Any) -> list[Path]:
     """The files upstream reads, in the order of their names.
 
     Raises:
@@ -85,22 +85,34 @@ def _weight_files(path: Path, config: Any) -> list[Path]:
         raise ValueError(f"{path} holds no weights: expected {_SINGLE} or {_INDEX}")
     if not str(name).endswith(".index.json"):
         return [path / name]
-    return [path / shard for shard in _shard_names(path / name)]
+    return [path / shard for shard in sorted(set(_read_index(path / name).values()))]
 
 
-def _shard_names(index: Path) -> list[str]:
-    """Files that a weight index lists, sorted."""
+def index_map(path: Path, config: Any) -> dict[str, str] | None:
+    """The shard of every tensor as the index says it; None where upstream reads no index.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    named = getattr(config, "transformers_weights", None)
+    name = named or (_SINGLE if (path / _SINGLE).is_file() else _INDEX)
+    return _read_index(path / name) if str(name).endswith(".index.json") else None
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensors that a weight index lists, with their files."""
     try:
         data = json.loads(index.read_text())
-        names = sorted(set(data["weight_map"].values()))
+        listed = dict(data["weight_map"])
+        sorted(set(listed.values()))
         data["metadata"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{index} is damaged ({type(error).__name__}: {first_line(error)}); download it again"
         ) from error
-    if not names:
+    if not listed:
         raise ValueError(f"{index} lists no weights; download it again")
-    return names
+    return listed
 
 
 def first_line(error: BaseException) -> str:

@@ -32,7 +32,7 @@ from kvlatent.selection.latent_config import build_latent_config, check_widths
 from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs
 from kvlatent.selection.statistics import LayerStatistics, Statistics
 
-__all__ = ["convert"]
+__all__ = ["convert", "weight_energy"]
 
 
 def convert(
@@ -174,24 +174,29 @@ def _choose_pairs(
 
 def _weight_energies(model: Any) -> list[Tensor]:
     """E|q_j|^2 E|k_j|^2 [K, P] a layer, from the weights alone, as if normalised inputs were white."""
-    energies = []
-    decoder, offset = full_width(model).get_decoder(), family_of(model.config).norm_offset
-    for index in attention_layers_of(model.config):
-        attention, attention_norm, *_ = parts_of(decoder, index)
-        sides = []
-        for part, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
-            weight, bias = _weight_and_bias(attention, part)
-            gain = getattr(attention_norm, "weight", weight.new_ones(()) - offset).float() + offset
-            rows = (weight.float() * gain).square().sum(1)
-            rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
-            if norm is not None:
-                mean = rows.mean() if attention.norms_all_heads else rows.mean(1, keepdim=True)
-                rows = rows / mean * (norm.weight.float() + offset).square().view(-1, attention.d_qk)
-            first, second = pair_layout(rows, effective_table(model.config, index).rotary_dim)
-            sides.append(first + second)
-        queries, keys = sides
-        energies.append(queries.unflatten(0, (len(keys), -1)).sum(1) * keys)
-    return energies
+    decoder = full_width(model).get_decoder()
+    return [
+        weight_energy(decoder, index, effective_table(model.config, index).rotary_dim)
+        for index in attention_layers_of(model.config)
+    ]
+
+
+def weight_energy(decoder: Any, index: int, rotary_dim: int) -> Tensor:
+    """What `strongest_pairs` goes by in one layer of a full-width twin: [K, P]."""
+    attention, attention_norm, *_ = parts_of(decoder, index)
+    offset, sides = family_of(decoder.config).norm_offset, []
+    for part, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
+        weight, bias = _weight_and_bias(attention, part)
+        gain = getattr(attention_norm, "weight", weight.new_ones(()) - offset).float() + offset
+        rows = (weight.float() * gain).square().sum(1)
+        rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
+        if norm is not None:
+            mean = rows.mean() if attention.norms_all_heads else rows.mean(1, keepdim=True)
+            rows = rows / mean * (norm.weight.float() + offset).square().view(-1, attention.d_qk)
+        first, second = pair_layout(rows, rotary_dim)
+        sides.append(first + second)
+    queries, keys = sides
+    return queries.unflatten(0, (len(keys), -1)).sum(1) * keys
 
 
 def _weight_and_bias(attention: Any, part: str) -> tuple[Tensor, Tensor | None]:

@@ -36,7 +36,7 @@ from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["layer_streams", "pass_original", "refine"]
+__all__ = ["layer_streams", "pass_original", "refine", "refine_layer"]
 
 
 def refine(
@@ -87,13 +87,10 @@ def refine(
 
             if index in attending:
                 tuned.attention = copy_for_tuning(parts_of(latent.get_decoder(), index).attention)
-                report.append(_refine_layer(tuned, config, choices, seed, advance))
+                report.append(refine_layer(tuned, config, choices, seed, advance, streams["latent"]))
             else:
                 _carry_on(tuned)
-            latent_layer = isolate_layer(latent.get_decoder(), index)
-            streams["latent"].write(
-                output for _, _, output in _pass(tuned, latent.get_decoder(), latent_layer, "latent")
-            )
+                _pass_latent(tuned, streams["latent"])
             streams["inputs"], streams["outputs"] = streams["outputs"], streams["inputs"]
     steps.to(steps.total)
     return report
@@ -112,10 +109,19 @@ def layer_streams(folder: Path, twin: Any, blocks: int, size: int, dtype: str) -
     }
 
 
-def _refine_layer(
-    tuned: TunedLayer, config: LatentConfig, choices: Choices, seed: int, advance: Callable[[], None]
+def refine_layer(
+    tuned: TunedLayer,
+    config: LatentConfig,
+    choices: Choices,
+    seed: int,
+    advance: Callable[[], None],
+    above: HiddenStates,
 ) -> dict[str, Any]:
-    """Align, refit, align; returns what alignment measured."""
+    """Align, refit, align, then pass the text through; returns what alignment measured.
+
+    Args:
+        above: gets what the converted layer makes of its stream "latent", and may be that stream.
+    """
     keys = config.d_qk_at(tuned.index) < config.original_head_dim
     values = config.d_vo_at(tuned.index) < config.original_head_dim
     pass_original(tuned, with_attention=bool(choices.align and keys))
@@ -131,7 +137,14 @@ def _refine_layer(
             tuned, choices.align, seed + 1, advance, keys=keys, values=values
         )
         _put_back(tuned)
+    _pass_latent(tuned, above)
     return measured
+
+
+def _pass_latent(tuned: TunedLayer, above: HiddenStates) -> None:
+    """Pass the converted model's stream through its layer as it is now."""
+    layer = isolate_layer(tuned.latent, tuned.index)
+    above.write(output for _, _, output in _pass(tuned, tuned.latent, layer, "latent"))
 
 
 @torch.no_grad()

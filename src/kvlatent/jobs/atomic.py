@@ -20,6 +20,7 @@ __all__ = [
     "atomic_directory",
     "prepare_file",
     "prepare_output",
+    "put_in_place",
     "read_json",
     "write_atomically",
     "write_text",
@@ -91,10 +92,19 @@ def atomic_directory(
     out = prepare_output(out, overwrite, inputs).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
     folder.mkdir()
     try:
         yield folder
+        put_in_place(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Flush a finished directory and rename it to `out`, a resolved path beside it; what stood there goes, or is put back."""
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    try:
         for path in folder.rglob("*"):
             _flush(path)
         if out.exists():
@@ -105,7 +115,6 @@ def atomic_directory(
     except BaseException:
         if old.exists() and not out.exists():
             old.rename(out)
-        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import psutil
 import torch
 
 from kvlatent.jobs.recipe import Recipe
@@ -14,6 +15,7 @@ __all__ = [
     "check_product_dtype",
     "choose_device",
     "faster_dtype",
+    "free_memory",
     "has_bfloat16_units",
     "precision",
     "resolve_precision",
@@ -38,6 +40,11 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for but torch sees no GPU here; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a job may take on "cpu" or "cuda", as far as the system says."""
+    return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
 
 
 def has_bfloat16_units(device: str | torch.device) -> bool:

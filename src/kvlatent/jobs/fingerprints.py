@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ __all__ = [
     "fingerprint",
     "identity",
     "model_fingerprint",
+    "sampled_entries",
+    "sampled_fingerprint",
     "template_fingerprint",
     "tokenizer_fingerprint",
     "tokenizer_state",
@@ -100,15 +103,28 @@ def model_fingerprint(model: Any) -> str:
     The sample is 64 evenly spaced entries a tensor, cast to float32, so a checkpoint loaded in another dtype than it
     was calibrated in is another model.
     """
-    config = model.config
+    state = model.state_dict()
+    return sampled_fingerprint(
+        model.config, {name: partial(_sample, tensor) for name, tensor in state.items()}
+    )
+
+
+def sampled_fingerprint(config: Any, samples: Mapping[str, Callable[[], Any]]) -> str:
+    """As `model_fingerprint`, of a model's config and of what gives the sample of each of its tensors."""
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     about = {name: getattr(config, name, None) for name in names} | {"rope": config.rope_parameters}
     about |= {name: getattr(config, name, None) for name in ("sliding_window", "layer_types", "rms_norm_eps")}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, sample in sorted(samples.items()):
         digest.update(name.encode())
-        digest.update(_sample(tensor).numpy().tobytes())
+        digest.update(sample().float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def sampled_entries(count: int) -> range:
+    """Which of so many entries of a tensor its fingerprint goes by."""
+    step = max(1, count // 64)
+    return range(0, min(count, 64 * step), step)
 
 
 def weights_fingerprints(model: Any) -> dict[str, str]:
@@ -125,7 +141,8 @@ def weights_fingerprints(model: Any) -> dict[str, str]:
 def _sample(tensor: Any) -> Any:
     """64 evenly spaced entries in float32, on the CPU."""
     flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+    entries = sampled_entries(flat.numel())
+    return flat[entries.start : entries.stop : entries.step].float().cpu()
 
 
 def blocks_fingerprint(blocks: Any) -> str:

@@ -21,7 +21,7 @@ from kvlatent.model.families import (
 )
 from kvlatent.model.layer_parts import parts_of
 
-__all__ = ["assemble", "full_width", "has_tied_head", "listed_layers", "original_attention"]
+__all__ = ["assemble", "full_width", "has_tied_head", "listed_layers", "original_attention", "skeleton"]
 
 
 def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mapping[str, Tensor]]) -> Any:
@@ -35,13 +35,7 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
     Raises:
         ValueError: lists of the config do not fit the model's layers and heads.
     """
-    latent.check_model(attention_layers_of(model.config), key_value_heads_of(model.config))
-    family = family_of(model.config)
-    config_type, _, causal_type = latent_classes(family.model_type)
-    config = config_type(**_config_fields(model, latent))
-    config._attn_implementation = model.config._attn_implementation
-    with torch.device("meta"):
-        latent_model = causal_type(config)
+    family, latent_model = family_of(model.config), skeleton(model, latent)
     state = {
         name: tensor for name, tensor in model.state_dict().items() if f".{family.attention}." not in name
     }
@@ -52,6 +46,20 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
     latent_model.tie_weights()
     latent_model.generation_config = copy.deepcopy(model.generation_config)
     return latent_model.train(model.training)
+
+
+def skeleton(model: Any, latent: LatentConfig) -> Any:
+    """The latent model of `model` without weights: its parameters are on the meta device.
+
+    Raises:
+        ValueError: as `assemble`.
+    """
+    latent.check_model(attention_layers_of(model.config), key_value_heads_of(model.config))
+    config_type, _, causal_type = latent_classes(family_of(model.config).model_type)
+    config = config_type(**_config_fields(model, latent))
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        return causal_type(config)
 
 
 def full_width(model: Any) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -93,10 +94,13 @@ class Statistics:
 
     def check(self, model: Any) -> None:
         """Raise `ValueError` unless the statistics were collected from `model`."""
-        fingerprint = model_fingerprint(model)
+        self.check_fingerprint(model_fingerprint(model), model.dtype)
+
+    def check_fingerprint(self, fingerprint: str, dtype: torch.dtype) -> None:
+        """As `check`, of a model with this fingerprint in that dtype."""
         if fingerprint != self.fingerprint:
             raise ValueError(
-                f"the statistics are of another model, or of this one in another dtype than {str(model.dtype)[6:]}: they "
+                f"the statistics are of another model, or of this one in another dtype than {str(dtype)[6:]}: they "
                 f"have fingerprint {self.fingerprint[:12]}, this model has {fingerprint[:12]}; calibrate this model, or "
                 "give the checkpoint and the dtype that they were made from"
             )

@@ -21,7 +21,7 @@ from kvlatent.workflows.compress_steps import CompressRun
 from kvlatent.workflows.losses import judge_losses, warn_of_losses
 from kvlatent.workflows.minutes import Budget, TooFewMinutes, keys_of
 from kvlatent.workflows.run_plan import Plan, plan_run
-from kvlatent.workflows.run_record import read_record
+from kvlatent.workflows.run_record import finished_record
 from kvlatent.workflows.steps import (
     EVALUATION_TOKENS,
     Announce,
@@ -84,7 +84,7 @@ def compress(
         check_statistics(statistics, plan.calibrates)
     sha256 = hash_sources({"model": model, **files}, "training text")
     workspace = WorkDirectory(partial_of(place), {**sha256, "eval_tokens": eval_tokens, **_decisions(plan)})
-    if (finished := _finished(place, workspace)) is not None:
+    if (finished := finished_record(place, workspace)) is not None:
         warn_of_losses(finished)
         return finished
     prepare_output(out, overwrite)
@@ -127,15 +127,3 @@ def _decisions(plan: Plan) -> dict[str, Any]:
         "conversion": widths,
         "recipe": plan.recipe.model_dump(mode="json"),
     }
-
-
-def _finished(out: Path, workspace: WorkDirectory) -> dict[str, Any] | None:
-    """The record of a run that was killed after its output appeared and before its workspace went."""
-    try:
-        record = read_record(out / "run.json") if workspace.is_ours() else None
-    except ValueError:  # damaged, so `out` is not that run's
-        return None
-    if record is None or record.get("fingerprint") != fingerprint(workspace.plan):
-        return None
-    workspace.remove()
-    return record

@@ -36,6 +36,8 @@ from kvlatent.workflows.steps import (
     options_as_typed,
     save_run,
 )
+from kvlatent.workflows.streamed_conversion import convert_streamed
+from kvlatent.workflows.streamed_plan import why_streamed
 from kvlatent.workflows.timed_conversion import convert_in_minutes
 from kvlatent.workflows.width_choice import resolve_widths
 
@@ -52,6 +54,7 @@ def convert_checkpoint(
     eval_tokens: int = EVALUATION_TOKENS,
     overwrite: bool = False,
     dry_run: bool = False,
+    stream: bool = False,
     progress: Progress | Report | None = None,
     announce: Announce | None = None,
     **options: Any,
@@ -65,6 +68,8 @@ def convert_checkpoint(
         eval_data: another text to measure on.
         statistics: file of an earlier calibration of this model, instead of `data`.
         eval_tokens: measure on at most that many tokens.
+        stream: one decoder layer in memory at a time (see `convert_streamed`), as is done without being asked where the
+            model would not fit.
         options: see `RUN_OPTIONS`; the stages are "none" here. With `minutes`, of the whole call, the steps of alignment and
             of the global pass are as many as fit by this machine's speed; the recipe that is written names them, and
             "minutes" of the record says what each took and gained.
@@ -76,12 +81,19 @@ def convert_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
+    has_text = data is not None or statistics is not None
+    reason = why_streamed(model, asked=stream, calibrates=has_text, device=options.get("device"))
+    if reason is not None:
+        given: dict[str, Any] = {"data": data, "eval_data": eval_data, "statistics": statistics}
+        given |= {"overwrite": overwrite, "dry_run": dry_run, "announce": announce, "reason": reason}
+        told = Progress.of(progress)
+        return convert_streamed(model, out, **given, eval_tokens=eval_tokens, progress=told, **options)
     options |= {"stages": "none"}
     budget = None if options.get("minutes") is None else Budget(options["minutes"])
     replan = partial(
         plan_run,
         model,
-        has_text=data is not None or statistics is not None,
+        has_text=has_text,
         is_measured=data is not None or eval_data is not None,
     )
     plan = replan(**options)

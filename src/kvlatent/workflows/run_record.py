@@ -12,9 +12,11 @@ from pydantic import Field, ValidationError
 
 from kvlatent.evaluation.result_models import Figures
 from kvlatent.jobs.atomic import read_json
+from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.record import Provenance, Result, complaint
+from kvlatent.jobs.work_directory import WorkDirectory
 
-__all__ = ["RunRecord", "TrainingStep", "read_record"]
+__all__ = ["RunRecord", "TrainingStep", "finished_record", "read_record"]
 
 
 class ConvertedLayer(Result):
@@ -28,12 +30,16 @@ class ConvertedLayer(Result):
 
 
 class ConversionFigures(Result):
-    """Seconds of a conversion, and what calibration predicted; `scope_errors` by who shares a rotary table."""
+    """Seconds of a conversion, and what calibration predicted; `scope_errors` by who shares a rotary table.
+
+    `tuned` says what a streamed conversion measured of every layer before and after it was tuned.
+    """
 
     seconds: float | None = None
     layers: list[ConvertedLayer] = Field(default_factory=list)
     scope_errors: dict[str, float] = Field(default_factory=dict)
     predicted: dict[str, Any] | None = None
+    tuned: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class StageSummary(Result):
@@ -132,3 +138,15 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return RunRecord.checked(record)
     except ValidationError as error:
         raise ValueError(f"{path} is damaged ({complaint(error)}); remove it or restore it") from error
+
+
+def finished_record(out: Path, workspace: WorkDirectory) -> dict[str, Any] | None:
+    """The record of a run that was killed after its output appeared and before its workspace went, which then goes."""
+    try:
+        record = read_record(out / "run.json") if workspace.is_ours() else None
+    except ValueError:  # damaged, so `out` is not that run's
+        return None
+    if record is None or record.get("fingerprint") != fingerprint(workspace.plan):
+        return None
+    workspace.remove()
+    return record
