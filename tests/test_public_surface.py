@@ -34,12 +34,13 @@ CONVERSION = [
     *RECIPE,
 ]
 FLAGS = {
-    "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--seed", "--overwrite", "--dry-run", *SHARED],
+    "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--teacher", "--seed", "--overwrite", "--dry-run", *SHARED],
     "convert": ["MODEL", "--out", *CONVERSION, "--data", "--stream", "--overwrite", "--dry-run", *SHARED],
     "export": ["DIR", "--to", "--out", "--dtype", "--pad", "--experimental", "--overwrite", "--json"],
     "serve": ["DIR", "--engine", "--host", "--port", "--context", "--kv-dtype", "--dtype", "--json"],
     "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "plan": ["MODEL", *WIDTHS, "--kv-bytes", "--context", "--batch", "--kv-dtype", "--backend", "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
+    "teach": ["MODEL", "--data", "--top-k", "--out", *RECIPE, "--tokens", "--seed", "--overwrite", *SHARED],
     "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--seed", "--overwrite", *SHARED],
     "eval": ["DIR", "--data", "--against", "--checks", "--tasks", "--include-path", "--limit", "--block-size", "--stride", "--batch-size", "--max-tokens", "--contexts", "--template", "--separator", "--text-field", "--seed", *SHARED],
     "bench": ["DIR", "--against", "--contexts", "--batches", "--caches", "--new-tokens", "--repeats", "--memory", "--attention", "--compile", "--engine", "--kv-dtype", "--seed", *SHARED],
@@ -53,9 +54,9 @@ FLAGS = {
 
 def test_public_names():
     assert set(kvlatent.__all__) >= {
-        "LatentConfig", "Recipe", "Statistics", "calibrate", "compress", "convert", "evaluate", "export", "plan", "train",
+        "LatentConfig", "Recipe", "Statistics", "calibrate", "compress", "convert", "evaluate", "export", "plan", "teach", "train",
     }  # fmt: skip
-    assert len(kvlatent.__all__) <= 14
+    assert len(kvlatent.__all__) <= 15
     for name in kvlatent.__all__:
         assert getattr(kvlatent, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'shrink'"):
@@ -124,7 +125,7 @@ def test_public_functions_are_not_shadowed_by_their_modules():
 import importlib, pkgutil, kvlatent
 for module in pkgutil.walk_packages(kvlatent.__path__, "kvlatent."):
     importlib.import_module(module.name)
-print([name for name in ("calibrate", "compress", "convert", "evaluate", "export", "plan", "train") if not callable(getattr(kvlatent, name))])
+print([name for name in ("calibrate", "compress", "convert", "evaluate", "export", "plan", "teach", "train") if not callable(getattr(kvlatent, name))])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvlatent.selection.statistics import Statistics
     from kvlatent.workflows.compress_checkpoint import compress
     from kvlatent.workflows.export_checkpoint import export
+    from kvlatent.workflows.teach_checkpoint import teach
     from kvlatent.workflows.train_checkpoint import train
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "load_model",
     "plan",
     "save",
+    "teach",
     "train",
 ]
 
@@ -59,6 +61,7 @@ _LAZY = {
     "load_model": "checkpoints.load",
     "plan": "planning.width_plan",
     "save": "checkpoints.save",
+    "teach": "workflows.teach_checkpoint",
     "train": "workflows.train_checkpoint",
 }
 

@@ -26,6 +26,12 @@ from .options import (
 from .session import Session
 
 STAGES = Option("stages", "Stages to train; both by default, 2 with --minutes.", "none|1|2|both")
+STORE = Option(
+    "teacher",
+    "What `kvlatent teach` wrote of MODEL and --data, to train stage 2 without the original in memory.",
+    "DIR",
+    Path,
+)
 TEXT_TO_CALIBRATE = Option(
     "data",
     "Text to calibrate on; a held-out part of it is measured. All of it, where the preset looks at no text.",
@@ -36,7 +42,9 @@ STREAM = switch(
 )
 
 
-@command(MODEL, DATA, OUT, *CONVERSION, TOKENS, MINUTES, STAGES, DEVICE, DTYPE, SEED, OVERWRITE, DRY_RUN)
+@command(
+    MODEL, DATA, OUT, *CONVERSION, TOKENS, MINUTES, STAGES, STORE, DEVICE, DTYPE, SEED, OVERWRITE, DRY_RUN
+)
 def compress(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint, train it in two stages, measure it, save it. Repeat the command to continue a killed run."""
     from kvlatent.workflows.compress_checkpoint import compress

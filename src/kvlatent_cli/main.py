@@ -21,6 +21,7 @@ for name, function in {
     "serve": serve.serve,
     "calibrate": plan.calibrate,
     "plan": plan.plan,
+    "teach": train.teach,
     "train": train.train,
     "eval": measure.evaluate,
     "bench": measure.bench,

@@ -1,4 +1,4 @@
-"""The commands that train one stage of a checkpoint, and that show the whole on the embedded model: train, demo."""
+"""The commands that train one stage of a checkpoint, store a teacher for it, and show the whole: train, teach, demo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .options import (
     DTYPE,
     LATENT,
     MINUTES,
+    MODEL,
+    OUT,
     OVERWRITE,
     RECIPE,
     REQUIRED,
@@ -26,7 +28,14 @@ from .session import Session
 
 STAGE = Option("stage", "Stage to train: 1 layer by layer, 2 end to end.", "1|2", int, REQUIRED)
 TEACHER = Option(
-    "teacher", "The original; only stage 2 on next tokens can do without.", "MODEL", read=read_model
+    "teacher",
+    "The original, or for stage 2 what `kvlatent teach` wrote of --data; only stage 2 on next tokens can do without.",
+    "MODEL",
+    read=read_model,
+)
+TOP_K = Option("top_k", "Tokens kept at every position, the likeliest.", "K", int, 64)
+TOKENS_TO_STORE = Option(
+    "tokens", "Tokens of the text's start; all of its training part by default.", "N", int
 )
 OUT_OR_IN_PLACE = Option("out", "Directory to write; DIR itself by default.", "DIR", Path)
 DEMO_OUT = Option(
@@ -56,6 +65,22 @@ def train(run: Session, given: dict[str, Any]) -> None:
     )
     document = {**summary, "out": str(given["out"])}
     run.show(document, list_pairs({name: value for name, value in document.items() if "layer" not in name}))
+
+
+@command(MODEL, DATA, TOP_K, OUT, *RECIPE, TOKENS_TO_STORE, DEVICE, DTYPE, SEED, OVERWRITE)
+def teach(run: Session, given: dict[str, Any]) -> None:
+    """Store what the original says of a text, to train stage 2 without it in memory. Repeat the command to continue."""
+    from kvlatent.workflows.teach_checkpoint import teach
+
+    def say(plan: dict[str, Any]) -> None:
+        run.close()
+        run.say(
+            f"{plan['tokens']:,} tokens in {plan['blocks']:,} blocks, {plan['bytes_per_token']:,} bytes a token: "
+            f"{plan['bytes'] / 1e6:,.1f} MB"
+        )
+
+    summary = teach(**given, progress=run.report, announce=say)
+    run.show(summary, list_pairs(summary))
 
 
 @command(DEMO_OUT, DEMO_MODEL, PRESET, TOKENS, MINUTES, OVERWRITE)

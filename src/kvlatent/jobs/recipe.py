@@ -123,8 +123,9 @@ class Stage2(Stage):
     """End-to-end training (paper 3.2.3)."""
 
     tokens: Count = 400_000
-    objective: Literal["next_token", "kl", "mix"] = "kl"
+    objective: Literal["next_token", "kl", "reverse_kl", "mixed_kl", "mix"] = "kl"
     kl_weight: float = Field(0.5, ge=0.0, le=1.0)
+    reverse_weight: float = Field(0.5, ge=0.0, le=1.0)
     temperature: float = Field(1.0, gt=0)
 
 

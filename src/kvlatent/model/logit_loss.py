@@ -1,4 +1,4 @@
-"""Stage II losses: predict the next token, or the original model's distribution over it (paper 3.2.3).
+"""Stage II losses: predict the next token, or the original model's distribution over it (paper 3.2.3), or both.
 
 The paper's equations 8 and 9 need the logits of every position. A batch of them is the largest tensor of
 a training step, so both losses take the decoder's output and the language-model head, and compute logits
@@ -11,6 +11,7 @@ predict at position t, or -100 where there is none; such positions cost nothing,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kvlatent.jobs.recipe import Stage, Stage2
+from kvlatent.model.divergences import TopTokens, divergence
 from kvlatent.model.head import IGNORED, Head, tokens_of_logits
 
 __all__ = ["needs_teacher", "stage2_loss"]
@@ -37,34 +39,34 @@ def stage2_loss(
     teacher_hidden: Float[Tensor, "B T D_teacher"] | None = None,
     teacher_head: nn.Module | Head | Tensor | tuple[Tensor, Tensor | None] | None = None,
     *,
+    stored: TopTokens | None = None,
     chunk_tokens: int | None = None,
 ) -> Float[Tensor, ""]:
     """Mean loss in nats per token that counts, fp32; 0 where none does. It can be differentiated once, by `hidden`.
 
     Of the objective: "next_token" is the cross-entropy (equation 8); "kl" is KL(original || student) x temperature^2
-    (equation 9), both distributions softened by the temperature, whose square keeps the gradient's size; "mix" is
-    `kl_weight` x KL + (1 - `kl_weight`) x cross-entropy, from one pass over the logits.
+    (equation 9), both distributions softened by the temperature, whose square keeps the gradient's size; "reverse_kl" is
+    KL(student || original) x temperature^2; "mixed_kl" is `reverse_weight` x reverse + (1 - `reverse_weight`) x forward;
+    "mix" is `kl_weight` x KL + (1 - `kl_weight`) x cross-entropy. Each takes one pass over the logits.
 
     Args:
         hidden, head: of the student; the head is frozen.
-        labels: of "kl" alone they only say which positions count.
-        settings: `objective`, `kl_weight` and `temperature` are read.
+        labels: of a divergence alone they only say which positions count.
+        settings: `objective`, its weights and `temperature` are read.
         teacher_hidden, teacher_head: of the original, without a graph; "next_token" does without.
+        stored: in their place the original's likeliest tokens, [B, T, k] and [B, T, k + 1], of the same temperature.
         chunk_tokens: logits of so many tokens are held at once; None: of as many as `tokens_of_logits` says.
 
     Raises:
         ValueError: the head requires gradients.
     """
-    share = {"next_token": 0.0, "kl": 1.0, "mix": settings.kl_weight}[settings.objective]
-    student, teacher, goals = Head.of(head).in_autocast(), None, None
+    student = Head.of(head).in_autocast()
     if student.weight.requires_grad:
         raise ValueError(
             "stage II leaves the head as it is and gives it no gradient: got one that requires gradients; call "
             "requires_grad_(False) on it"
         )
-    if share:
-        assert teacher_hidden is not None and teacher_head is not None
-        teacher, goals = Head.of(teacher_head).in_autocast(), teacher_hidden.flatten(0, 1)
+    goal_of = _goals(settings, teacher_hidden, teacher_head, stored)
     counted = labels.flatten().ne(IGNORED).nonzero().squeeze(1)
     if counted.numel() == 0:
         return hidden.float().sum() * 0  # a graph for backward() to walk, with zero gradients
@@ -76,8 +78,7 @@ def stage2_loss(
         for start in range(0, len(rows), chunk):
             part = slice(start, start + chunk)
             logits = student.logits(rows[part])
-            goal = None if goals is None or teacher is None else teacher.logits(goals[counted[part]])
-            loss, slope = _loss_and_slope(logits, wanted[part], goal, share, settings.temperature)
+            loss, slope = _loss_and_slope(logits, wanted[part], goal_of(counted[part]), settings)
             total += loss
             if slopes is not None:
                 slopes[part] = student.pull_back(slope)
@@ -102,17 +103,34 @@ class _KnownGradient(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), None, None
 
 
+def _goals(
+    settings: Stage2, hidden: Tensor | None, head: Any, stored: TopTokens | None
+) -> Callable[[Tensor], Tensor | TopTokens | None]:
+    """What the original says at positions [N] of the batch: logits [N, V], its likeliest tokens, or nothing."""
+    if not _divergence_share(settings):
+        return lambda index: None
+    if stored is not None:
+        ids, log_shares = stored.ids.flatten(0, 1), stored.log_shares.flatten(0, 1)
+        return lambda index: TopTokens(ids[index], log_shares[index])
+    assert hidden is not None and head is not None
+    teacher, states = Head.of(head).in_autocast(), hidden.flatten(0, 1)
+    return lambda index: teacher.logits(states[index])
+
+
+def _divergence_share(settings: Stage2) -> float:
+    """Weight of the divergence; the cross-entropy has the others."""
+    return {"next_token": 0.0, "mix": settings.kl_weight}.get(settings.objective, 1.0)
+
+
 def _loss_and_slope(
-    logits: Float[Tensor, "N V"],
-    labels: Tensor,
-    goal: Float[Tensor, "N V"] | None,
-    share: float,
-    temperature: float,
+    logits: Float[Tensor, "N V"], labels: Tensor, goal: Tensor | TopTokens | None, settings: Stage2
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
-    """Summed loss of a chunk, and its gradient by the logits, in fp32; labels [N], `goal`: the original's logits."""
+    """Summed loss of a chunk, and its gradient by the logits, in fp32; labels [N]."""
     if goal is None:
         return _cross_entropy(logits, labels)
-    loss, slope = _divergence(logits, goal, temperature)
+    share = _divergence_share(settings)
+    reverse_share = {"reverse_kl": 1.0, "mixed_kl": settings.reverse_weight}.get(settings.objective, 0.0)
+    loss, slope = divergence(logits, goal, settings.temperature, reverse_share)
     if share == 1:
         return loss, slope
     next_token, other = _cross_entropy(logits, labels)
@@ -124,17 +142,4 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     loss = F.nll_loss(predicted, labels, reduction="sum")
     slope = predicted.exp_()
     slope[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return loss, slope
-
-
-def _divergence(logits: Tensor, goal: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Works in place on tensors of its own: of [N, V] every pass costs."""
-    if temperature != 1:
-        logits, goal = logits / temperature, goal / temperature
-    predicted, expected = F.log_softmax(logits, dim=-1), F.log_softmax(goal, dim=-1)
-    probability = expected.exp()
-    loss = expected.sub_(predicted).mul_(probability).sum()
-    slope = predicted.exp_().sub_(probability)
-    if temperature != 1:
-        loss, slope = loss * temperature**2, slope.mul_(temperature)
     return loss, slope

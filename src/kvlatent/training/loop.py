@@ -91,10 +91,13 @@ def training_arguments(
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Blocks of equal length to a batch of int64 tensors [B, T]."""
-    return {
-        key: torch.stack([torch.as_tensor(row[key], dtype=torch.long) for row in rows]) for key in rows[0]
-    }
+    """Blocks of equal length to a batch of tensors [B, T, ...]: int64, but for shares, which stay as they are."""
+    return {key: torch.stack([_whole_numbers(row[key]) for row in rows]) for key in rows[0]}
+
+
+def _whole_numbers(column: Any) -> Tensor:
+    tensor = torch.as_tensor(column)
+    return tensor if tensor.is_floating_point() else tensor.long()
 
 
 class StageTrainer(Trainer):

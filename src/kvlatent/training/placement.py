@@ -7,29 +7,32 @@ projections there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvlatent.model.families import head_dim_of, key_value_heads_of
 from kvlatent.training.trainable import merged_copy, shared_copy
 
-__all__ = ["check_teacher", "place_teacher"]
+__all__ = ["SAME", "check_teacher", "place_teacher"]
 
-_SAME = (
+SAME = (
     "hidden_size",
     "num_hidden_layers",
     "vocab_size",
     "num_attention_heads",
     "intermediate_size",
 )
+"""Sizes that an original shares with what was made of it."""
 
 
-def check_teacher(student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+def check_teacher(student: PretrainedConfig, teacher: Any) -> None:
     """Raise unless the teacher can be the original of the student, as far as their configs tell.
 
     Args:
         student: config of the model that is trained.
-        teacher: config of the original, or None where there is none.
+        teacher: config of the original, or what a store says of it, or None where there is none.
 
     Raises:
         ValueError: there is no teacher, it is latent itself, or its architecture, a size or the head width differs
@@ -42,7 +45,7 @@ def check_teacher(student: PretrainedConfig, teacher: PretrainedConfig | None) -
             f"the teacher must be the original model: got a latent one of type {teacher.model_type}; "
             "pass the checkpoint that the student was converted from"
         )
-    pairs = [(name, getattr(student, name), getattr(teacher, name, None)) for name in _SAME]
+    pairs = [(name, getattr(student, name), getattr(teacher, name, None)) for name in SAME]
     pairs.append(("num_key_value_heads", key_value_heads_of(student), key_value_heads_of(teacher)))
     if latent := getattr(student, "kv_latent", None):
         pairs.append(("model_type", latent["original_model_type"], teacher.model_type))

@@ -29,6 +29,7 @@ from kvlatent.training.resume import (
     read_journal,
     write_final,
 )
+from kvlatent.training.teacher_store import TeacherStore, check_takes_store
 from kvlatent.training.trainable import trainable_names, trainable_state
 from kvlatent.training.trainers import EndToEndTrainer, LayerTrainer
 
@@ -39,7 +40,7 @@ _WRAPPED = ("forward", "_original_forward")  # what accelerate sets on a model t
 
 def train_stage(
     model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | TeacherStore | None,
     stage: int,
     train_blocks: Any,
     recipe: Recipe,
@@ -57,8 +58,8 @@ def train_stage(
 
     Args:
         model: latent causal language model after `prepare_for_training`.
-        teacher: the original; only read (a view of it is moved and cast). May be None for stage II on next
-            tokens.
+        teacher: the original; only read (a view of it is moved and cast). For stage II what it said of the blocks,
+            of which those that are stored are trained on; or None on next tokens.
         stage: 1 or 2.
         train_blocks: rows of `input_ids`, `position_ids`, `labels` (already shifted, -100: no label), equal
             lengths.
@@ -74,27 +75,35 @@ def train_stage(
         first_layer_losses and layer_losses; with `divergence` "checks" and "kept_step" (see `BestKept`).
 
     Raises:
-        ValueError: the model is not prepared, the teacher has another shape, there are no blocks, `work_dir`
-            holds
-            another run, a loss is not finite, or bfloat16 is asked of a device without units for it.
+        ValueError: the model is not prepared, the teacher has another shape or is a store in stage I or of other
+            blocks, there are no blocks, `work_dir` holds another run, a loss is not finite, or bfloat16 is asked of a device without units for it.
         OSError: a checkpoint cannot be written.
     """
     recipe = resolve_precision(recipe, model.config, device)
     settings = settings_of(recipe, stage)
     compares = needs_teacher(settings)
     _check(model, train_blocks)
-    if compares:
-        check_teacher(model.config, None if teacher is None else teacher.config)
-    place = StageDirectory(work_dir, _plan(model, stage, settings, recipe, train_blocks))
+    store = teacher if isinstance(teacher, TeacherStore) else None
+    original = teacher if isinstance(teacher, PreTrainedModel) else None
+    if store is not None:
+        check_takes_store(stage)
+        train_blocks = store.join(train_blocks) if compares else train_blocks
+    elif compares:
+        check_teacher(model.config, None if original is None else original.config)
+    plan = _plan(model, stage, settings, recipe, train_blocks)
+    plan |= {} if store is None else {"teacher": store.record.fingerprint}
+    place = StageDirectory(work_dir, plan)
     place.open()
     decoder = model.get_decoder()
     if place.final.is_file():
         return read_final(place.final, decoder)
     length = len(train_blocks[0]["input_ids"])
     args = training_arguments(settings, recipe, stage, length, place.path, device)
-    view = (
-        place_teacher(model, teacher, recipe.dtype, args.device) if compares and teacher is not None else None
-    )
+    view = None
+    if compares and original is not None:
+        view = place_teacher(model, original, recipe.dtype, args.device)
+    else:
+        model.to(args.device)  # the Trainer moves the decoder alone
     common = (decoder, args, train_blocks, view, place.journal, Progress.of(progress))
     if isinstance(settings, Stage2):
         trainer: StageTrainer = EndToEndTrainer(*common, head=Head.of_model(model), settings=settings)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlatent.jobs.recipe import Stage2
+from kvlatent.model.divergences import TopTokens
 from kvlatent.model.head import IGNORED, Head
 from kvlatent.model.logit_loss import needs_teacher, stage2_loss
 from kvlatent.training.layer_loss import capture, layer_losses
@@ -51,11 +52,13 @@ class LayerTrainer(StageTrainer):
 
 
 class EndToEndTrainer(StageTrainer):
-    """Stage II: next-token cross-entropy, KL to the original, or a mix (paper eq. 8 and 9).
+    """Stage II: next-token cross-entropy, a divergence from the original, or a mix (paper eq. 8 and 9).
+
+    Where the blocks come with the original's likeliest tokens, there is no teacher beside them.
 
     Args:
         head: the latent model's LM head, frozen, on the same device.
-        settings: objective, weight and temperature.
+        settings: objective, weights and temperature.
         others: as for `StageTrainer`.
     """
 
@@ -74,9 +77,12 @@ class EndToEndTrainer(StageTrainer):
         call = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
         hidden = model(**call, use_cache=False).last_hidden_state
         teacher: list[Any] = []
-        if needs_teacher(self.settings):
+        stored = None
+        if "teacher_ids" in inputs:
+            stored = TopTokens(inputs["teacher_ids"], inputs["teacher_log_shares"])
+        elif needs_teacher(self.settings):
             assert self.teacher is not None
             with torch.no_grad():
                 output = self.teacher.get_decoder()(**call, use_cache=False)
             teacher = [output.last_hidden_state, Head.of_model(self.teacher)]
-        return stage2_loss(hidden, self.head, inputs["labels"], self.settings, *teacher)
+        return stage2_loss(hidden, self.head, inputs["labels"], self.settings, *teacher, stored=stored)

@@ -17,6 +17,7 @@ from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.text.parts import check_statistics
+from kvlatent.training.teacher_store import RECORD
 from kvlatent.workflows.compress_steps import CompressRun
 from kvlatent.workflows.losses import judge_losses, warn_of_losses
 from kvlatent.workflows.minutes import Budget, TooFewMinutes, keys_of
@@ -30,6 +31,7 @@ from kvlatent.workflows.steps import (
     hash_sources,
     options_as_typed,
 )
+from kvlatent.workflows.stored_teacher import check_store, open_store
 
 __all__ = ["compress"]
 
@@ -41,6 +43,7 @@ def compress(
     *,
     eval_data: str | Path | None = None,
     statistics: str | Path | None = None,
+    teacher: str | Path | None = None,
     eval_tokens: int = EVALUATION_TOKENS,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -58,6 +61,7 @@ def compress(
         out: directory to write; `out.partial` beside it holds unfinished work.
         eval_data: text to measure on; None takes the part of `data` that is held out from training.
         statistics: file of an earlier calibration of this model, which is then not repeated.
+        teacher: what `teach` wrote of this model and text; stage II is trained from it, and the original leaves the memory.
         eval_tokens: measure on at most that many tokens.
         overwrite: replace what `out` holds (at the end, in one rename) and unfinished work of other arguments.
         dry_run: return the plan and write nothing.
@@ -73,29 +77,35 @@ def compress(
     """
     plan = plan_run(model, **options)
     files = {"data": data, "eval_data": eval_data, "statistics": statistics}
-    inputs = {"model": model, **files, "recipe": options.get("recipe")}
+    inputs = {"model": model, **files, "teacher": teacher, "recipe": options.get("recipe")}
     if dry_run:
         prepare_place(out, overwrite, inputs)
         return {"plan": plan.summary()}
     check_texts(data, eval_data)
+    store = None if teacher is None else open_store(teacher, plan)
     # The place first, as it may hold the finished run; then what it holds.
     place = prepare_place(out, True, inputs)
     if statistics is not None:
         check_statistics(statistics, plan.calibrates)
-    sha256 = hash_sources({"model": model, **files}, "training text")
+    taught = {} if store is None else {"teacher": store.path / RECORD}
+    sha256 = hash_sources({"model": model, **files, **taught}, "training text")
     workspace = WorkDirectory(partial_of(place), {**sha256, "eval_tokens": eval_tokens, **_decisions(plan)})
     if (finished := finished_record(place, workspace)) is not None:
         warn_of_losses(finished)
         return finished
     prepare_output(out, overwrite)
-    workspace.open(overwrite=overwrite)
-    typed = options_as_typed({**files, "out": place}, options)
+    if store is not None:
+        check_store(store, model, plan, sha256, has_other_text=eval_data is not None)
+    typed = options_as_typed({**files, "teacher": teacher, "out": place}, options)
     record = describe_run("compress", model, typed, sha256, plan.device)
     record["fingerprint"] = fingerprint(workspace.plan)
+    workspace.open(overwrite=overwrite)
     try:
         budget = None if plan.minutes is None else Budget(plan.minutes)
         searches = "stage2.learning_rate" not in keys_of(options.get("overrides"))
-        run = CompressRun(plan, workspace, Progress.of(progress), model, budget, searches=searches)
+        run = CompressRun(
+            plan, workspace, Progress.of(progress), model, budget, searches=searches, store=store
+        )
         texts = run.read(data, eval_data, eval_tokens)
         if announce is not None:
             announce(plan.summary())

@@ -24,6 +24,7 @@ from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import TextReader, Texts, read_texts
 from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import train_stage
+from kvlatent.training.teacher_store import TeacherStore
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.foreseen_steps import expect_steps
 from kvlatent.workflows.healing import CONVERSION_SHARE, Healing, part_checked
@@ -59,13 +60,16 @@ class CompressRun:
         budget: Budget | None,
         *,
         searches: bool,
+        store: TeacherStore | None = None,
     ) -> None:
+        self.store = store  # to train stage II from, without the original
         self.plan, self.workspace, self.progress, self.budget = plan, workspace, progress, budget
         self.searches = searches  # the rate of stage II, within a budget
         self.checked: Dataset | None = None  # blocks to decide on
         self.sentences: list[str] = []  # for the user
         dtype = working_dtype(plan.recipe.dtype, plan.device, plan.stored_dtype)
         self.original, self.tokenizer = load_original(model, dtype, plan.device, progress)
+        self.dtype = self.original.dtype
 
     def read(self, data: str | Path, eval_data: str | Path | None, eval_tokens: int) -> Texts:
         """Bring the texts into blocks."""
@@ -103,7 +107,7 @@ class CompressRun:
             if stage != self.plan.stages[-1]:
                 figures[f"stage{stage}"] = self._measure(f"stage{stage}", latent, texts)
         exported = merged_copy(latent, self.plan.stored_dtype)
-        figures["latent"] = self._measure("latent", _as(exported, self.original.dtype), texts)
+        figures["latent"] = self._measure("latent", _as(exported, self.dtype), texts)
         minutes = {} if self.budget is None else {"minutes": self.budget.summary(conversion)}
         return exported, {
             **minutes,
@@ -214,7 +218,7 @@ class CompressRun:
         assert texts.held_out is not None
         blocks = texts.held_out
         step = self.progress.step(f"measure {name}", len(blocks), tokens=len(blocks[0]["input_ids"]))
-        with precision(self.plan.device, str(self.original.dtype).removeprefix("torch.")):
+        with precision(self.plan.device, str(self.dtype).removeprefix("torch.")):
             figures, result = measure(model, blocks, progress=step.to)
             if name in ("original", "latent"):
                 figures |= measure_copying(name, model, self.tokenizer, blocks, self.progress)
@@ -227,9 +231,14 @@ class CompressRun:
     def _train(self, latent: PreTrainedModel, stage: int, texts: Texts) -> dict[str, Any]:
         """Run one stage, or continue it, or put back what it had trained."""
         assert texts.train is not None
+        if stage == 2 and self.store is not None:
+            teacher: PreTrainedModel | TeacherStore = self.store
+            del self.original  # what the latent model does not share of it leaves the memory
+        else:
+            teacher = self.original
         return train_stage(
             latent,
-            self.original,
+            teacher,
             stage,
             texts.train,
             self.plan.recipe,

@@ -32,6 +32,7 @@ from kvlatent.text.parts import TextReader
 from kvlatent.training.placement import check_teacher
 from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import settings_of, train_stage
+from kvlatent.training.teacher_store import RECORD, TeacherStore, check_takes_store, is_store
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.run_record import read_record
@@ -127,7 +128,8 @@ def train(
         stage: 1 or 2.
         data: text, as for `corpus.prepare`.
         out: directory to write; not empty only with `overwrite`, or when it is `model` itself (in place).
-        teacher: directory, hub id or GGUF file of the original; stage II on next tokens does without.
+        teacher: directory, hub id or GGUF file of the original; or, for stage II, what `teach` wrote of this text, and the
+            original is not loaded. Stage II on next tokens does without.
         recipe: a `Recipe`, a YAML file, or None for the defaults.
         overrides: `section.key=value` on top of it; tokens, dtype, seed: of the stage, on top of both.
         device: "auto", "cpu" or "cuda".
@@ -146,19 +148,22 @@ def train(
     if tokens is not None and stage in (1, 2):
         settings.append(f"stage{stage}.tokens={tokens}")
     plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=settings, device=device)
-    if needs_teacher(settings_of(plan.recipe, stage)):
-        check_teacher(load_config(str(model)), None if teacher is None else load_config(str(teacher)))
     check_texts(data)
+    store = _check_teacher(model, teacher, plan)
     inputs = {"teacher": teacher, "data": data, "recipe": recipe}
     place = prepare_place(out, True, inputs if _is_in_place(model, out) else {"model": model, **inputs})
     replaced = _is_in_place(model, place)
-    sha256 = hash_sources({"model": model, "teacher": teacher, "data": data}, "training text")
+    taught = teacher if store is None else store.path / RECORD
+    sha256 = hash_sources({"model": model, "teacher": taught, "data": data}, "training text")
     space = WorkDirectory(
         partial_of(place), {**sha256, "stage": stage, "recipe": plan.recipe.model_dump(mode="json")}
     )
     if (summary := _finished(space, place, replaced)) is not None:
         return summary
     prepare_output(place, overwrite or replaced)
+    if store is not None:
+        config = load_config(str(model))
+        store.check(config, load_tokenizer(model, config), plan.recipe, sha256)
     files = {"data": data, "teacher": teacher, "out": None if replaced else place}
     options = {"stage": stage, "recipe": recipe, **given, "tokens": tokens, "device": device}
     typed = options_as_typed(files, options)
@@ -170,7 +175,7 @@ def train(
         if announce is not None:
             announce(plan.summary())
         told = Progress.of(progress, ("stage", "done", "total", "tokens_per_second", "loss"))
-        student, tokenizer, summary = _run_stage(space, plan, model, data, teacher, told)
+        student, tokenizer, summary = _run_stage(space, plan, model, data, store or teacher, told)
         record |= _continue_history(previous, plan, summary)
         journal = _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)
         save_run(
@@ -190,14 +195,14 @@ def _run_stage(
     plan: Plan,
     model: str | Path,
     data: str | Path,
-    teacher: str | Path | None,
+    teacher: str | Path | TeacherStore | None,
     progress: Progress,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Load everything and train; returns the trained model, its tokenizer and the stage's summary."""
     recipe, (stage,) = plan.recipe, plan.stages
     student = load_model(model)
     tokenizer = load_tokenizer(model, student.config)
-    original = None if teacher is None else load_model(teacher)
+    original = load_model(teacher) if isinstance(teacher, str | Path) else teacher
     reader = TextReader(recipe, tokenizer, student.config, space.path / "data")
     blocks = reader.prepare(data).train
     prepare_for_training(student, recipe)
@@ -206,6 +211,18 @@ def _run_stage(
         student, original, stage, blocks, recipe, work_dir, device=plan.device, progress=progress
     )
     return student, tokenizer, summary
+
+
+def _check_teacher(model: str | Path, teacher: str | Path | None, plan: Plan) -> TeacherStore | None:
+    """Raise `ValueError` where the stage cannot learn from this teacher; returns it where it is a store that is needed."""
+    (stage,) = plan.stages
+    needed = needs_teacher(settings_of(plan.recipe, stage))
+    if teacher is not None and is_store(teacher):
+        check_takes_store(stage)
+        return TeacherStore(teacher) if needed else None
+    if needed:
+        check_teacher(load_config(str(model)), None if teacher is None else load_config(str(teacher)))
+    return None
 
 
 def _finished(space: WorkDirectory, out: Path, replaced: bool) -> dict[str, Any] | None:
