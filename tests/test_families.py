@@ -9,7 +9,6 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
-    MixtralConfig,
     T5Config,
 )
 
@@ -60,8 +59,17 @@ def llama(**changes):
         (GPT2Config(), "'gpt2': it has no rotary position embedding"),
         (AutoConfig.for_model("gpt_oss"), "'gpt_oss': its heads have attention sinks"),
         (
-            MixtralConfig(architectures=["MixtralForCausalLM"]),
-            "'mixtral': its architecture is not among the tested",
+            AutoConfig.for_model("apertus", architectures=["ApertusForCausalLM"]),
+            "'apertus': its architecture is not among the tested",
+        ),
+        (
+            AutoConfig.for_model("hunyuan_v1_dense"),
+            "'hunyuan_v1_dense': it normalises .* after their rotation",
+        ),
+        (AutoConfig.for_model("ministral3"), "'ministral3': it scales queries by their position"),
+        (
+            AutoConfig.for_model("stablelm", qk_layernorm=True),
+            "'stablelm': its queries .* a LayerNorm of each head's own",
         ),
         (
             llama(quantization_config={"quant_method": "fp8"}),
@@ -118,12 +126,6 @@ def test_a_layer_is_what_the_row_says(name):
 
 
 NEW_ROWS = {
-    "arcee": Family(
-        *("arcee", "Arcee"),
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        ffn_modules=("up_proj", "down_proj"),
-    ),
     "apertus": Family(
         *("apertus", "Apertus"),
         qkv_bias="attention_bias",

@@ -19,6 +19,7 @@ from kvlatent.model.table import RotaryTable
 __all__ = [
     "FAMILIES",
     "LATENT_PREFIX",
+    "REFUSED",
     "attention_layers_of",
     "effective_table",
     "effective_tables",
@@ -189,15 +190,22 @@ FAMILIES = {
     )
 }
 
-_INTERLEAVED = (
-    "chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium", "llama4_text", "llama4",
-)  # fmt: skip
-_NO_ROTARY = ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm")
-_SINKS = ("gpt_oss", "mimo_v2_flash")
-_OTHERS = {
-    "hunyuan_v1_dense": "it normalises queries and keys after their rotation, and a norm that has lost channels is another one",
-    "ministral3": "it scales queries by their position beyond the original context (llama_4_scaling_beta)",
-}
+_SINKS = "its heads have attention sinks, which the latent attention does not reproduce"
+_INTERLEAVED = "its rotary layout is interleaved (pairs 2j, 2j+1), not half-split (pairs j, j+d/2)"
+REFUSED = {
+    _SINKS: ("gpt_oss", "mimo_v2_flash"),
+    _INTERLEAVED: (
+        "chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium", "llama4_text", "llama4",
+    ),
+    "it has no rotary position embedding": ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm"),
+    "it normalises queries and keys after their rotation, which the latent attention does not reproduce": (
+        "hunyuan_v1_dense",
+    ),
+    "it scales queries by their position (llama_4_scaling_beta), which the latent attention does not reproduce": (
+        "ministral3",
+    ),
+}  # fmt: skip
+"""Why architectures are refused, whatever their configuration says: the reason, and model types."""
 _ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
 
 
@@ -236,18 +244,14 @@ def _obstacle(config: Any, model_type: str) -> str | None:
         return f"it is an encoder-decoder, not a decoder-only language model; {supported}"
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "attn_logit_softcap", None):
         return f"its attention logits are soft-capped, which the latent attention does not reproduce; {supported}"
-    if model_type in _SINKS or getattr(config, "attention_sinks", None):
-        return f"its heads have attention sinks, which the latent attention does not reproduce; {supported}"
+    if getattr(config, "attention_sinks", None):
+        return f"{_SINKS}; {supported}"
     if getattr(config, "kv_lora_rank", None):
         return f"its cache is already latent (multi-head latent attention); {supported}"
-    if model_type in _INTERLEAVED or getattr(config, "rope_interleave", False):
-        return (
-            f"its rotary layout is interleaved (pairs 2j, 2j+1), not half-split (pairs j, j+d/2); {supported}"
-        )
-    if model_type in _NO_ROTARY:
-        return f"it has no rotary position embedding; {supported}"
-    if model_type in _OTHERS:
-        return f"{_OTHERS[model_type]}, which the latent attention does not reproduce; {supported}"
+    if getattr(config, "rope_interleave", False):
+        return f"{_INTERLEAVED}; {supported}"
+    if reason := next((reason for reason, types in REFUSED.items() if model_type in types), None):
+        return f"{reason}; {supported}"
     if model_type not in FAMILIES:
         causal = any(
             str(name).endswith("ForCausalLM") for name in getattr(config, "architectures", None) or ()
@@ -327,7 +331,7 @@ def effective_tables(config: Any) -> tuple[RotaryTable, ...]:
         kinds = [
             kind if turns else None
             for kind, turns in zip(
-                kinds, (getattr(config, family.rotates)[layer] for layer in layers), strict=True
+                kinds, (family.setting(config, family.rotates)[layer] for layer in layers), strict=True
             )
         ]
     rotary = family.upstream("RotaryEmbedding")(config)

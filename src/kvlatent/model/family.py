@@ -119,7 +119,7 @@ class Family:
         """Whether (q, k, v) and o have biases."""
         given = {"never": False, "always": True}
         qkv, o = (
-            given[rule] if rule in given else bool(getattr(config, rule, False))
+            given[rule] if rule in given else bool(self.setting(config, rule))
             for rule in (self.qkv_bias, self.o_bias)
         )
         return qkv, o
@@ -152,11 +152,13 @@ class Family:
     def number(self, config: Any, field: str, otherwise: float = 1.0) -> float:
         """What the config says in the field that this row's `field` names; `otherwise` where the row names none."""
         name = getattr(self, field)
-        if not name:
-            return otherwise
+        return float(self.setting(config, name)) if name else otherwise
+
+    def setting(self, config: Any, name: str) -> Any:
+        """The config's field of this name, which the row names."""
         if not hasattr(config, name):
             raise ValueError(self.missing(f"the config's field {name!r}"))
-        return float(getattr(config, name))
+        return getattr(config, name)
 
     def scaling(self, config: Any, width: int, head_dim: int) -> float:
         """What a latent attention of this key width multiplies logits by: at full width what the original does."""

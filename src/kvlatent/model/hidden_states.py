@@ -146,7 +146,8 @@ def embed(decoder: Any, input_ids: Tensor) -> Tensor:
     shell = with_layers(decoder, [], 0)
     setattr(shell, family.final_norm, nn.Identity())
     if family.embedding_multiplier:
-        setattr(shell, family.embedding_multiplier, getattr(decoder, family.embedding_multiplier))
+        multiplier = family.number(decoder.config, "embedding_multiplier")
+        setattr(shell, family.embedding_multiplier, multiplier)
     return shell(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
