@@ -28,6 +28,8 @@ def watch(event, arguments):
         if writes and isinstance(path, (str, bytes)):
             seen["written"].add(os.path.abspath(os.fsdecode(path)))
     elif event in _PATHS:
+        if event in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None):
+            return  # below a folder that is open: shutil.rmtree, whose own folder is seen
         paths = [one for one in arguments[: _PATHS[event]] if isinstance(one, (str, bytes, os.PathLike))]
         seen["written"].update(os.path.abspath(os.fsdecode(one)) for one in paths)
     elif event == "pickle.find_class":
