@@ -120,7 +120,7 @@ release-files:
 release-check: release-files
 	build/release/bin/python -m pip install -c constraints.txt torch==2.13.0
 	build/release/bin/python -m pip install -c constraints.txt dist/kvlatent-*.whl
-	cd build/release && bin/kvlatent demo --overwrite --minutes 2
+	cd build/release && bin/kvlatent demo --overwrite
 	build/release/bin/python tools/licences.py
 
 check: lint types imports test test-numerics docs

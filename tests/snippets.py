@@ -38,7 +38,10 @@ def snippets_of(page: Path) -> list[Snippet]:
     text = page.read_text(encoding="utf-8")
     found = [
         Snippet(
-            one["language"], re.sub(f"^{one['indent']}", "", one["text"], flags=re.M), one["mark"], one["why"]
+            one["language"],
+            re.sub(f"^{one['indent']}", "", one["text"], flags=re.MULTILINE),
+            one["mark"],
+            one["why"],
         )
         for one in _FENCE.finditer(text)
     ]

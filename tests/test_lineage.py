@@ -100,7 +100,11 @@ def test_a_model_of_the_hub_in_run_eval_and_card(place, hub):
     assert record["source"] == {"base_model": HUB, "license": "apache-2.0", "language": ["en"]}
     card = ModelCard.load(Path("out/README.md"))
     assert card.data.base_model == HUB and card.data.license == "apache-2.0" and card.data.language == ["en"]
-    assert card.data.library_name == "transformers" and card.data.tags == ["kvlatent", "kv-cache"]
+    assert card.data.library_name == "transformers" and card.data.tags == [
+        "kvlatent",
+        "kv-cache",
+        "custom_code",
+    ]
     assert card.data.pipeline_tag == "text-generation" and "# Latent-attention checkpoint" in card.text
     words = ["--data", "text.txt", "--checks", "perplexity", "--block-size", 32, "--max-tokens", 64, "--json"]
     document = json.loads(call("eval", "out", "--against", HUB, *words).stdout)

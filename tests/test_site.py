@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvlatent.engines.facts import ENGINES
 from kvlatent.evaluation.checks import CHECKS
 from snippets import ROOT
 
@@ -69,3 +70,21 @@ def test_pictures_are_described_and_no_page_fetches_from_elsewhere():
         assert "<script" not in text and "<link" not in text
     for path in Path(DOCS / "pictures").glob("*.svg"):
         assert "<title" in path.read_text()
+
+
+def test_the_table_of_engines_says_what_plans_go_by():
+    rows = re.findall(
+        r"^\| \[(\w+[\w.]*)[^|]*\| (\w+)[^|]*\| (\w+)[^|]*\| (\w+)", (DOCS / "serve.md").read_text(), re.MULTILINE
+    )
+    names = {
+        "transformers": "transformers",
+        "llama.cpp": "llama.cpp",
+        "OpenVINO": "openvino",
+        "SGLang": "sglang",
+    }
+    found = {names[name]: said for name, *said in rows if name in names}
+    assert set(found) == set(names.values())
+    for name, said in found.items():
+        engine = ENGINES[name]
+        unequal, by_layer = (["yes", "no"][flag] for flag in (engine.symmetric, engine.sizes == 1))
+        assert said == [unequal, by_layer, "one" if engine.scopes == ("model",) else "a"], name

@@ -26,13 +26,17 @@ _FIDELITY = {"kl": 0.01, "kl_standard_error": 0.001, "layers": []}
 _LAYER = {"layer": 0, "uniformity_original": 0.2, "uniformity_latent": 0.9, "entropy_ratio": 2.0}
 _SIGNATURES = {
     "forgetting": (
-        f"perplexity over the original's is above x{math.exp(FORGETTING_NATS):.2f} and KL above {FORGETTING_NATS} "
-        "nats a token, both by two standard errors",
+        (
+            f"perplexity over the original's is above x{math.exp(FORGETTING_NATS):.2f} and KL above {FORGETTING_NATS} "
+            "nats a token, both by two standard errors"
+        ),
         {"ratio": 2.0, "ratio_standard_error": 0.01, "fidelity": _FIDELITY | {"kl": 1.0}},
     ),
     "positional confusion": (
-        f"ordinary text is predicted as before, and needle or word order kept less than {SCORE_KEPT:.0%} of the "
-        "original's score above chance",
+        (
+            f"ordinary text is predicted as before, and needle or word order kept less than {SCORE_KEPT:.0%} of the "
+            "original's score above chance"
+        ),
         {
             "ratio": 1.0,
             "ratio_standard_error": 0.01,
@@ -47,8 +51,10 @@ _SIGNATURES = {
         },
     ),
     "attention collapse": (
-        f"in some layer attention kept less than {FOCUS_KEPT:.0%} of its focus, and its entropy is {ENTROPY_RATIO} "
-        "times the original's or more",
+        (
+            f"in some layer attention kept less than {FOCUS_KEPT:.0%} of its focus, and its entropy is {ENTROPY_RATIO} "
+            "times the original's or more"
+        ),
         {"fidelity": _FIDELITY | {"layers": [_LAYER]}},
     ),
     "non-causal": (
@@ -65,17 +71,21 @@ def failures_page() -> str:
     """What can be wrong with a latent model, and what to do, as `kvlatent eval` says it."""
     lines = [
         f"{_HEAD}# What can go wrong",
-        "`kvlatent eval DIR --against ORIGINAL` names these by their figures and says what to do. A figure counts where it "
-        "passes its threshold by two standard errors; what was not measured is said to be missing, never taken for good.",
+        (
+            "`kvlatent eval DIR --against ORIGINAL` names these by their figures and says what to do. A figure counts where it "
+            "passes its threshold by two standard errors; what was not measured is said to be missing, never taken for good."
+        ),
     ]
     for name, (signature, figures) in _SIGNATURES.items():
         (advice,) = (one["advice"] for one in diagnose(figures)["findings"] if one["name"] == name)
         lines += [f"## {name.capitalize()}", f"**Seen by:** {signature}.", f"**What to do:** {advice}"]
     lines += [
         "## A warning right after the conversion",
-        "`convert` and `compress` measure on held-out text before they save. A perplexity of x1.1 or more, or a recall under "
-        "0.9 of the original's, is warned of on stderr, in `run.json` and in the card, with the next step that is possible. "
-        "Heed it: it is measured on your text.",
+        (
+            "`convert` and `compress` measure on held-out text before they save. A perplexity of x1.1 or more, or a recall under "
+            "0.9 of the original's, is warned of on stderr, in `run.json` and in the card, with the next step that is possible. "
+            "Heed it: it is measured on your text."
+        ),
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -70,7 +70,11 @@ def model_card(record: Mapping[str, Any]) -> str:
         **record.get("source", {}),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["kvlatent", "kv-cache"],
+        tags=[
+            "kvlatent",
+            "kv-cache",
+            "custom_code",
+        ],  # the last as transformers tags what carries a modelling file
     )
     return _TEMPLATE.format(
         metadata=about.to_yaml(),
