@@ -148,11 +148,13 @@ def test_a_killed_call_goes_on_behind_its_last_whole_shard(place, monkeypatch):
     assert [path.name for path in partial.glob("shard-*")] == ["shard-00000.safetensors"]
     with pytest.raises(ValueError, match=r"another top_k \(8, now 9\)"):
         teach(place, top_k=9)
+    (partial / ".shard-00001.safetensors.tmp-1").write_bytes(b"what a kill in a write leaves")
     written = (partial / "shard-00000.safetensors").stat().st_mtime_ns
     done = []
     teach(place, progress=lambda step, *told: done.append(told[0]) if step == "teach" else None)
     assert min(done[1:]) == 20
     assert (place / "store" / "shard-00000.safetensors").stat().st_mtime_ns == written
+    assert not list((place / "store").glob(".*"))
     teach(place, "whole")
     for path in (place / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (place / "store" / path.name).read_bytes()
@@ -262,6 +264,16 @@ def test_a_complete_store_is_read_more_than_once(place):
     assert summary["tokens"] > 1.5 * tokens  # an epoch's last batch is a part of one
 
 
+def test_next_tokens_need_no_store_and_take_one(place):
+    """As they take an original."""
+    teach(place, tokens=64)
+    key = "stage2.objective=next_token"
+    assert learn(place, overrides=[key])["tokens"] == 512
+    learn(place, "without", "original", overrides=[key])
+    taught, live = (load_file(place / name / "model.safetensors") for name in ("out", "without"))
+    assert all(torch.equal(taught[name], live[name]) for name in live)
+
+
 def test_a_store_of_another_shape_is_refused(place):
     teach(place)
     record = json.loads((place / "store" / RECORD).read_text())
@@ -340,7 +352,10 @@ def test_a_store_that_does_not_fit_a_compress_is_refused(place, tiny_llama, tiny
     before = {path.name for path in place.iterdir()}
     for change, sentence in (
         ({"teacher": place / "latent"}, "is what kvlatent teach wrote: got .*latent, which is no store"),
-        ({"minutes": 1, "stages": "2", "overrides": DATA}, "got --minutes 1 with --teacher; leave one of them out"),
+        (
+            {"minutes": 1, "stages": "2", "overrides": DATA},
+            "got --minutes 1 with --teacher; leave one of them out",
+        ),
         ({"stages": "1"}, "got stages 1 with stage2.objective=kl"),
         ({"overrides": [*COMPRESS, "stage2.objective=next_token"]}, "with stage2.objective=next_token"),
         ({"model": place / "moved"}, "is of another original: got .*, it has"),
