@@ -109,6 +109,7 @@ def commands(place: Path) -> dict[str, tuple[list, list[str]]]:
             ],
             ["latent", "teacher", "data", "recipe"],
         ),
+        "teach": (["teach", at["model"], *data, *recipe, "--overwrite"], ["model", "data", "recipe"]),
         "study": (
             ["study", "stages", "--model", at["model"], *data, *evaluated, *recipe],
             ["model", "data", "eval", "recipe"],
@@ -141,7 +142,7 @@ def refused(place: Path, words: list, out: str, verb: str) -> None:
     assert snapshot(place) == before
 
 
-@pytest.mark.parametrize("command", ["convert", "convert-statistics", "compress", "train", "study"])
+@pytest.mark.parametrize("command", ["convert", "convert-statistics", "compress", "teach", "train", "study"])
 def test_an_output_directory_may_not_be_hold_or_lie_in_an_input(place, tmp_path, command):
     words, read = commands(place)[command]
     for name in read:

@@ -107,3 +107,29 @@ def test_what_decides_the_closed_form(place, call, what):
     assert all(each["kl"] >= 0 and each["standard_error"] >= 0 for each in figures)
     assert len({each["kl"] for each in figures}) > 1
     assert str(place) not in json.dumps(found)
+
+
+def test_training_from_a_store_beside_the_original(place, call, tmp_path):
+    words = ("--model", place / "model", "--data", place / "text.txt", "--eval-data", place / "text.txt")
+    small = [word for key in ("data.block_size=32", "stage2.batch_size=4") for word in ("--set", key)]
+    out = tmp_path / "found.json"
+    call(
+        "stored_teacher",
+        *words,
+        *small,
+        "--tokens",
+        512,
+        "--eval-tokens",
+        512,
+        "--top-k",
+        "2,64",
+        "--out",
+        out,
+    )
+    found = json.loads(out.read_text())
+    runs = found["runs"]
+    assert list(runs) == ["original", "top-2", "top-64"]
+    assert runs["original"]["ratio"] == 1
+    assert runs["top-2"]["perplexity"] != runs["top-64"]["perplexity"]
+    assert [runs[name]["store"]["bytes_per_token"] for name in ("top-2", "top-64")] == [12, 260]
+    assert str(place) not in out.read_text()

@@ -18,6 +18,7 @@ READERS = {
     "convert": ["--blocks", 2, "--align", 0, "--set", "data.block_size=32", "--out", "OUT"],
     "calibrate": ["--blocks", 2, "--set", "data.block_size=32", "--out", "OUT"],
     "plan": ["--blocks", 2, "--set", "data.block_size=32"],
+    "teach": ["--tokens", 128, "--top-k", 8, "--out", "OUT", "--set", "data.block_size=32"],
     "train": ["--stage", 2, "--tokens", 128, "--out", "OUT", "--set", "stage2.objective=next_token", *SMALL],
     "study": ["--tokens", 128, "--cells", "*paper*", "--limit", 1, "--eval-tokens", 128, "--out", "OUT", *SMALL],
     "eval": ["--checks", "perplexity", "--max-tokens", 128],

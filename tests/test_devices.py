@@ -97,11 +97,14 @@ def place(tmp_path, tiny_tokenizer):
             teacher=place / "model",
             **given,
         ),
+        lambda place, **given: kvlatent.teach(
+            place / "model", data=place / "text.txt", out=place / "out", **given
+        ),
         lambda place, **given: kvlatent.evaluate(place / "model", place / "text.txt", **given),
         lambda place, **given: bench(place / "model", **given),
         lambda place, **given: continue_text(place / "model", "once", **given),
     ],
-    ids=["compress", "convert", "calibrate", "plan", "study", "train", "eval", "bench", "generate"],
+    ids=["compress", "convert", "calibrate", "plan", "study", "train", "teach", "eval", "bench", "generate"],
 )
 def test_every_command_refuses_bfloat16_before_it_writes(monkeypatch, place, work):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)

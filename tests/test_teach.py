@@ -81,7 +81,7 @@ def test_store_holds_the_likeliest_tokens_and_the_rest_of_every_position(
         row = taught[index]
         call = {name: row[name][None] for name in ("input_ids", "position_ids")}
         with torch.no_grad():
-            shares = F.softmax(tiny_llama(**call).logits[0].double() / temperature, dim=-1)
+            shares = F.softmax(tiny_llama(**call, use_cache=False).logits[0].double() / temperature, dim=-1)
         top = shares.sort(descending=True)
         assert torch.equal(row["teacher_ids"].sort().values, top.indices[:, :TOP_K].sort().values)
         wanted = torch.cat([top.values[:, :TOP_K], top.values[:, TOP_K:].sum(-1, keepdim=True)], -1)
@@ -109,7 +109,7 @@ def test_loss_from_the_store_is_that_of_the_dense_classes(place, tiny_llama, tin
         return torch.cat([top, 1 - top.sum(-1, keepdim=True)], dim=-1)[counted]
 
     counted = batch["labels"] != -100
-    p, q = classes(tiny_llama(**call).logits.detach()), classes(student.lm_head(hidden))
+    p, q = classes(tiny_llama(**call, use_cache=False).logits.detach()), classes(student.lm_head(hidden))
     forward, reverse = (p * (p / q).log()).sum(-1).mean(), (q * (q / p).log()).sum(-1).mean()
     tokens = F.cross_entropy(student.lm_head(hidden).double()[counted], batch["labels"][counted])
     dense = {
@@ -148,11 +148,13 @@ def test_a_killed_call_goes_on_behind_its_last_whole_shard(place, monkeypatch):
     assert [path.name for path in partial.glob("shard-*")] == ["shard-00000.safetensors"]
     with pytest.raises(ValueError, match=r"another top_k \(8, now 9\)"):
         teach(place, top_k=9)
+    (partial / ".shard-00001.safetensors.tmp-1").write_bytes(b"what a kill in a write leaves")
     written = (partial / "shard-00000.safetensors").stat().st_mtime_ns
     done = []
     teach(place, progress=lambda step, *told: done.append(told[0]) if step == "teach" else None)
     assert min(done[1:]) == 20
     assert (place / "store" / "shard-00000.safetensors").stat().st_mtime_ns == written
+    assert not list((place / "store").glob(".*"))
     teach(place, "whole")
     for path in (place / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (place / "store" / path.name).read_bytes()
@@ -257,8 +259,19 @@ def test_a_store_that_does_not_fit_is_refused(place, tiny_llama, tiny_tokenizer)
 
 def test_a_complete_store_is_read_more_than_once(place):
     """As the text would be: only of what it lacks can no more be had."""
-    tokens = 2 * teach(place)["tokens"]
-    assert learn(place, overrides=[f"stage2.tokens={tokens}", "stage2.batch_size=32"])["tokens"] >= tokens
+    tokens = teach(place)["tokens"]
+    summary = learn(place, overrides=[f"stage2.tokens={2 * tokens}", "stage2.batch_size=32"])
+    assert summary["tokens"] > 1.5 * tokens  # an epoch's last batch is a part of one
+
+
+def test_next_tokens_need_no_store_and_take_one(place):
+    """As they take an original."""
+    teach(place, tokens=64)
+    key = "stage2.objective=next_token"
+    assert learn(place, overrides=[key])["tokens"] == 512
+    learn(place, "without", "original", overrides=[key])
+    taught, live = (load_file(place / name / "model.safetensors") for name in ("out", "without"))
+    assert all(torch.equal(taught[name], live[name]) for name in live)
 
 
 def test_a_store_of_another_shape_is_refused(place):
@@ -279,7 +292,7 @@ def test_a_damaged_store_is_refused(place, tiny_llama, tiny_tokenizer):
     data = shard.read_bytes()
     for text, sentence in (
         ("{", "damaged, not JSON"),
-        ("{}", "is damaged .kind: Field required."),
+        ("{}", "is damaged .*: Field required."),
         (json.dumps({**record, "format": 2}), "is damaged .format"),
         (json.dumps({**record, "blocks": 1}), "said to hold 1 blocks and holds"),
     ):
@@ -339,7 +352,10 @@ def test_a_store_that_does_not_fit_a_compress_is_refused(place, tiny_llama, tiny
     before = {path.name for path in place.iterdir()}
     for change, sentence in (
         ({"teacher": place / "latent"}, "is what kvlatent teach wrote: got .*latent, which is no store"),
-        ({"minutes": 1, "stages": "2"}, "got --minutes 1 with --teacher; leave one of them out"),
+        (
+            {"minutes": 1, "stages": "2", "overrides": DATA},
+            "got --minutes 1 with --teacher; leave one of them out",
+        ),
         ({"stages": "1"}, "got stages 1 with stage2.objective=kl"),
         ({"overrides": [*COMPRESS, "stage2.objective=next_token"]}, "with stage2.objective=next_token"),
         ({"model": place / "moved"}, "is of another original: got .*, it has"),

@@ -49,7 +49,7 @@ _SMALL_IDS = 1 << 16  # of a vocabulary, whose ids then take two bytes
 
 
 class Shard(Result):
-    """One file of a store: whole blocks, in their order."""
+    """One file of a store: whole blocks, in their order; by its hash, `teacher.json` identifies the whole store."""
 
     file: str
     blocks: int = Field(ge=1)

@@ -161,7 +161,7 @@ def train(
     if (summary := _finished(space, place, replaced)) is not None:
         return summary
     prepare_output(place, overwrite or replaced)
-    if store is not None:
+    if store is not None and needs_teacher(settings_of(plan.recipe, stage)):
         config = load_config(str(model))
         store.check(config, load_tokenizer(model, config), plan.recipe, sha256)
     files = {"data": data, "teacher": teacher, "out": None if replaced else place}
@@ -214,13 +214,12 @@ def _run_stage(
 
 
 def _check_teacher(model: str | Path, teacher: str | Path | None, plan: Plan) -> TeacherStore | None:
-    """Raise `ValueError` where the stage cannot learn from this teacher; returns it where it is a store that is needed."""
+    """Raise `ValueError` where the stage cannot learn from this teacher; returns it where it is a store."""
     (stage,) = plan.stages
-    needed = needs_teacher(settings_of(plan.recipe, stage))
     if teacher is not None and is_store(teacher):
         check_takes_store(stage)
-        return TeacherStore(teacher) if needed else None
-    if needed:
+        return TeacherStore(teacher)
+    if needs_teacher(settings_of(plan.recipe, stage)):
         check_teacher(load_config(str(model)), None if teacher is None else load_config(str(teacher)))
     return None
 
