@@ -21,7 +21,7 @@ import torch
 from costs import load, read_blocks, timed
 from torch import Tensor
 
-from kvlatent.conversion import attention_weights, convert_model
+from kvlatent.conversion import convert_model, value_weights
 from kvlatent.conversion.convert_model import convert
 from kvlatent.conversion.narrow_divergences import narrow_divergences
 from kvlatent.jobs.devices import faster_dtype, precision
@@ -59,20 +59,20 @@ def measure_metric(model: Any, text: Blocks, held_out: Blocks, args: argparse.Na
     """Values alone at half their width: their error in W_O's own metric, and in that of the gradients behind it."""
     half, seen = model.model.layers[0].self_attn.head_dim // 2, calibrate(model, text)
     roots = [root_of(moment) for moment in gradient_moments(model, text)]
-    basis, weights = attention_weights.value_basis, convert_model.attention_weights
+    basis, weights = value_weights.value_basis, convert_model.attention_weights
     current = 0
 
-    def of_layer(attention: Any, family: Any, config: Any, latent: Any, layer: int, **given: Any) -> Any:
+    def of_layer(source: Any, family: Any, config: Any, latent: Any, layer: int, **given: Any) -> Any:
         nonlocal current
         current = layer
-        return weights(attention, family, config, latent, layer, **given)
+        return weights(source, family, config, latent, layer, **given)
 
     def by_gradients(w_o: Tensor, moments: Tensor, d_vo: int) -> Tensor:
         return basis(roots[current] @ w_o, moments, d_vo)
 
     plain = divergence(model, convert(model, d_vo=half, statistics=seen, **CLOSED), held_out)
     with (
-        patch.object(attention_weights, "value_basis", by_gradients),
+        patch.object(value_weights, "value_basis", by_gradients),
         patch.object(convert_model, "attention_weights", of_layer),
     ):
         latent = convert(model, d_vo=half, statistics=seen, **CLOSED)

@@ -170,10 +170,12 @@ def render(folder: Path) -> str:
     lines = [
         "# Narrow heads x quantised caches, on the engines",
         "",
-        f"{blocks} blocks of {length} tokens of {cells[0]['text']['name']}; perplexity, KL (nats a token, original from cell) and the "
-        "likeliest token against the original in float32 in transformers (perplexity "
-        f"{next(cell['original_perplexity'] for cell in cells if 'kl' in cell):.3f}). "
-        "Bytes a token as the engine says, in brackets by the formula.",
+        (
+            f"{blocks} blocks of {length} tokens of {cells[0]['text']['name']}; perplexity, KL (nats a token, original from cell) and the "
+            "likeliest token against the original in float32 in transformers (perplexity "
+            f"{next(cell['original_perplexity'] for cell in cells if 'kl' in cell):.3f}). "
+            "Bytes a token as the engine says, in brackets by the formula."
+        ),
         "",
         "| engine | widths | KV dtype | bytes a token | perplexity | ratio | KL | same likeliest token |",
         "|---|---|---|---|---|---|---|---|",

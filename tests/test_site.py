@@ -74,7 +74,9 @@ def test_pictures_are_described_and_no_page_fetches_from_elsewhere():
 
 def test_the_table_of_engines_says_what_plans_go_by():
     rows = re.findall(
-        r"^\| \[(\w+[\w.]*)[^|]*\| (\w+)[^|]*\| (\w+)[^|]*\| (\w+)", (DOCS / "serve.md").read_text(), re.MULTILINE
+        r"^\| \[(\w+[\w.]*)[^|]*\| (\w+)[^|]*\| (\w+)[^|]*\| (\w+)",
+        (DOCS / "serve.md").read_text(),
+        re.MULTILINE,
     )
     names = {
         "transformers": "transformers",

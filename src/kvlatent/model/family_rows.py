@@ -1,0 +1,172 @@
+"""The rows of the supported architectures; `families` says how to add one, and why others are refused.
+
+Upstream facts that this table relies on (transformers 5.23): the modules that the rows name, in the decoder's `layers`;
+layers that take `hidden_states` and call the attention with `hidden_states`, `position_embeddings`, `attention_mask` and
+`past_key_values` (`layer_past`); the rotary modules' `inv_freq` and `attention_scaling`, after the layer type where there is
+one a type; and `ROPE_INIT_FUNCTIONS["longrope"]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvlatent.model.family import Family
+
+__all__ = ["FAMILIES"]
+
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+_NORM_A_HEAD = (
+    "its queries and keys pass a LayerNorm of each head's own, which the latent attention does not reproduce"
+)
+_TEXT_CLASSES = ("Config", "Model", "RotaryEmbedding")
+_QWEN_HYBRID: dict[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "qk_norm": "head",
+    "attention_layer_type": "full_attention",
+    "gates_output": True,
+    "norm_offset": 1.0,
+    "besides": "layers of linear attention and an output gate",
+}
+"""Linear attention in most layers, gated attention with partial rotary in the others."""
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama", qkv_bias="attention_bias", o_bias="attention_bias"),
+        Family("mistral", "Mistral", windowed="always"),
+        Family("qwen2", "Qwen2", qkv_bias="always", windowed="by layer type"),
+        Family(
+            "qwen3",
+            "Qwen3",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="head",
+            windowed="by layer type",
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3Moe",
+            besides="experts",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="head",
+            windowed="always",
+            expert_parameters=_EXPERTS,
+        ),
+        Family(
+            "mixtral",
+            "Mixtral",
+            besides="experts",
+            windowed="always",
+            ffn_modules=(),
+            expert_parameters=_EXPERTS,
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3",
+            besides="layers without rotation",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            windowed="by layer type",
+            rotates="no_rope_layers",
+        ),
+        Family(
+            "olmo2",
+            "Olmo2",
+            besides="norms over all heads and behind its blocks",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="all heads",
+            rotates_in_float32=True,
+            attention_norm="",
+            norms_output=True,
+        ),
+        Family(
+            "olmo3",
+            "Olmo3",
+            besides="norms over all heads and behind its blocks",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="all heads",
+            windowed="by layer type",
+            tables_by_layer_type=True,
+            rotates_in_float32=True,
+            attention_norm="",
+            norms_output=True,
+        ),
+        Family(
+            "granite",
+            "Granite",
+            besides="multipliers",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            softmax_scale="attention_multiplier",
+            residual_multiplier="residual_multiplier",
+            embedding_multiplier="embedding_multiplier",
+            logit_divisor="logits_scaling",
+        ),
+        Family("ministral", "Ministral", windowed="by layer type"),
+        Family(
+            "starcoder2",
+            "Starcoder2",
+            besides="LayerNorms and an ungated FFN",
+            qkv_bias="use_bias",
+            o_bias="use_bias",
+            windowed="always",
+            output_dropout="residual_dropout",
+            ffn_modules=("c_fc", "c_proj"),
+        ),
+        Family(
+            "stablelm",
+            "StableLm",
+            qkv_bias="use_qkv_bias",
+            refused=(("qk_layernorm", _NORM_A_HEAD),),
+            besides="LayerNorms",
+        ),
+        Family(
+            "seed_oss",
+            "SeedOss",
+            qkv_bias="attention_bias",
+            o_bias="attention_out_bias",
+            output_dropout="residual_dropout",
+        ),
+        Family(
+            "arcee",
+            "Arcee",
+            besides="an ungated FFN",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            ffn_modules=("up_proj", "down_proj"),
+        ),
+        Family(
+            "gpt_neox",
+            "GPTNeoX",
+            besides="LayerNorms and an ungated FFN",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            fused_qkv="by head",
+            attention="attention",
+            final_norm="final_layer_norm",
+            attention_names=(("query_key_value", "qkv_proj"), ("dense", "o_proj")),
+            ffn_modules=("dense_h_to_4h", "dense_4h_to_h"),
+        ),
+        Family(
+            "phi3",
+            "Phi3",
+            fused_qkv="stacked",
+            windowed="always",
+            ffn_modules=("gate_up_proj", "down_proj"),
+        ),
+        Family("qwen3_next", "Qwen3Next", expert_parameters=_EXPERTS, **_QWEN_HYBRID),
+        Family("qwen3_5_text", "Qwen3_5", package="qwen3_5", text_classes=_TEXT_CLASSES, **_QWEN_HYBRID),
+        Family(
+            "qwen3_5_moe_text",
+            "Qwen3_5Moe",
+            package="qwen3_5_moe",
+            text_classes=_TEXT_CLASSES,
+            expert_parameters=_EXPERTS,
+            **_QWEN_HYBRID,
+        ),
+    )
+}
