@@ -143,6 +143,7 @@ def measure_cost(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "layers": layers,
         "copy_seconds": [round(each, 2) for each in copies],
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "conversion_seconds": told["seconds"],
         "over_copy": round(2 * seconds / sum(copies), 3),
         "peak_resident_bytes": usage.ru_maxrss * 1024,
