@@ -2,11 +2,12 @@
 
     python benchmarks/streaming.py cost --shape llama-3.2-1b|llama-3-8b [--calibrated] [--layers N] [--folder DIR]
     python benchmarks/streaming.py kills [--number 20] [--shape tiny] [--folder DIR]
+    python benchmarks/streaming.py predict --shape llama-3-70b [--calibrated] [--blocks 128] [--align 200] [--device cuda]
 
 `cost` makes the checkpoint in shards, copies it (and flushes the copy, as a conversion does), converts it in a process of its
 own, and deletes all of it. With fewer --layers than the shape has, what goes by layers is also given for all of them. `kills`
-converts once undisturbed, then again with a SIGKILL at random moments, and compares the results to the bit. The tokenizer is
-the embedded model's, the text the standard library. One JSON document goes to stdout.
+converts once undisturbed, then again with a SIGKILL at random moments, and compares the results to the bit. `predict` says what
+is expected, of files without content, and whatever the machine. The tokenizer is the embedded model's, the text the standard library. One JSON document goes to stdout.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvlatent.checkpoints.sharded import open_sharded
+from kvlatent.conversion.resident_layers import ResidentLayers
+from kvlatent.conversion.stream_costs import stream_costs
 from kvlatent.jobs.fingerprints import file_sha256
 from kvlatent.jobs.record import environment
+from kvlatent.model.widths import Widths
+from kvlatent.selection.choices import resolve_choices
 from kvlatent.text.standard_library import model_path, stdlib_documents
 
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "max_position_embeddings": 8192}
@@ -45,16 +52,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, **_ROPE,
     },
+    "llama-3-70b": {
+        "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, **_ROPE,
+    },
 }  # fmt: skip
 _SHARD = 1 << 30  # bytes
 _DOCUMENTS = 60
 
 
+def empty_model(shape: dict[str, Any]) -> LlamaForCausalLM:
+    """A model of that shape, without weights."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**shape, dtype="bfloat16", bos_token_id=None, eos_token_id=0))
+
+
 def make_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
     """Random bfloat16 weights in shards, never more than one of them in memory, with a tokenizer that is no larger."""
     folder.mkdir()
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**shape, dtype="bfloat16", bos_token_id=None, eos_token_id=0))
+    model = empty_model(shape)
     generator = torch.Generator().manual_seed(0)
     shards: list[list[str]] = [[]]
     wanted, held = dict(model.named_parameters()), 0
@@ -127,6 +143,7 @@ def measure_cost(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "layers": layers,
         "copy_seconds": [round(each, 2) for each in copies],
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "conversion_seconds": told["seconds"],
         "over_copy": round(2 * seconds / sum(copies), 3),
         "peak_resident_bytes": usage.ru_maxrss * 1024,
@@ -172,6 +189,25 @@ def measure_kills(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def predict(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What `stream_costs` says of a conversion to half the cache."""
+    model, header, end = empty_model(SHAPES[args.shape]), {}, 0
+    for name, tensor in model.named_parameters():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    choices = replace(resolve_choices(), align=args.align if args.calibrated else 0, global_steps=0)
+    half, blocks = model.config.head_dim // 2, args.blocks if args.calibrated else 0
+    dtype = torch.float32 if args.calibrated and args.device == "cpu" else torch.bfloat16
+    layers = ResidentLayers(open_sharded(folder, model.config), model.config, dtype, "cpu")
+    layers.device = torch.device(args.device)  # which need not be here
+    sizes = {"blocks": blocks, "size": args.block_size}
+    return asdict(stream_costs(layers, Widths(half, half), choices, torch.bfloat16, **sizes))
+
+
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """Of the shards, by name, once every tensor was found to load."""
     for shard in folder.glob("*.safetensors"):
@@ -186,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("cost", "kills"))
+    parser.add_argument("what", choices=("cost", "kills", "predict"))
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--calibrated", action="store_true", help="on text, else from the weights alone")
     parser.add_argument("--preset", default="calibrated", help="without text")
@@ -201,10 +237,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="kvlatent-") as folder:
-        measure = {"cost": measure_cost, "kills": measure_kills}[args.what]
+        measure = {"cost": measure_cost, "kills": measure_kills, "predict": predict}[args.what]
         found = measure(args, Path(folder))
     asked = {name: value for name, value in vars(args).items() if name != "folder"}
-    json.dump({"asked": asked, **environment(args.device), **found}, sys.stdout, indent=2)
+    known = {} if args.what == "predict" else environment(args.device)
+    json.dump({"asked": asked, **known, **found}, sys.stdout, indent=2)
     print()
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvlatent.checkpoints import shard_output
+from kvlatent.checkpoints.sharded import open_sharded
 from kvlatent.conversion import convert_model
 from kvlatent.selection.choices import NO_DATA
 from kvlatent.workflows import streamed_conversion, streamed_plan
@@ -342,6 +343,18 @@ def test_a_shard_that_was_cut_short_before(damaged):
         os.truncate(shards(model)[1], shards(model)[1].stat().st_size - 8)
 
     damaged(change, "is truncated or damaged")
+
+
+def test_a_shard_larger_than_any_memory_is_not_mapped(tmp_path):
+    """Of a file without content: mapping a whole checkpoint of 70 B fails on most machines."""
+    count = 2**40
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2 * count)
+    weights = open_sharded(tmp_path, None)
+    assert weights.num_bytes() == 2 * count
+    assert weights.sample("w", torch.float32).tolist() == [0] * 64
 
 
 def test_a_shard_that_is_cut_short_while_it_is_read(tmp_path, tiny_tokenizer, monkeypatch):

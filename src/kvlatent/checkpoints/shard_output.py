@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import parse_local_safetensors_file_metadata
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +18,7 @@ from transformers import GenerationConfig
 
 from kvlatent.checkpoints.registration import SELF_CHECK
 from kvlatent.checkpoints.tokenizer_files import write_tokenizer
-from kvlatent.checkpoints.weight_files import first_line
+from kvlatent.checkpoints.weight_files import first_line, read_header
 from kvlatent.jobs.atomic import write_atomically
 
 __all__ = ["finish_checkpoint", "shard_name", "write_shard"]
@@ -83,7 +82,7 @@ def _write_index(folder: Path) -> None:
     listed: dict[str, str] = {}
     total_bytes = total = 0
     for shard in sorted(folder.glob("*.safetensors")):
-        tensors = parse_local_safetensors_file_metadata(shard).tensors
+        tensors, _ = read_header(shard)
         listed |= dict.fromkeys(tensors, shard.name)
         total_bytes += sum(end - start for start, end in (info.data_offsets for info in tensors.values()))
         total += sum(info.parameter_count for info in tensors.values())

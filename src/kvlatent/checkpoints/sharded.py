@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import parse_local_safetensors_file_metadata
 from torch import Tensor
 
-from kvlatent.checkpoints.weight_files import check_weights, index_map, weight_files
+from kvlatent.checkpoints.weight_files import check_weights, index_map, read_header, weight_files
 from kvlatent.jobs.fingerprints import sampled_entries
 from kvlatent.model.finite import first_not_finite
 
@@ -130,9 +129,8 @@ def open_sharded(path: Path, config: Any) -> ShardedWeights:
     check_weights(path, config)
     places: dict[str, _Place] = {}
     for file in weight_files(path, config):
-        with file.open("rb") as opened:
-            begin = 8 + int.from_bytes(opened.read(8), "little")
-        for name, info in parse_local_safetensors_file_metadata(file).tensors.items():
+        tensors, begin = read_header(file)
+        for name, info in tensors.items():
             if name in places:
                 raise ValueError(
                     f"a tensor lies in one shard: {name} is in {places[name].file.name} and in {file.name} of {path}; download "

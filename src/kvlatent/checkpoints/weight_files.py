@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata, try_to_load_from_cache
+from huggingface_hub import (
+    get_safetensors_metadata,
+    parse_local_safetensors_file_metadata,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.utils import TensorInfo
 
-__all__ = ["check_weights", "first_line", "index_map", "weight_files", "weights_dtype"]
+__all__ = ["check_weights", "first_line", "index_map", "read_header", "weight_files", "weights_dtype"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -31,13 +35,29 @@ def check_weights(path: Path, config: Any) -> None:
             f"{path} lacks {len(missing)} of {len(shards)} weight shards, e.g. {missing[0]}; download it again"
         )
     for shard in shards:
-        try:
-            with safe_open(shard, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{shard} is truncated or damaged ({first_line(error)}); download it again"
-            ) from error
+        read_header(shard)
+
+
+def read_header(shard: Path) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors of a safetensors file, in their order there, and where the first begins; nothing is mapped, however large.
+
+    Raises:
+        ValueError: its header is damaged, or says another size than the file has.
+    """
+    try:
+        with shard.open("rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+        tensors = parse_local_safetensors_file_metadata(shard).tensors
+        end = begin + max((info.data_offsets[1] for info in tensors.values()), default=0)
+    except (SafetensorsParsingError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{shard} is truncated or damaged ({first_line(error)}); download it again"
+        ) from error
+    if (size := shard.stat().st_size) != end:
+        raise ValueError(
+            f"{shard} is truncated or damaged (its header says {end:,} bytes, it has {size:,}); download it again"
+        )
+    return tensors, begin
 
 
 def weights_dtype(source: str, config: Any) -> torch.dtype | None:
@@ -52,7 +72,7 @@ def weights_dtype(source: str, config: Any) -> torch.dtype | None:
     cached = None if Path(source).is_dir() else try_to_load_from_cache(source, "config.json")
     try:
         names = _dtypes_in(Path(cached).parent if isinstance(cached, str) else Path(source), config)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError):
         try:
             headers = {} if Path(source).is_dir() else get_safetensors_metadata(source).files_metadata
         except (OSError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError):
@@ -62,9 +82,9 @@ def weights_dtype(source: str, config: Any) -> torch.dtype | None:
 
 
 def _dtypes_in(folder: Path, config: Any) -> list[str]:
-    """Types of the tensors of the first weight file, in its order."""
-    with safe_open(weight_files(folder, config)[0], framework="pt") as file:
-        return [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - not a dict
+    """Types of the tensors of the first weight file, in the order of their names."""
+    tensors, _ = read_header(weight_files(folder, config)[0])
+    return [tensors[name].dtype for name in sorted(tensors)]
 
 
 def weight_files(path: Path, config: Any) -> list[Path]:

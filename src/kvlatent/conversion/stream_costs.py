@@ -85,7 +85,7 @@ def stream_costs(
         held += 3 * min(tokens, _FORWARD_TOKENS) * config.intermediate_size * one
         step = BLOCKS * (size * 2 * narrow + min(_ROWS, size) * (whole - attention))
         operations = 2 * (_PASSES * tokens * whole + _BACKWARD * choices.align * step)
-    speed = assumed_speed(layers.device, torch.float32)
+    speed = assumed_speed(layers.device, layers.dtype)
     written = layers.weights.num_bytes(dtype=stored)
     # Seven streams at the most, and queries and keys while a layer is aligned.
     heads = config.num_attention_heads + config.num_key_value_heads
