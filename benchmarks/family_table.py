@@ -1,7 +1,7 @@
 """docs/families.md, the table of families: what the tests found of each.
 
 `python benchmarks/family_table.py` runs those tests (some minutes), keeps their outcomes in results/families.json and writes
-the page; `--write` writes it again from the kept outcomes. A test compares both with the rows and with the page.
+the page; names of columns run these alone, and `--write` none. A test compares both with the rows and with the page.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ def column_of(file: str, test: str) -> str:
     return next(column for column, tests in TESTS.items() if test in tests)
 
 
-def test_ids() -> list[str]:
-    """What pytest is called with."""
+def test_ids(*columns: str) -> list[str]:
+    """What pytest is called with, for these columns or all."""
     ids = []
     for column, tests in TESTS.items():
+        if columns and column not in columns:
+            continue
         for file in FILES.get(column, (FIRST, MORE)):
             text = (ROOT / "tests" / file).read_text(encoding="utf-8")
             names = {*tests, _OPENVINO_FIRST} if column == "openvino" else tests
@@ -118,13 +120,17 @@ def toys() -> dict[str, str]:
 
 def main() -> None:
     """Run the tests, unless told only to write; write the outcomes and the page."""
+    columns = [argument for argument in sys.argv[1:] if argument in TESTS]
+    kept = json.loads(OUTCOMES.read_text(encoding="utf-8")) if OUTCOMES.is_file() and sys.argv[1:] else {}
     if "--write" not in sys.argv:
         import pytest
 
         plugin = Outcomes()
-        pytest.main(["-q", "-p", "no:cacheprovider", *test_ids()], plugins=[plugin])
-        OUTCOMES.write_text(json.dumps(plugin.found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    PAGE.write_text(page(json.loads(OUTCOMES.read_text(encoding="utf-8")), toys()), encoding="utf-8")
+        pytest.main(["-q", "-p", "no:cacheprovider", *test_ids(*columns)], plugins=[plugin])
+        for toy, row in plugin.found.items():
+            kept[toy] = kept.get(toy, {}) | row
+        OUTCOMES.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    PAGE.write_text(page(kept, toys()), encoding="utf-8")
 
 
 if __name__ == "__main__":

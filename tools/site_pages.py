@@ -15,7 +15,6 @@ from kvlatent.evaluation.checks.causality import LEAK
 from kvlatent.evaluation.checks.fidelity import ENTROPY_RATIO, FOCUS_KEPT
 from kvlatent.evaluation.diagnosis import diagnose
 from kvlatent.evaluation.evidence import FORGETTING_NATS, SCORE_KEPT
-from kvlatent.model.families import FAMILIES
 from kvlatent_cli.main import app
 
 __all__ = ["PAGES", "failures_page"]
@@ -90,30 +89,6 @@ def failures_page() -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def families_page() -> str:
-    """The supported families and what differs between them."""
-    header = ["model_type", "class", "biases of q, k, v", "QK-norm", "fused q, k, v", "sliding window"]
-    rows = [
-        [
-            f"`{family.model_type}`",
-            f"`{family.prefix}ForCausalLM`",
-            {"attention_bias": "as configured"}.get(family.qkv_bias, family.qkv_bias),
-            "yes" if family.qk_norm else "no",
-            "yes" if family.fused_qkv else "no",
-            {"always": "where configured"}.get(family.windowed, family.windowed),
-        ]
-        for family in FAMILIES.values()
-    ]
-    table = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    return (
-        f"{_HEAD}# Families\n\nWhat can be converted, by `model_type` in the model's `config.json`. Everything else is refused "
-        "with a sentence that says what is in the way. A test converts a toy of each at full width, and the logits are the "
-        "original's, bit for bit.\n\n"
-        + "\n".join(table)
-        + "\n\nTo add one, see [Extending](extending.md#a-family).\n"
-    )
-
-
 def cli_page() -> str:
     """typer's own description of every command."""
     command = typer.main.get_command(app)
@@ -121,7 +96,7 @@ def cli_page() -> str:
     return f"{_HEAD}{text.replace('```console', '```text').strip()}\n"
 
 
-PAGES = {"cli.md": cli_page, "failures.md": failures_page, "families.md": families_page}
+PAGES = {"cli.md": cli_page, "failures.md": failures_page}
 
 if __name__ == "__main__":
     for name, write in PAGES.items():
