@@ -77,7 +77,7 @@ def settings(args: argparse.Namespace) -> list[str]:
     return [
         f"seed={args.seed}",
         "dtype=float32",
-        "data.block_size=256",
+        f"data.block_size={args.block_size}",
         f"stage2.tokens={args.tokens}",
         *args.set,
     ]
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     blocks = evaluation_blocks(
         eval_data,
         tokenizer,
-        256,
+        args.block_size,
         cache_dir=folder / "blocks",
         vocab_size=original.config.vocab_size,
         max_tokens=args.eval_tokens,
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--eval-data", type=Path, help="goes with --data")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--eval-tokens", type=int, default=65_536)
+    parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--top-k", type=lambda text: [int(word) for word in text.split(",")], default=[64])
     parser.add_argument("--kv", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)

@@ -111,7 +111,7 @@ def test_what_decides_the_closed_form(place, call, what):
 
 def test_training_from_a_store_beside_the_original(place, call, tmp_path):
     words = ("--model", place / "model", "--data", place / "text.txt", "--eval-data", place / "text.txt")
-    small = [word for key in ("data.block_size=32", "stage2.batch_size=4") for word in ("--set", key)]
+    small = ("--block-size", 32, "--set", "stage2.batch_size=4")
     out = tmp_path / "found.json"
     call(
         "stored_teacher",
