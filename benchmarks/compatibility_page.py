@@ -29,7 +29,16 @@ random and of every family, which is harder on an engine than a trained model: n
 formula; of vLLM's plugin the formula pads to what its kernels take. Figures of a real model are in
 `benchmarks/results/stacking.md`.
 """
-_COLUMNS = ("model", "d_qk/d_vo of width", "table per", "weights", "KV dtype", "difference", "cache", "command")
+_COLUMNS = (
+    "model",
+    "d_qk/d_vo of width",
+    "table per",
+    "weights",
+    "KV dtype",
+    "difference",
+    "cache",
+    "command",
+)
 
 
 def _width(width: Any) -> str:

@@ -167,13 +167,16 @@ def render(folder: Path) -> str:
     order = {(engine, dtype): (engine, n) for engine, all_of in DTYPES.items() for n, dtype in enumerate(all_of)}  # fmt: skip
     cells.sort(key=lambda cell: (*order[cell["runs_on"], cell["kv_dtype"]], -cell["d_qk"]))
     blocks, length = cells[0]["blocks"]
+    original = next(cell["original_perplexity"] for cell in cells if "kl" in cell)
+    about = (
+        f"{blocks} blocks of {length} tokens of {cells[0]['text']['name']}; perplexity, KL (nats a token, original from cell) "
+        "and the likeliest token against the original in float32 in transformers (perplexity "
+        f"{original:.3f}). Bytes a token as the engine says, in brackets by the formula."
+    )
     lines = [
         "# Narrow heads x quantised caches, on the engines",
         "",
-        f"{blocks} blocks of {length} tokens of {cells[0]['text']['name']}; perplexity, KL (nats a token, original from cell) and the "
-        "likeliest token against the original in float32 in transformers (perplexity "
-        f"{next(cell['original_perplexity'] for cell in cells if 'kl' in cell):.3f}). "
-        "Bytes a token as the engine says, in brackets by the formula.",
+        about,
         "",
         "| engine | widths | KV dtype | bytes a token | perplexity | ratio | KL | same likeliest token |",
         "|---|---|---|---|---|---|---|---|",

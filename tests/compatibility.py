@@ -8,7 +8,6 @@ cannot be made fails its test. A test marked `refused_by(ENGINE)` has the senten
 """
 
 import json
-import re
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path

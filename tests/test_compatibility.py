@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -97,8 +98,9 @@ def pytest_configure(config):
 """
 
 
-@pytest.mark.parametrize("workers", [[], ["-p", "xdist", "-n", "2"]])
-def test_a_module_is_kept_whole_or_not_at_all(pytester, workers):
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_a_module_is_kept_whole_or_not_at_all(pytester, workers, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), *sys.path]))
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_good="FAILS = 0" + TESTS, test_bad="FAILS = 1" + TESTS)
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *workers)
@@ -126,7 +128,9 @@ def test_the_command_renders_and_compares(page, tmp_path, monkeypatch):
     (tmp_path / "r" / "t.json").write_text(json.dumps(content))
     call()
     text = (tmp_path / "p").read_text()
-    assert "| m | 8, 16 / 8 of 32 | head | f32 | f16 | 1.5e-06 (log-prob.) | 384.5 (384) | `run DIR` |" in text
+    assert (
+        "| m | 8, 16 / 8 of 32 | head | f32 | f16 | 1.5e-06 (log-prob.) | 384.5 (384) | `run DIR` |" in text
+    )
     assert text.count("- S") == 1 and "## E 1.0\n\n`t.py`, 1 rows; Python 3, torch 2; P." in text
     call("--check")
     (tmp_path / "p").write_text(text + "by hand")

@@ -90,7 +90,9 @@ def test_a_model_that_the_exporter_changes_is_another_model(to, place, tmp_path,
         return write(latent, source, out, options)
 
     monkeypatch.setattr(exporter, "write_export", changing)
-    with pytest.raises(ValueError, match=rf"the export to {to} was removed, since .* computes something else"):
+    with pytest.raises(
+        ValueError, match=rf"the export to {to} was removed, since .* computes something else"
+    ):
         export(place / "latent", tmp_path / "out", to=to)
     assert list(tmp_path.iterdir()) == []
 
@@ -104,7 +106,10 @@ def test_the_context_is_known_before_anything_is_written(to, name, context, tmp_
     tiny_tokenizer.save_pretrained(tmp_path / "source")
     (tmp_path / "out").mkdir()
     assert exporter.check_exportable(latent, ExportOptions()) == context
-    assert exporter.write_export(latent, tmp_path / "source", tmp_path / "out", ExportOptions())["context"] == context
+    assert (
+        exporter.write_export(latent, tmp_path / "source", tmp_path / "out", ExportOptions())["context"]
+        == context
+    )
 
 
 def test_logits_that_are_no_numbers_are_no_match(place, tmp_path, monkeypatch):
