@@ -60,7 +60,10 @@ def test_every_engine_has_rows_and_refusals(page):
 
 def test_a_row_says_widths_and_tables_of_the_model(kept):
     recorder, found = kept
-    for d_qk, d_vo, choices in ((16, 8, Choices(table="model")), ((8, 16, 16), 8, Choices(table="head"))):
+    for d_qk, d_vo, choices in (
+        (16, 8, Choices(keys="weights", table="model")),
+        ((8, 16, 16), 8, Choices(keys="weights", table="head")),
+    ):
         recorder.computed(latent_toy("llama", d_qk, d_vo, choices), "llama", kv_dtype="q8_0", **FIGURES)
     (kind, one), (_, other) = found
     assert kind == ROW and one["kv_dtype"] == "q8_0" and one["weights"] == "f32"
