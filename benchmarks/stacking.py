@@ -167,15 +167,16 @@ def render(folder: Path) -> str:
     order = {(engine, dtype): (engine, n) for engine, all_of in DTYPES.items() for n, dtype in enumerate(all_of)}  # fmt: skip
     cells.sort(key=lambda cell: (*order[cell["runs_on"], cell["kv_dtype"]], -cell["d_qk"]))
     blocks, length = cells[0]["blocks"]
+    original = next(cell["original_perplexity"] for cell in cells if "kl" in cell)
+    about = (
+        f"{blocks} blocks of {length} tokens of {cells[0]['text']['name']}; perplexity, KL (nats a token, original from cell) "
+        "and the likeliest token against the original in float32 in transformers (perplexity "
+        f"{original:.3f}). Bytes a token as the engine says, in brackets by the formula."
+    )
     lines = [
         "# Narrow heads x quantised caches, on the engines",
         "",
-        (
-            f"{blocks} blocks of {length} tokens of {cells[0]['text']['name']}; perplexity, KL (nats a token, original from cell) and the "
-            "likeliest token against the original in float32 in transformers (perplexity "
-            f"{next(cell['original_perplexity'] for cell in cells if 'kl' in cell):.3f}). "
-            "Bytes a token as the engine says, in brackets by the formula."
-        ),
+        about,
         "",
         "| engine | widths | KV dtype | bytes a token | perplexity | ratio | KL | same likeliest token |",
         "|---|---|---|---|---|---|---|---|",
@@ -237,14 +238,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/stacking"))
     args = parser.parse_args()
     if args.render:
-        return print(args.render.with_suffix(".md").write_text(render(args.render), encoding="utf-8"))
+        args.render.with_suffix(".md").write_text(render(args.render), encoding="utf-8")
+        return
     missing = [name for name in ("model", "latent", "data", "out", "engine") if getattr(args, name) is None]
     if missing:
         parser.error(f"give {', '.join(f'--{name}' for name in missing)}, or --render DIR")
     for folder in (args.work, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     measure_all(args)
-    return None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_export_gguf.py --compatibility benchmarks/results/compatibility
 
-writes a JSON file a test module, unless one of its tests failed; `python benchmarks/compatibility.py` turns the files into
+writes a JSON file a test module, unless one of its tests failed; `python benchmarks/compatibility_page.py` turns the files into
 docs/compatibility.md. Tests record through the fixture `compatibility`, with or without the option, so that a record that
 cannot be made fails its test. A test marked `refused_by(ENGINE)` has the sentences of its `pytest.raises` recorded.
 """

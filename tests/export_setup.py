@@ -34,12 +34,11 @@ def difference(exporter, latent, source, out, input_ids, **options):
     """Facts, and the largest difference from ours of what the exporter reads back, within the context of the export."""
     out.mkdir(exist_ok=True)
     chosen = ExportOptions(**options)
-    exporter.check_exportable(latent, chosen)
-    facts = exporter.write_export(latent, source, out, chosen)
-    input_ids = input_ids[:1, : facts["context"] - 1]
-    theirs = exporter.read_logits(out, input_ids)
-    with torch.no_grad():
+    input_ids = input_ids[:1, : exporter.check_exportable(latent, chosen) - 1]
+    with torch.no_grad():  # before the exporter has had it
         ours = latent(input_ids, use_cache=False).logits
+    facts = exporter.write_export(latent, source, out, chosen)
+    theirs = exporter.read_logits(out, input_ids)
     ours = ours[:, -theirs.shape[1] :]
     if theirs.logsumexp(-1).abs().max() < 1e-3:
         ours = ours.log_softmax(-1)

@@ -1,18 +1,21 @@
 """The export command: whole and checked in a fresh process, or nothing; one sentence for what cannot go out."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
 import kvlatent
-from export_setup import latent_directory, untrained_tokenizer
+from export_setup import latent_directory, latent_toy, untrained_tokenizer
 from kvlatent.engines import gguf_export, stock_checkpoint
+from kvlatent.engines.export_options import ExportOptions
 from kvlatent.selection.choices import Choices
 from kvlatent.workflows import export_checkpoint
-from kvlatent.workflows.export_checkpoint import ExportRecord, export
+from kvlatent.workflows.export_checkpoint import TARGETS, ExportRecord, export
 from on_disk import snapshot, write_checkpoint
 from test_cli import answer, mistake
+from tiny import SWITCH
 
 pytest.importorskip("xllamacpp")
 
@@ -73,6 +76,40 @@ def test_another_model_is_removed(to, place, tmp_path, read_here, monkeypatch):
     ):
         export(place / "latent", tmp_path / "out", to=to)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["stock", "gguf"])
+def test_a_model_that_the_exporter_changes_is_another_model(to, place, tmp_path, read_here, monkeypatch):
+    """What went out is what the exporter left of it, so ours has to be from before."""
+    exporter = {"stock": stock_checkpoint, "gguf": gguf_export}[to]
+    write = exporter.write_export
+
+    def changing(latent, source, out, options):
+        with torch.no_grad():
+            latent.model.norm.weight.mul_(torch.linspace(0.5, 1.5, len(latent.model.norm.weight)))
+        return write(latent, source, out, options)
+
+    monkeypatch.setattr(exporter, "write_export", changing)
+    with pytest.raises(
+        ValueError, match=rf"the export to {to} was removed, since .* computes something else"
+    ):
+        export(place / "latent", tmp_path / "out", to=to)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["stock", "gguf", "openvino"])
+@pytest.mark.parametrize(("name", "context"), [("llama-mha", 256), ("phi3-longrope", SWITCH)])
+def test_the_context_is_known_before_anything_is_written(to, name, context, tmp_path, tiny_tokenizer):
+    """The row of tokens that decides whether an export counts lies within it."""
+    latent = latent_toy(name, vocab_size=300)
+    exporter = importlib.import_module(f"kvlatent.engines.{TARGETS[to]}")
+    tiny_tokenizer.save_pretrained(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    assert exporter.check_exportable(latent, ExportOptions()) == context
+    assert (
+        exporter.write_export(latent, tmp_path / "source", tmp_path / "out", ExportOptions())["context"]
+        == context
+    )
 
 
 def test_logits_that_are_no_numbers_are_no_match(place, tmp_path, monkeypatch):

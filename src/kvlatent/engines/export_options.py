@@ -1,8 +1,8 @@
 """What every exporter is given, and what an exporter is.
 
 An exporter is a module of this package with these functions; `workflows/export_checkpoint.py` lists them by target.
-- `check_exportable(latent, options)`: raises `ValueError`, one sentence with the nearest profile that works, before anything
-  is written.
+- `check_exportable(latent, options)`: the tokens for which the export will be the same model; raises `ValueError`, one sentence
+  with the nearest profile that works, before anything is written.
 - `write_export(latent, source, out, options)`: writes into the folder `out` and returns JSON-able facts, `ExportFacts`.
 - `read_logits(out, input_ids)`: what the engine makes of the written files, in a process of its own; input_ids [B, T] to
   [B, T, V], or fewer positions, the last ones; logits, or log-probabilities where the engine gives no logits.
@@ -68,7 +68,7 @@ class ExportFacts(Result):
 class Exporter(Protocol):
     """A module that exports; see above."""
 
-    def check_exportable(self, latent: Any, options: ExportOptions) -> None: ...
+    def check_exportable(self, latent: Any, options: ExportOptions) -> int: ...
     def write_export(
         self, latent: Any, source: Path, out: Path, options: ExportOptions
     ) -> dict[str, Any]: ...

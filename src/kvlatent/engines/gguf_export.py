@@ -40,10 +40,11 @@ _FFN_BIASES = ("gate_proj.bias", "up_proj.bias", "down_proj.bias")
 _WINDOW = 128  # of the empty layer; any does
 
 
-def check_exportable(latent: Any, options: ExportOptions) -> None:
-    """Raise `ValueError` where llama.cpp cannot run the model, or is not installed; see `plain_shape`."""
-    _shape(latent, options)
+def check_exportable(latent: Any, options: ExportOptions) -> int:
+    """The context; raises `ValueError` where llama.cpp cannot run the model, or is not installed, see `plain_shape`."""
+    shape = _shape(latent, options)
     llama_cpp_reading.engine_installed()
+    return shape.context
 
 
 def _shape(latent: Any, options: ExportOptions) -> PlainShape:

@@ -135,6 +135,7 @@ _OWN = (
 # together, and each token's value has the same.
 _OPENVINO = (
     replace(_BFLOAT16, name="bf16"),
+    replace(_BFLOAT16, name="f16"),  # what an export asks for
     replace(_FLOAT32, name="f32"),
     KVDtype("u8", 8 + 8 * 8 / 32, 8, value_scale=8, ran=True),
     KVDtype("u4", 4 + 8 * 8 / 32, 4, value_scale=8),

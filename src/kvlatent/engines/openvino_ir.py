@@ -38,8 +38,8 @@ _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 _RUN = "openvino_genai.LLMPipeline('DIR', 'CPU').generate('Once upon a time', max_new_tokens=64)"
 
 
-def check_exportable(latent: Any, options: ExportOptions) -> None:
-    """Raise `ValueError` where the model cannot go to OpenVINO: see `export_options`."""
+def check_exportable(latent: Any, options: ExportOptions) -> int:
+    """The context; raises `ValueError` where the model cannot go to OpenVINO: see `export_options`."""
     missing = [name for name in _PACKAGES if find_spec(name.replace("-", "_")) is None]
     if missing:
         pinned = " ".join(f"{name}=={number}" for name, number in _PACKAGES.items())
@@ -65,6 +65,7 @@ def check_exportable(latent: Any, options: ExportOptions) -> None:
     _check_value_widths(latent_config_of(latent.config), latent.config.num_hidden_layers)
     if _dtype(options) == "f16":
         _check_fits_half(latent)
+    return context_of(latent.config, "openvino")[0]
 
 
 def _check_value_widths(config: LatentConfig, layers: int) -> None:

@@ -67,9 +67,9 @@ _ENGINE = "transformers-stock"
 _GENERATION = "generation_config.json"
 
 
-def check_exportable(latent: Any, options: ExportOptions) -> None:
-    """Raise `ValueError` where no plain checkpoint computes what the latent model does; see `plain_shape`."""
-    _shape(latent, options)
+def check_exportable(latent: Any, options: ExportOptions) -> int:
+    """The context; raises `ValueError` where no plain checkpoint computes what the latent model does, see `plain_shape`."""
+    return _shape(latent, options).context
 
 
 def _shape(latent: Any, options: ExportOptions) -> PlainShape:

@@ -108,12 +108,13 @@ def export(
     report.report("load")
     model = load_model(source, dtype="float32")
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
-    exporter.check_exportable(model, options)
+    context = exporter.check_exportable(model, options)
+    # Before the exporter has had the model: what it did to it would be in both, and be equal.
+    input_ids, ours = _our_logits(model, context)
     latent = latent_config_of(model.config)
     with atomic_directory(place, overwrite=overwrite, inputs={"model": source}) as written:
         report.report(f"write {to}")
         facts = exporter.write_export(model, folder, written, options)
-        input_ids, ours = _our_logits(model, facts.get("context"))
         del model  # the process that reads back needs the memory
         report.report("read back")
         theirs, token_ids = read_in_fresh_process(TARGETS[to], written, input_ids, _TEXTS)
@@ -173,12 +174,10 @@ def _check_latent(source: str | Path) -> str:
 
 
 @torch.no_grad()
-def _our_logits(model: PreTrainedModel, context: int | None) -> tuple[Tensor, Tensor]:
+def _our_logits(model: PreTrainedModel, context: int) -> tuple[Tensor, Tensor]:
     """Random tokens [1, T], the same for every call and within the context, and our logits [1, T, V] for them."""
     config: Any = model.config
-    length = min(
-        _CHECK_TOKENS, (context or config.max_position_embeddings) - 1
-    )  # a server wants room for the next
+    length = min(_CHECK_TOKENS, context - 1)  # a server wants room for the next
     random = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (1, length), generator=random)
     return input_ids, model(input_ids, use_cache=False).logits.float()
