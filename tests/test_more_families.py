@@ -174,9 +174,13 @@ def test_originals_and_latent_models_are_loaded_from_disk(name, saved, tmp_path)
 def test_both_stages_train_the_attention_and_leave_experts_alone(name, tmp_path):
     teacher = tiny_model(name)
     student = convert(teacher, d_qk=8, d_vo=8, preset="own-frequency")
-    settings = recipe(
-        "lora.rank=2", "stage1.tokens=256", "stage2.tokens=256", "stage1.save_steps=9", "stage2.save_steps=9"
-    )
+    tokens_each = (
+        1024 if name in HYBRIDS else 256
+    )  # routing changes with every step, so that few of them are noise
+    lengths = [
+        f"stage{stage}.{key}" for stage in (1, 2) for key in (f"tokens={tokens_each}", "save_steps=99")
+    ]
+    settings = recipe("lora.rank=2", *lengths)
     before = hashes(teacher)
     names = prepare_for_training(student, settings)
     assert names == trainable_names(student) and any(".o_proj." in each for each in names)
@@ -241,7 +245,7 @@ PLAIN = {"ministral": "Qwen2ForCausalLM", "seed-oss": "LlamaForCausalLM"}
 
 @pytest.mark.parametrize("name", MORE_FAMILIES)
 def test_plain_checkpoints_hold_what_is_plain(name, tmp_path):
-    latent = latent_toy(name)
+    latent = half(name)[1] if name in HYBRIDS else latent_toy(name)
     if name in PLAIN:
         _, off, ours = difference(stock_checkpoint, latent, tmp_path, tmp_path / "out", tokens())
         assert off <= 1e-5 * float(ours.abs().max())
@@ -263,6 +267,12 @@ def test_plain_checkpoints_hold_what_is_plain(name, tmp_path):
 @pytest.mark.parametrize("name", MORE_FAMILIES)
 def test_openvino_computes_the_same_or_says_why_not(name):
     latent, x = half(name)[1], tokens()
+    if name in HYBRIDS:
+        with pytest.raises(
+            ValueError, match="caches keys and values alone, and a .* model has layers of linear"
+        ):
+            openvino_ir.check_exportable(latent, ExportOptions())
+        return
     if family_of(latent.config).expert_parameters:
         with pytest.raises(ValueError, match="which experts a token of a .* model goes to would be fixed"):
             openvino_ir.check_exportable(latent, ExportOptions())
