@@ -172,7 +172,7 @@ def statistics(seed=0, energies=(1.0, 5.0, 0.01)):
                 value_errors=torch.zeros(2 * P + 1),
                 output_energy=torch.tensor(energy, dtype=torch.float64),
                 head_energy=energy * draw(HEADS),
-                gates=torch.zeros(HEADS, 0, 0),
+                **dict.fromkeys(("gates", "unrotated_queries", "unrotated_keys"), torch.zeros(HEADS, 0, 0)),
             )
         )
     ids = torch.zeros(1, 8, dtype=torch.int32)

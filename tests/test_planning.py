@@ -33,7 +33,9 @@ def layer_of(keys, values, *, energy=1.0, heads=2):
         value_errors=torch.cat([tails, torch.zeros(1, dtype=torch.float64)]),
         output_energy=torch.tensor(energy, dtype=torch.float64),
         head_energy=gram.sum((1, 2)),
-        gates=torch.zeros(heads, 0, 0, dtype=torch.float64),
+        **dict.fromkeys(
+            ("gates", "unrotated_queries", "unrotated_keys"), torch.zeros(heads, 0, 0, dtype=torch.float64)
+        ),
     )
 
 
