@@ -72,7 +72,8 @@ def page(outcomes: dict[str, dict[str, bool]], toys: dict[str, str]) -> str:
     Args:
         outcomes: by toy and column; toys: the model type of each.
     """
-    from kvlatent.model.families import FAMILIES, REFUSED
+    from kvlatent.model.family_rows import FAMILIES
+    from kvlatent.model.refusals import REFUSED
 
     lines = [
         "# Families",

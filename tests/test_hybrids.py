@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from kvlatent import convert
 from kvlatent.checkpoints.save import save
@@ -194,6 +195,32 @@ def test_what_a_hybrid_cannot_have_is_refused(models):
         ValueError, match=r"attention in the layers \[0, 2\] but kv_latent was made for \[1, 3\]"
     ):
         latent_config_of(type(latent.config)(**fields))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AutoConfig.for_model("jamba"), "'jamba': it has no rotary position embedding"),
+        (
+            AutoConfig.for_model("falcon_h1"),
+            "'falcon_h1': its attention and a state-space mixer read a layer's input",
+        ),
+        (AutoConfig.for_model("lfm2"), "'lfm2': its layers of short convolutions"),
+        (AutoConfig.for_model("gemma3_text"), "'gemma3_text': it scales its logits by query_pre_attn_scalar"),
+        (
+            AutoConfig.for_model("qwen3_5"),
+            "'qwen3_5': it holds a language model of type 'qwen3_5_text' beside",
+        ),
+        (
+            AutoConfig.for_model("qwen3_5_moe"),
+            "holds a language model of type 'qwen3_5_moe_text' beside other",
+        ),
+    ],
+    ids=lambda value: str(getattr(value, "model_type", "")),
+)
+def test_other_hybrids_and_wrappers_are_refused_with_the_reason(config, message):
+    with pytest.raises(ValueError, match=message):
+        family_of(config)
 
 
 def test_without_text_values_are_factored_and_sliced_before_the_gate(models):

@@ -10,12 +10,12 @@ from typing import Any
 
 from kvlatent.model.family import Family
 from kvlatent.model.family_rows import FAMILIES
+from kvlatent.model.refusals import INTERLEAVED, REFUSED, SINKS
 from kvlatent.model.table import RotaryTable
 
 __all__ = [
     "FAMILIES",
     "LATENT_PREFIX",
-    "REFUSED",
     "attention_layers_of",
     "effective_table",
     "effective_tables",
@@ -29,22 +29,6 @@ __all__ = [
 
 LATENT_PREFIX = "kv_latent_"
 
-_SINKS = "its heads have attention sinks, which the latent attention does not reproduce"
-_INTERLEAVED = "its rotary layout is interleaved (pairs 2j, 2j+1), not half-split (pairs j, j+d/2)"
-REFUSED = {
-    _SINKS: ("gpt_oss", "mimo_v2_flash"),
-    _INTERLEAVED: (
-        "chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium", "llama4_text", "llama4",
-    ),
-    "it has no rotary position embedding": ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm"),
-    "it normalises queries and keys after their rotation, which the latent attention does not reproduce": (
-        "hunyuan_v1_dense",
-    ),
-    "it scales queries by their position (llama_4_scaling_beta), which the latent attention does not reproduce": (
-        "ministral3",
-    ),
-}  # fmt: skip
-"""Why architectures are refused, whatever their configuration says: the reason, and model types."""
 _ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")
 
 
@@ -84,13 +68,19 @@ def _obstacle(config: Any, model_type: str) -> str | None:
     if getattr(config, "attn_logit_softcapping", None) or getattr(config, "attn_logit_softcap", None):
         return f"its attention logits are soft-capped, which the latent attention does not reproduce; {supported}"
     if getattr(config, "attention_sinks", None):
-        return f"{_SINKS}; {supported}"
+        return f"{SINKS}; {supported}"
     if getattr(config, "kv_lora_rank", None):
         return f"its cache is already latent (multi-head latent attention); {supported}"
     if getattr(config, "rope_interleave", False):
-        return f"{_INTERLEAVED}; {supported}"
+        return f"{INTERLEAVED}; {supported}"
     if reason := next((reason for reason, types in REFUSED.items() if model_type in types), None):
         return f"{reason}; {supported}"
+    inner = str(getattr(getattr(config, "text_config", None), "model_type", ""))
+    if inner in FAMILIES:
+        return (
+            f"it holds a language model of type {inner!r} beside other parts; load that alone with transformers' "
+            "AutoModelForCausalLM, save it, and convert what was saved"
+        )
     if model_type not in FAMILIES:
         causal = any(
             str(name).endswith("ForCausalLM") for name in getattr(config, "architectures", None) or ()
