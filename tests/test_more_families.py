@@ -28,7 +28,7 @@ from kvlatent.engines.serving_figures import serving_figures
 from kvlatent.model.assembly import full_width
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.families import FAMILIES as ROWS
-from kvlatent.model.families import effective_table, family_of
+from kvlatent.model.families import attention_layers_of, effective_table, family_of
 from kvlatent.model.head import Head
 from kvlatent.model.hidden_states import embed, isolate_layer
 from kvlatent.model.layer_parts import carried_share, final_norm, layer_output, parts_of
@@ -36,7 +36,7 @@ from kvlatent.selection.calibrate import calibrate
 from kvlatent.training.trainable import merged_copy, prepare_for_training, trainable_names
 from test_hub import LOAD
 from test_openvino import inputs, request, run
-from tiny import FAMILIES, MORE_FAMILIES, logits, padded, tiny_model, tokens
+from tiny import FAMILIES, HYBRIDS, MORE_FAMILIES, logits, padded, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale, assert_same_model
 from training_setup import hashes, recipe
 from training_setup import run as run_stage
@@ -86,11 +86,13 @@ def test_half_the_cache_costs_something_and_the_original_is_untouched(name):
     assert torch.isfinite(logits(latent, x)).all()
     assert (logits(latent, x) - logits(model, x)).abs().max() > 1e-2
     cache = latent(x, use_cache=True).past_key_values
-    assert {(layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers} == {(16, 16)}
+    kept = [layer for layer in cache.layers if hasattr(layer, "keys")]
+    layers = attention_layers_of(model.config)
+    assert [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in kept] == [(16, 16)] * len(layers)
     alone = convert(model, d_vo=16, preset="own-frequency")  # a side at full width stays the original's own
     assert latent_config_of(alone.config).keys == "full"
-    for layer, module in enumerate(model.get_decoder().layers):
-        theirs = getattr(module, family_of(model.config).attention)
+    for layer in layers:
+        theirs = getattr(model.get_decoder().layers[layer], family_of(model.config).attention)
         ours = parts_of(alone.get_decoder(), layer).attention
         if not hasattr(ours, "qkv_proj"):
             assert ours.k_proj.weight.data_ptr() == theirs.k_proj.weight.data_ptr()
@@ -205,7 +207,7 @@ def test_layer_by_layer_is_the_whole_model(name):
     decoder, positions = twin.get_decoder(), torch.arange(x.shape[1])[None]
     with torch.no_grad():
         states = embed(decoder, x)
-        for layer in range(3):
+        for layer in range(len(decoder.layers)):
             call = {"inputs_embeds": states, "position_ids": positions, "use_cache": False}
             states = isolate_layer(decoder, layer)(**call).last_hidden_state
         found = Head.of_model(twin).logits(final_norm(decoder)(states))
@@ -286,6 +288,8 @@ def test_openvino_computes_the_same_or_says_why_not(name):
 @pytest.mark.parametrize("qk_norm", ["full", "sliced"])
 @pytest.mark.parametrize("name", MORE_FAMILIES)
 def test_bytes_of_weights_by_counting(name, qk_norm):
+    if name in HYBRIDS and qk_norm == "sliced":
+        pytest.skip("refused: no stock engine has their gate")
     model = tiny_model(name)
     latent = convert(model, d_qk=16, d_vo=8, preset="paper", qk_norm=qk_norm)
     figures = serving_figures(model.config, 16, 8, element_size=1, qk_norm=qk_norm)

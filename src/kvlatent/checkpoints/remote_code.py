@@ -17,7 +17,7 @@ __all__ = ["MODULE_NAME", "NEEDS", "remote_code"]
 
 MODULE_NAME = "modeling_kv_latent"
 _MODULES = (
-    *("widths", "table", "config", "family", "refusals", "families", "rotary"),
+    *("widths", "table", "config", "family", "family_rows", "refusals", "families", "rotary"),
     *("projection", "kernel_width", "grouped_attention", "growing_cache", "attention", "classes"),
 )
 """Of `kvlatent.model`, in import order."""
