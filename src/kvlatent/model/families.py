@@ -138,10 +138,12 @@ def rope_theta_of(config: Any, layer: int = 0) -> float:
     return float((rope if "rope_theta" in rope else rope[config.layer_types[layer]])["rope_theta"])
 
 
-def effective_table(config: Any, layer: int) -> RotaryTable:
-    """The rotary table that a layer with attention of the original model turns its keys by; see `effective_tables`."""
+def effective_table(config: Any, layer: int | None = None) -> RotaryTable:
+    """The rotary table that a layer with attention turns its keys by in the original, or the first of them; see `effective_tables`."""
     tables = effective_tables(config)
-    return tables[attention_layers_of(config).index(layer)] if len(tables) > 1 else tables[0]
+    if layer is None or len(tables) == 1:
+        return tables[0]
+    return tables[attention_layers_of(config).index(layer)]
 
 
 def effective_tables(config: Any) -> tuple[RotaryTable, ...]:

@@ -27,7 +27,7 @@ from kvlatent.jobs.fingerprints import blocks_fingerprint, differences, tokenize
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import Provenance, Result, complaint
 from kvlatent.model.divergences import TopTokens
-from kvlatent.model.families import head_dim_of
+from kvlatent.model.families import head_dim_of, key_value_heads_of
 from kvlatent.text.tokenise import frame_of
 from kvlatent.training.placement import SAME, check_teacher
 
@@ -99,7 +99,8 @@ def check_takes_store(stage: int) -> None:
 def facts_of(config: Any) -> dict[str, Any]:
     """What of an original's config says whether a student can be its own."""
     names = ("model_type", *SAME)
-    return {**{name: getattr(config, name) for name in names}, "head_dim": head_dim_of(config)}
+    heads = {"num_key_value_heads": key_value_heads_of(config), "head_dim": head_dim_of(config)}
+    return {name: getattr(config, name) for name in names} | heads
 
 
 def row_bytes(count: int, vocabulary: int) -> int:
