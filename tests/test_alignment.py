@@ -1,18 +1,27 @@
 """Alignment of one layer: what it measures, what it may change, and that it never makes things worse."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 
 from calibration_setup import realistic_model, short_descent, text
-from kvlatent.conversion import tuning
+from kvlatent.conversion import alignment, tuning
 from kvlatent.conversion.alignment import TunedLayer, align_attention, align_output, copy_for_tuning
 from kvlatent.conversion.convert_model import convert
 from kvlatent.conversion.refinement import layer_streams, pass_original
 from kvlatent.model.assembly import full_width
 from kvlatent.model.hidden_states import isolate_layer
-from kvlatent.selection.attention_rows import masked_logits, recorded_projections, row_logits
+from kvlatent.model.rotary import LatentRotary
+from kvlatent.selection import attention_rows
+from kvlatent.selection.attention_rows import (
+    allowed,
+    masked_logits,
+    recorded_projections,
+    rotary_by_position,
+    rotary_of,
+    row_logits,
+)
 from kvlatent.selection.calibrate import calibrate
 from tiny import FAMILIES, HEAD_DIM, SWITCH
 from tolerances import assert_close_to_scale
@@ -275,7 +284,12 @@ def test_what_is_kept_of_the_original_gives_its_attention(tmp_path, name):
             for part in ("queries", "keys")
         )
         query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, 32))
-        found = masked_logits(original.self_attn, query, key, pair.positions[:2], rows)
+        found = masked_logits(
+            original.self_attn,
+            query,
+            key,
+            allowed(pair.positions[:2], rows, original.self_attn.sliding_window),
+        )
     assert_close_to_scale(found.softmax(-1), wanted.softmax(-1), 1e-5)
     assert torch.equal(found < -1e29, wanted < -1e29)
 
@@ -288,6 +302,29 @@ def test_each_projection_alone_is_that_of_all_three(name, width):
     hidden = torch.randn(2, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with recorded_projections(attention) as recorded, torch.no_grad():
         every = attention.project(hidden)
-        for part, expected in zip("qkv", every, strict=True):
+        for part, expected in zip("qkv", every[:3], strict=True):
             assert_close_to_scale(attention.project_one(part, hidden), expected, 1e-6)
     assert recorded == [every] and "project" not in vars(attention)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cosines_that_are_looked_up_are_those_that_are_computed(name, tmp_path):
+    pair = pair_of(name, tmp_path)
+    attention, decoder, positions = pair.attention, pair.latent, pair.positions
+    like = torch.empty(0)
+    look_up = rotary_by_position(attention, decoder, like, positions)
+    for some in (positions, positions[[5, 2]]):
+        for found, wanted in zip(look_up(some), rotary_of(attention, decoder, like, some), strict=True):
+            assert found.shape == wanted.shape
+            assert_close_to_scale(found, wanted, 1e-6)  # kernels may round a table's ends otherwise
+
+
+@pytest.mark.parametrize("align", [align_attention, partial(align_output, keys=True, values=True)])
+def test_a_step_computes_no_cosines_and_no_documents(align, tmp_path, monkeypatch):
+    pair, calls = pair_of("llama", tmp_path), []
+    forward, documents = LatentRotary.forward, attention_rows.document_ids
+    monkeypatch.setattr(LatentRotary, "forward", lambda *given: calls.append("cos") or forward(*given))
+    for module in (attention_rows, alignment):
+        monkeypatch.setattr(module, "document_ids", lambda given: calls.append("ids") or documents(given))
+    align(pair, 4, 0, nothing)
+    assert sorted(calls) == ["cos", "ids"]

@@ -22,7 +22,13 @@ from kvlatent.conversion.tuning import BLOCKS, TunableRows, tune
 from kvlatent.jobs.devices import precision
 from kvlatent.model.hidden_states import HiddenStates
 from kvlatent.model.layer_parts import final_norm, first_norm, layer_output, parts_of
-from kvlatent.selection.attention_rows import masked_logits, row_logits
+from kvlatent.selection.attention_rows import (
+    document_ids,
+    masked_logits,
+    rotary_by_position,
+    seen_keys,
+    turned_logits,
+)
 
 __all__ = [
     "TunedLayer",
@@ -74,21 +80,23 @@ def align_attention(
         Mean divergence a row and head, in nats, on held-out blocks before and after.
     """
     original = parts_of(tuned.original, tuned.index)
+    rows_of = _RowsOf(tuned)
 
-    def targets(blocks: list[int], rows: Tensor) -> Tensor:
+    def targets(blocks: list[int], rows: Tensor, seen: Tensor) -> Tensor:
         query, key = (
             tuned.streams[name].read(blocks).unflatten(-1, (-1, original.attention.d_qk)).transpose(1, 2)
             for name in ("queries", "keys")
         )
         query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
-        return masked_logits(original.attention, query, key, tuned.positions[blocks], rows)
+        return masked_logits(original.attention, query, key, seen)
 
     def loss(blocks: list[int], rows: Tensor) -> Tensor:
         with torch.no_grad():
             normed = original.attention_norm(tuned.streams["inputs"].read(blocks)).float()
-            target = targets(blocks, rows)
+            *turned, seen = rows_of(blocks, rows)
+            target = targets(blocks, rows, seen)
             attention, target = softmax(target, dim=-1), log_softmax(target, dim=-1)
-        logits = row_logits(tuned.attention, tuned.latent, normed, tuned.positions[blocks], rows)
+        logits = turned_logits(tuned.attention, normed, rows, *turned, seen)
         return (attention * (target - log_softmax(logits, dim=-1))).sum(-1).mean()
 
     return _tune(tuned, key_parameters(tuned.attention), loss, steps, seed, progress)
@@ -107,7 +115,7 @@ def align_output(
     """
     layer = parts_of(tuned.latent, tuned.index)
     dtype, gated = tuned.latent.dtype, bool(tuned.attention.gate_width)
-    following = _next_norm(tuned)
+    following, rows_of = _next_norm(tuned), _RowsOf(tuned)
     with torch.no_grad():
         energy = (
             following(tuned.streams["outputs"].read(list(range(min(BLOCKS, len(tuned.positions))))))
@@ -118,12 +126,13 @@ def align_output(
 
     def loss(blocks: list[int], rows: Tensor) -> Tensor:
         with torch.no_grad():
-            hidden, positions = tuned.streams["latent"].read(blocks), tuned.positions[blocks]
+            hidden = tuned.streams["latent"].read(blocks)
             normed = layer.attention_norm(hidden).float()
             index = rows[..., None].expand(-1, -1, hidden.shape[-1])
             wanted = following(tuned.streams["outputs"].read(blocks).gather(1, index))
             hidden = hidden.gather(1, index)
-        logits = row_logits(tuned.attention, tuned.latent, normed, positions, rows)
+            turned = rows_of(blocks, rows)
+        logits = turned_logits(tuned.attention, normed, rows, *turned)
         value = tuned.attention.project_one("v", normed)
         grouped = softmax(logits, dim=-1).unflatten(1, (value.shape[1], -1))  # [B, K, G, R, T]
         mixed = (grouped.flatten(2, 3) @ value.to(grouped.dtype)).view(*logits.shape[:3], -1)
@@ -136,6 +145,21 @@ def align_output(
         value_parameters(tuned.attention) if values else []
     )
     return _tune(tuned, chosen, loss, steps, seed, progress)
+
+
+class _RowsOf:
+    """Cosines and sines of blocks of a layer that is tuned, and what their sampled rows see; asked at every step."""
+
+    def __init__(self, tuned: TunedLayer) -> None:
+        like = torch.empty(0, device=tuned.positions.device)  # as normed hidden states are: float32
+        self.turned = rotary_by_position(tuned.attention, tuned.latent, like, tuned.positions)
+        self.places = torch.stack([tuned.positions, document_ids(tuned.positions)], dim=1)
+        self.window = tuned.attention.sliding_window
+
+    def __call__(self, blocks: list[int], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        positions, documents = self.places[blocks].unbind(1)
+        cos, sin = self.turned(positions)
+        return cos, sin, seen_keys(documents, rows, self.window)
 
 
 def _tune(

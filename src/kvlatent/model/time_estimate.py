@@ -113,8 +113,16 @@ def forward_operations(model: Any, tokens: int, *, scored: bool = False) -> floa
     size += layers * _PARAMETERS_OF_THE_REST.get(model.device.type, 0)
     if scored:
         size += model.get_output_embeddings().weight.numel()
-    seen = len(attention_layers_of(config)) * config.num_attention_heads * head_dim_of(config) * tokens / 2
+    seen = _attention_layers(config) * config.num_attention_heads * head_dim_of(config) * tokens / 2
     return tokens * (2.0 * size + 4.0 * seen)
+
+
+def _attention_layers(config: Any) -> int:
+    """How many layers have attention: all, where the family is unknown, since any model's time is estimated."""
+    try:
+        return len(attention_layers_of(config))
+    except ValueError:
+        return config.num_hidden_layers
 
 
 def assumed_speed(device: torch.device, dtype: torch.dtype) -> float:

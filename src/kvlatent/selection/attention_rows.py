@@ -5,7 +5,7 @@ Shapes: B batch, T positions, R sampled rows, N query heads, K key-value heads.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,11 @@ __all__ = [
     "masked_logits",
     "pair_layout",
     "recorded_projections",
+    "rotary_by_position",
     "rotary_of",
     "row_logits",
+    "seen_keys",
+    "turned_logits",
 ]
 
 
@@ -52,8 +55,12 @@ def allowed(position_ids: Tensor, rows: Tensor, window: int | None) -> Tensor:
     Returns:
         [B, R, T], bool.
     """
-    documents = document_ids(position_ids)
-    keys = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return seen_keys(document_ids(position_ids), rows, window)
+
+
+def seen_keys(documents: Tensor, rows: Tensor, window: int | None) -> Tensor:
+    """`allowed`, of what `document_ids` says."""
+    keys = torch.arange(documents.shape[1], device=documents.device)
     seen = (keys <= rows[..., None]) & (documents[:, None] == documents.gather(1, rows)[..., None])
     return seen if window is None else seen & (rows[..., None] - keys < window)
 
@@ -90,9 +97,37 @@ def rotary_of(attention: Any, decoder: Any, like: Tensor, positions: Tensor) -> 
     return cos, sin
 
 
+def rotary_by_position(
+    attention: Any, decoder: Any, like: Tensor, positions: Tensor
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """`rotary_of` as a function of positions, none beyond those that are given here; it looks them up.
+
+    For those who ask at every step: cosines and sines are computed once.
+    """
+    rotary = decoder.rotary_emb if attention.rotary is None else attention.rotary
+    if rotary.switches:
+        return lambda some: rotary_of(attention, decoder, like, some)
+    every = rotary(like, torch.arange(int(positions.max()) + 1, device=positions.device)[None])
+    turned = [each[0] for each in every]  # [positions, rotary_dim], or [K, positions, rotary_dim]
+
+    def look_up(some: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = (t[some] if t.dim() == 2 else t[:, some].transpose(0, 1) for t in turned)
+        return cos, sin
+
+    return look_up
+
+
 def row_logits(attention: Any, decoder: Any, normed: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
     """Masked logits [B, N, R, T] in float32 of sampled query rows [B, R] of normed hidden states [B, T, D]."""
     cos, sin = rotary_of(attention, decoder, normed, positions)
+    seen = allowed(positions, rows, attention.sliding_window)
+    return turned_logits(attention, normed, rows, cos, sin, seen)
+
+
+def turned_logits(
+    attention: Any, normed: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, seen: Tensor
+) -> Tensor:
+    """`row_logits`, of what `rotary_of` and `allowed` give for the same blocks and rows."""
     index = rows[..., None]
     query = attention.project_one("q", normed.gather(1, index.expand(-1, -1, normed.shape[-1])))
     key = apply_rotary(attention.project_one("k", normed), cos, sin)
@@ -101,13 +136,12 @@ def row_logits(attention: Any, decoder: Any, normed: Tensor, positions: Tensor, 
     query = apply_rotary(
         query, *(t.gather(-2, index.expand(*index.shape[:-1], t.shape[-1])) for t in (cos, sin))
     )
-    return masked_logits(attention, query, key, positions, rows)
+    return masked_logits(attention, query, key, seen)
 
 
-def masked_logits(attention: Any, query: Tensor, key: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """Masked logits [B, N, R, T] in float32 of rotated queries [B, N, R, d] of rows [B, R] and keys [B, K, T, d]."""
+def masked_logits(attention: Any, query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
+    """Masked logits [B, N, R, T] in float32 of rotated queries [B, N, R, d], keys [B, K, T, d] and what is seen [B, R, T]."""
     grouped = query.float().unflatten(1, (key.shape[1], -1))  # [B, K, G, R, d]
     with torch.autocast(query.device.type, enabled=False):
         logits = grouped.flatten(2, 3) * attention.scaling @ key.float().transpose(-1, -2)
-    seen = allowed(positions, rows, attention.sliding_window)
     return logits.view(*query.shape[:3], -1).masked_fill(~seen[:, None], _MASKED)
