@@ -270,8 +270,7 @@ def test_windows_reach_paged_attention(name, tmp_path, tokenizer):
     expected = greedy(latent, x)
     for backend in ("SDPA", "PA"):
         assert pipeline(tmp_path, backend).generate(ids_and_mask(x), generation()).tokens == expected
-    for layer in latent.model.layers:
-        layer.self_attn.sliding_window = None
+    latent.config.sliding_window = None
     unwindowed = greedy_without_windows(latent, x)
     assert unwindowed != expected  # or the windows would not have mattered
 

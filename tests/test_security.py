@@ -75,10 +75,11 @@ def test_only_outputs_are_written(ran):
         f"{place / 'cache'}/kvlatent",
         f"{place / 'home'}/.cache/kvlatent",
         "/dev/",
+        "/tmp/torchinductor_",  # torch's own cache of compiled code, wherever TMPDIR points
     )
     made = set(seen["written"]) - {str(place / "work")}  # which is made where it is not there
     assert [path for path in made if not path.startswith(allowed)] == []
-    assert list((place / "tmp").iterdir()) == []
+    assert [path for path in (place / "tmp").iterdir() if not path.name.startswith("torchinductor")] == []
 
 
 def test_nothing_is_connected_to(ran):

@@ -71,8 +71,7 @@ def convert_streamed(
     place = prepare_place(out, True, {"model": model, **files, "recipe": options.get("recipe")})
     check_sources(data, statistics, None, calibrates=plan.calibrates)
     check_texts(data)
-    weights, config = open_source(model)
-    layers = _open_layers(weights, config, plan)
+    layers = _open_layers(*open_source(model), plan)
     _check_device(layers, plan)
     known = _fingerprint(layers)
     hashes = {**hash_sources(files, "text to calibrate on"), "model": f"sampled:{known}"}
@@ -85,7 +84,7 @@ def convert_streamed(
     shown = replace(plan, notes=(*plan.notes, costs.sentence())).summary()
     if dry_run:
         return {"plan": shown}
-    tokenizer = load_tokenizer(model, config)
+    tokenizer = load_tokenizer(model, layers.config)
     typed = options_as_typed({**files, "out": place}, {**options, "stages": None, "stream": True})
     record = describe_run("convert", model, typed, hashes, plan.device)
     record["fingerprint"] = fingerprint(work.plan)
@@ -106,9 +105,8 @@ def convert_streamed(
         finish_checkpoint(work.path / "out", latent, Path(model), tokenizer, written)
         put_in_place(work.path / "out", place.resolve())
     except BaseException as error:
-        if (
-            isinstance(error, ValueError) or not work.has_work()
-        ):  # of a bad input nothing is worth going on from
+        # Of a bad input nothing is worth going on from.
+        if isinstance(error, ValueError) or not work.has_work():
             work.remove()
         raise
     work.remove()
