@@ -53,7 +53,7 @@ def column_of(file: str, test: str) -> str:
     return next(column for column, tests in TESTS.items() if test in tests)
 
 
-def test_ids(*columns: str) -> list[str]:
+def ids_of_tests(*columns: str) -> list[str]:
     """What pytest is called with, for these columns or all."""
     ids = []
     for column, tests in TESTS.items():
@@ -127,7 +127,7 @@ def main() -> None:
         import pytest
 
         plugin = Outcomes()
-        pytest.main(["-q", "-p", "no:cacheprovider", *test_ids(*columns)], plugins=[plugin])
+        pytest.main(["-q", "-p", "no:cacheprovider", *ids_of_tests(*columns)], plugins=[plugin])
         for toy, row in plugin.found.items():
             kept[toy] = kept.get(toy, {}) | row
         OUTCOMES.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from family_table import FILES, OUTCOMES, PAGE, ROOT, TESTS, column_of, page, test_ids, toys
+from family_table import FILES, OUTCOMES, PAGE, ROOT, TESTS, column_of, page, ids_of_tests, toys
 
 from kvlatent.model.families import FAMILIES
 
@@ -25,7 +25,7 @@ def test_the_page_is_that_of_the_outcomes():
 
 
 def test_the_tests_behind_the_columns_exist():
-    ids = test_ids()
+    ids = ids_of_tests()
     assert {column_of(Path(file).name, name) for file, name in (one.split("::") for one in ids)} == set(TESTS)
     for one in ids:
         file, _, name = one.partition("::")
