@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from family_table import FILES, OUTCOMES, PAGE, ROOT, TESTS, column_of, page, ids_of_tests, toys
+from family_table import FILES, OUTCOMES, PAGE, ROOT, TESTS, column_of, ids_of_tests, page, toys
 
 from kvlatent.model.families import FAMILIES
 
