@@ -3,7 +3,7 @@
     python -m pytest tests/test_export_stock.py tests/test_export_gguf.py tests/test_openvino.py tests/test_export.py \
         tests/test_vllm_plugin.py tests/test_self_check.py tests/test_engines.py tests/test_kv_dtypes.py tests/test_serve.py \
         --compatibility benchmarks/results/compatibility
-    make engines COMPATIBILITY=benchmarks/results/compatibility
+    .venv-engines/bin/python -m pytest tests/engines --compatibility benchmarks/results/compatibility
     python benchmarks/compatibility_page.py [--check]
 
 The first two run the tests and write a record a module (tests/compatibility.py); the third renders them. --check writes

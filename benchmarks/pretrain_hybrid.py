@@ -42,6 +42,7 @@ SAVE_EVERY_S = 120
 
 
 def configuration(every: int) -> Qwen3_5TextConfig:
+    """Four layers of the embedded model's sizes, attention in every n-th."""
     layers = range(1, 5)
     return Qwen3_5TextConfig(
         vocab_size=2048,
@@ -141,6 +142,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> tuple
 
 
 def main() -> None:
+    """Train, and write the checkpoint and what the run was."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of the tokenised text and the result"

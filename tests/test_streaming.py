@@ -173,6 +173,20 @@ def test_it_is_chosen_where_the_model_does_not_fit(place, tmp_path, monkeypatch)
     assert any("streamed, layer by layer, as it takes about 0.0 GB at once" in note for note in notes)
 
 
+def test_a_family_of_other_layers_is_refused_or_converted_in_memory(tmp_path, tiny_tokenizer, monkeypatch):
+    model = tmp_path / "model"
+    tiny_model("olmo2", vocab_size=320).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    with pytest.raises(
+        ValueError,
+        match="--stream takes decoders whose layers are those of a Llama: got olmo2, which has norms",
+    ):
+        convert_checkpoint(model, tmp_path / "out", stream=True, preset="own-frequency", **HALF)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(streamed_plan, "free_memory", lambda device: 0)
+    assert streamed_plan.why_streamed(model, asked=False, calibrates=False, device="cpu") is None
+
+
 def test_a_conversion_that_was_killed_ends_as_one_that_was_not(tmp_path, tiny_tokenizer):
     write_sharded(tmp_path / "model", tiny_tokenizer)
     write_text(tmp_path / "text.txt")

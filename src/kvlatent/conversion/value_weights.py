@@ -79,12 +79,18 @@ def gated_values(
         bases = [value_basis(*pair, d_vo) for pair in zip(roots.split(groups), each, strict=True)]
         eye = torch.eye(head_dim, dtype=torch.float64).expand(groups, -1, -1)
         lifts = torch.cat([best_outputs(eye, *pair) for pair in zip(each, bases, strict=True)])
-    new = {"v_proj.weight": torch.cat([basis @ rows for basis, rows in zip(bases, w_v, strict=True)])}
-    if "v_proj.bias" in source:
-        biases = source["v_proj.bias"].double().cpu().unflatten(0, (-1, head_dim))
-        new["v_proj.bias"] = torch.cat([basis @ bias for basis, bias in zip(bases, biases, strict=True)])
-    new["v_map"] = lifts
+    new = _in_bases(source, bases) | {"v_map": lifts}
     return {name: tensor.to(source["v_proj.weight"]).contiguous() for name, tensor in new.items()}
+
+
+def _in_bases(source: dict[str, Tensor], bases: list[Tensor]) -> dict[str, Tensor]:
+    """W_V and its bias, where there is one, in a basis [d_vo, d] of each key-value head; float64, on the CPU."""
+    names = [name for name in ("v_proj.weight", "v_proj.bias") if name in source]
+    heads = {name: source[name].double().cpu().unflatten(0, (len(bases), -1)) for name in names}
+    return {
+        name: torch.cat([basis @ rows for basis, rows in zip(bases, rows_of, strict=True)])
+        for name, rows_of in heads.items()
+    }
 
 
 def _svd_values(
@@ -123,13 +129,7 @@ def _whitened_values(source: dict[str, Tensor], d_vo: int, statistics: LayerStat
     bases = [value_basis(*pair, d_vo) for pair in zip(w_o.split(groups), moments.split(groups), strict=True)]
     spread = [basis for basis in bases for _ in range(groups)]
     outputs = [best_outputs(w_o[h, None], moments[h, None], spread[h])[0] for h in range(heads)]
-    new = {
-        "v_proj.weight": torch.cat([basis @ rows for basis, rows in zip(bases, w_v, strict=True)]),
-        "o_proj.weight": torch.cat(outputs, dim=1),
-    }
-    if "v_proj.bias" in source:
-        biases = source["v_proj.bias"].double().cpu().unflatten(0, (-1, head_dim))
-        new["v_proj.bias"] = torch.cat([basis @ bias for basis, bias in zip(bases, biases, strict=True)])
+    new = _in_bases(source, bases) | {"o_proj.weight": torch.cat(outputs, dim=1)}
     if "o_proj.bias" in source:
         left = sum(w_o[h] @ means[h] - outputs[h] @ (spread[h] @ means[h]) for h in range(heads))
         new["o_proj.bias"] = source["o_proj.bias"].double().cpu() + left

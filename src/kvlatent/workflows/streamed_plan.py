@@ -47,7 +47,7 @@ def open_source(model: str | Path) -> tuple[ShardedWeights, Any]:
     config = load_config(str(model))
     if besides := family_of_original(config).besides:
         raise ValueError(
-            f"--stream takes decoders whose layers are those of a Llama: got a {config.model_type}, which has {besides}; "
+            f"--stream takes decoders whose layers are those of a Llama: got {config.model_type}, which has {besides}; "
             "leave --stream out, on a machine that holds the whole model"
         )
     weights = open_sharded(path, config)

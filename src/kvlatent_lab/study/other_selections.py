@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kvlatent.model.assembly import full_width
-from kvlatent.model.families import attention_layers_of, effective_table
+from kvlatent.model.families import effective_table
 from kvlatent.model.head import IGNORED
 from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.attention_rows import allowed, pair_layout
@@ -73,7 +73,7 @@ def fisher_scores(model: Any, blocks: Iterable[dict[str, Tensor]]) -> list[Tenso
             count += 1
     finally:
         model.requires_grad_(False)
-    rotary_dim = effective_table(model.config, attention_layers_of(model.config)[0]).rotary_dim
+    rotary_dim = effective_table(model.config).rotary_dim
     scores = []
     for attention, *sides in zip(layers, sums[::2], sums[1::2], strict=True):
         rows = [side.unflatten(0, (-1, attention.head_dim)) for side in sides]

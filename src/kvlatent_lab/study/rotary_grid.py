@@ -27,7 +27,7 @@ from kvlatent.conversion.convert_model import convert
 from kvlatent.jobs.progress import Progress, Step
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import effective_tables
+from kvlatent.model.families import effective_table
 from kvlatent.model.rotary import attenuation, standard_exponents
 from kvlatent.model.table import RotaryTable
 from kvlatent.selection.latent_config import choose
@@ -108,7 +108,7 @@ def measure_curves(config: Any, latent: LatentConfig) -> dict[str, Any]:
         deviation around a moving average), and "attenuation_error", the root mean square distance to the original's curve.
     """
     positions = torch.arange(POSITIONS)
-    original = _curve(effective_tables(config)[0], positions)
+    original = _curve(effective_table(config), positions)
     layers = range(config.num_hidden_layers)
     tables = {table for layer in layers for table in latent.tables_at(layer)}
     weights = [sum(latent.tables_at(layer).count(table) for layer in layers) for table in tables]
