@@ -77,6 +77,17 @@ def test_product_svd_is_the_best_low_rank_product():
         assert new_v.shape == (d_vo, 20) and new_o.shape == (40, d_vo)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_product_svd_of_heads_that_lack_directions(rank):
+    generator = torch.Generator().manual_seed(2)
+    w_v = torch.randn(8, rank, generator=generator) @ torch.randn(rank, 20, generator=generator)
+    w_o = torch.randn(40, 8, generator=generator)
+    for d_vo in (8, 4, rank or 1):
+        new_v, new_b, new_o = product_svd(w_v, torch.ones(8), w_o, d_vo)
+        assert new_b.isfinite().all()
+        torch.testing.assert_close(new_o @ new_v, w_o.double() @ w_v.double(), rtol=0, atol=1e-5)
+
+
 def test_product_svd_carries_the_bias_through_the_same_map():
     generator = torch.Generator().manual_seed(1)
     w_v, b_v, w_o = (torch.randn(*s, generator=generator) for s in ((6, 10), (6,), (12, 6)))

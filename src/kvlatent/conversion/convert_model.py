@@ -34,6 +34,8 @@ from kvlatent.selection.statistics import LayerStatistics, Statistics
 
 __all__ = ["convert", "weight_energy"]
 
+_ROWS = 256
+
 
 def convert(
     model: PreTrainedModel,
@@ -188,7 +190,8 @@ def weight_energy(decoder: Any, index: int, rotary_dim: int) -> Tensor:
     for part, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
         weight, bias = _weight_and_bias(attention, part)
         gain = getattr(attention_norm, "weight", weight.new_ones(()) - offset).float() + offset
-        rows = (weight.float() * gain).square().sum(1)
+        # Some rows at a time: tensors of the weight's size cost more to make room for than to fill.
+        rows = torch.cat([(some.float() * gain).square_().sum(1) for some in weight.split(_ROWS)])
         rows = (rows if bias is None else rows + bias.float().square()).unflatten(0, (-1, attention.d_qk))
         if norm is not None:
             mean = rows.mean() if attention.norms_all_heads else rows.mean(1, keepdim=True)

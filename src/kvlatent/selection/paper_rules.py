@@ -20,6 +20,8 @@ __all__ = [
     "stride_pairs",
 ]
 
+_FLOOR = 1e-14  # of an eigenvalue of a Gram matrix, relative to the largest: float64 leaves noise below
+
 
 def latent_rotary_dim(head_dim: int, rotary_dim: int, d_qk: int) -> int:
     """Rotated channels at width `d_qk`: rotated and pass-through parts shrink in proportion.
@@ -114,7 +116,8 @@ def product_svd(
     """Best rank-d_vo value and output weights of one key-value head, in the Frobenius norm of their product.
 
     W_O W_V = U S V^T, so W_V' = S^1/2 V^T and W_O' = U S^1/2 (Eckart-Young). Values carry no rotation, so unlike for
-    keys this is legal under RoPE. Two QR factorisations reduce it to a d x d problem, solved in float64.
+    keys this is legal under RoPE. The roots of both Gram matrices reduce it to a d x d problem, solved in float64: of
+    directions below 1e-7 of the strongest nothing is left, which is what float32 holds.
 
     Args:
         w_v: [d, D]; b_v: [d] or None; w_o: [G * D, d], the output blocks of the group's query heads, stacked.
@@ -122,12 +125,22 @@ def product_svd(
     Returns:
         W_V' [d_vo, D], b_V' [d_vo] or None, W_O' [G * D, d_vo], in float64.
     """
-    q_o, r_o = torch.linalg.qr(w_o.double())
-    q_v, r_v = torch.linalg.qr(w_v.double().T)
-    u, s, vh = torch.linalg.svd(r_o @ r_v.T)
+    w_v, w_o = w_v.double(), w_o.double()
+    root_v, inverse_v = _gram_root(w_v @ w_v.T)
+    root_o, inverse_o = _gram_root(w_o.T @ w_o)
+    u, s, vh = torch.linalg.svd(root_o @ root_v.T)
     root = s[:d_vo].sqrt()
-    w_v_new = root[:, None] * (vh[:d_vo] @ q_v.T)
-    w_o_new = (q_o @ u[:, :d_vo]) * root
-    # W_V' = P W_V with P = S^1/2 V^T R_V^-T; the bias goes through the same P.
-    b_v_new = None if b_v is None else root * (vh[:d_vo] @ torch.linalg.pinv(r_v.T) @ b_v.double())
-    return w_v_new, b_v_new, w_o_new
+    kept = (root[:, None] * vh[:d_vo]) @ inverse_v
+    return (
+        kept @ w_v,
+        None if b_v is None else kept @ b_v.double(),
+        w_o @ (inverse_o.T @ (u[:, :d_vo] * root)),
+    )
+
+
+def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """R with R^T R = gram [d, d], and R^-T, which is 0 in directions that are not there."""
+    values, vectors = torch.linalg.eigh(gram)
+    roots = values.clamp_min(0).sqrt()
+    there = values > values[-1] * _FLOOR
+    return roots[:, None] * vectors.T, torch.where(there, 1 / roots, 0.0)[:, None] * vectors.T
