@@ -26,8 +26,14 @@ Generated from tests that ran (`python benchmarks/compatibility_page.py`, which 
 random and of every family, which is harder on an engine than a trained model: no two frequencies, norms or biases are alike.
 *Difference* is the largest over all compared positions and the whole vocabulary, of the engine from our class in float32.
 *Cache* is bytes a token as the engine itself says (its log, its pages, or the tensors that it fills), in brackets by the
-formula; of vLLM's plugin the formula pads to what its kernels take. Figures of a real model are in
+formula; of vLLM's plugin the formula pads to what its kernels take. Perplexities of a real model are in
 `benchmarks/results/stacking.md`.
+"""
+_TRAINED = """## Trained models
+
+In float32 with a cache in float32 (`python benchmarks/engine_agreement.py`): logits of one block, and greedy continuations. "stories" is the toy of the
+[log](log.md), "smol" SmolLM2-135M-Instruct from 4-bit weights; one rotary table for the model. A difference is beside the
+largest logit, since float32 rounds in proportion to it.
 """
 _COLUMNS = (
     "model",
@@ -61,6 +67,30 @@ def _row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def trained(folder: Path) -> str:
+    """What `engine_agreement.py` measured."""
+    lines = [
+        "| model | d_qk/d_vo of width | engine | loads | difference | largest logit | greedy, equal | cache |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(folder.glob("*.json")):
+        one = json.loads(path.read_text(encoding="utf-8"))
+        of = {"logits": "", "log-probabilities": " (log-prob.)"}[one["compared"]]
+        said, formula = (one[f"cache_bytes_{kind}"] for kind in ("per_token", "by_formula"))
+        cells = [
+            one["model"],
+            f"{one['d_qk']} / {one['d_vo']} of {one['head_dim']}",
+            one["engine"],
+            one["loads"],
+            f"{one['difference']:.1e}{of}",
+            f"{one['largest_value']:.0f}",
+            f"{one['greedy_equal']} of {one['prompts']} x {one['new_tokens']}",
+            f"{said:,.0f} ({formula:,.0f})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([_TRAINED, *lines, ""])
+
+
 def _machine(record: dict[str, Any]) -> str:
     versions = record["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name))
@@ -81,6 +111,7 @@ def render(folder: Path) -> str:
         parts.append(f"## {engine}\n\n`{module}`, {len(rows)} rows; {machine}.\n")
         table = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|", *map(_row, rows)]
         parts.append("\n".join(table) + "\n")
+    parts.append(trained(folder.parent / "engine_agreement"))
     parts.append("## What is refused\n\nIn the words that users see, from the tests of refusals.\n")
     for engine, sentences in sorted(refused.items()):
         modules = ", ".join(f"`{module}`" for module in sorted(set(sentences.values())))

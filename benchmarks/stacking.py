@@ -103,12 +103,22 @@ def compare(theirs: np.ndarray, wanted: np.ndarray, blocks: Tensor) -> dict[str,
     }
 
 
-def run_engine(args: argparse.Namespace, path: str, kv_dtype: str, blocks: Tensor, vocabulary: int) -> dict[str, Any]:  # fmt: skip
-    """The engine's answer, and its logits under "logits"; "refused" with its words where it does not run."""
+def run_engine(
+    args: argparse.Namespace,
+    path: str,
+    kv_dtype: str,
+    blocks: Tensor,
+    vocabulary: int,
+    more: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The engine's answer, and its logits under "logits"; "refused" with its words where it does not run.
+
+    `more` of a request is what `stacking_engines.py` says.
+    """
     np.save(args.work / "ids.npy", blocks.numpy())
     request = {"engine": args.engine, "model": path, "kv_dtype": kv_dtype, "vocabulary": vocabulary}
     request |= {name: str(args.work / f"{name}.npy") for name in ("ids", "logits")}
-    request["answer"] = str(args.work / "answer.json")
+    request |= {"answer": str(args.work / "answer.json")} | (more or {})
     Path(request["answer"]).unlink(missing_ok=True)
     (args.work / "request.json").write_text(json.dumps(request))
     command = [args.python, str(WORKER), str(args.work / "request.json")]
