@@ -10,18 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvlatent.checkpoints import shard_output
 from kvlatent.checkpoints.sharded import open_sharded
 from kvlatent.conversion import convert_model
+from kvlatent.conversion.resident_layers import ResidentLayers
+from kvlatent.jobs.fingerprints import model_fingerprint
+from kvlatent.model.families import attention_layers_of
 from kvlatent.selection.choices import NO_DATA
 from kvlatent.workflows import streamed_conversion, streamed_plan
 from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint
 from kvlatent.workflows.convert_checkpoint import convert_checkpoint
 from on_disk import snapshot, write_checkpoint, write_text
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, MORE_FAMILIES, tiny_model
 
 RECIPE = ["data.block_size=32", "conversion.align=3", "calibration.blocks=8", "conversion.global_steps=0"]
 HALF = {"d_qk": 8, "d_vo": 8, "device": "cpu"}
@@ -69,7 +72,7 @@ def convert_both(model: Path, folder: Path, **options) -> tuple[Path, Path]:
 
 
 @pytest.mark.filterwarnings("ignore:.*looks at no text|no text to calibrate|nothing is measured")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | MORE_FAMILIES)
 def test_without_text_every_family_is_that_in_memory(name, tmp_path, tiny_tokenizer):
     model = tiny_model(name, vocab_size=320)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model", max_shard_size="50KB")
@@ -93,6 +96,30 @@ def test_calibrated_families_are_those_in_memory(name, place, tmp_path, tiny_tok
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     options = {**CALIBRATED, "d_qk": 16, "d_vo": 16, "data": place / "text.txt"}
     assert difference(*convert_both(tmp_path / "model", tmp_path, **options)) < 1e-5
+
+
+@pytest.mark.parametrize("name", MORE_FAMILIES)
+def test_calibrated_families_with_other_layers_are_those_in_memory(name, place, tmp_path, tiny_tokenizer):
+    """Experts are stacked, layers without attention passed by, and whatever stands around an attention is upstream's."""
+    tiny_model(name, vocab_size=320).save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    recipe = ["data.block_size=32", "conversion.align=1", "calibration.blocks=4", "conversion.global_steps=0"]
+    options = {"d_qk": 16, "d_vo": 16, "device": "cpu", "overrides": recipe, "data": place / "text.txt"}
+    resident, streamed = convert_both(tmp_path / "model", tmp_path, **options)
+    assert difference(resident, streamed) < 1e-5
+    tuned = json.loads((streamed / "run.json").read_text())["conversion"]["tuned"]
+    assert tuple(row["layer"] for row in tuned) == attention_layers_of(tiny_model(name).config)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3.5", "gpt-neox"])
+def test_a_streamed_fingerprint_is_that_in_memory(name, tmp_path):
+    """Of experts, whose entries are read out of the parts that they are stored in."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    layers = ResidentLayers(open_sharded(tmp_path, model.config), model.config, torch.float32, "cpu")
+    assert streamed_conversion._fingerprint(layers) == model_fingerprint(model)
+    changed = tiny_model(name, vocab_size=130)
+    assert model_fingerprint(changed) != model_fingerprint(model)
 
 
 @pytest.mark.parametrize(
@@ -173,18 +200,21 @@ def test_it_is_chosen_where_the_model_does_not_fit(place, tmp_path, monkeypatch)
     assert any("streamed, layer by layer, as it takes about 0.0 GB at once" in note for note in notes)
 
 
-def test_a_family_of_other_layers_is_refused_or_converted_in_memory(tmp_path, tiny_tokenizer, monkeypatch):
+def test_experts_that_do_not_fit_together(tmp_path, tiny_tokenizer):
+    """One is missing, or has another shape: what they become is named."""
     model = tmp_path / "model"
-    tiny_model("olmo2", vocab_size=320).save_pretrained(model)
+    tiny_model("mixtral", vocab_size=320).save_pretrained(model)
     tiny_tokenizer.save_pretrained(model)
-    with pytest.raises(
-        ValueError,
-        match="--stream takes decoders whose layers are those of a Llama: got olmo2, which has norms",
+    shard, name = model / "model.safetensors", "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    stored = load_file(shard)
+    for tensors in (
+        {key: tensor for key, tensor in stored.items() if key != name},
+        stored | {name: torch.zeros(3, 64)},
     ):
-        convert_checkpoint(model, tmp_path / "out", stream=True, preset="own-frequency", **HALF)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(streamed_plan, "free_memory", lambda device: 0)
-    assert streamed_plan.why_streamed(model, asked=False, calibrates=False, device="cpu") is None
+        save_file(tensors, shard, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="1 mismatched tensors, e.g. model.layers.1.mlp.experts.gate_up"):
+            convert_checkpoint(model, tmp_path / "out", stream=True, preset="own-frequency", **HALF)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_a_conversion_that_was_killed_ends_as_one_that_was_not(tmp_path, tiny_tokenizer):
@@ -274,8 +304,6 @@ def damaged(tmp_path, tiny_tokenizer):
 
 def rewrite(file: Path, change) -> None:
     """Change the tensors of one shard."""
-    from safetensors.torch import save_file
-
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})

@@ -103,6 +103,12 @@ class ShardedWeights:
             self._fill(name, target, entry)
         return found.to(dtype)
 
+    def entry(self, name: str, number: int) -> Tensor:
+        """One number of a tensor, counted row after row: [1], as stored."""
+        found = torch.empty(1, dtype=self._places[name].dtype)
+        self._fill(name, found, number)
+        return found
+
     def _fill(self, name: str, room: Tensor, start: int) -> None:
         """Fill `room` with the entries of a tensor from `start` on."""
         place = self._places[name]

@@ -36,7 +36,7 @@ from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
-__all__ = ["layer_streams", "pass_original", "refine", "refine_layer"]
+__all__ = ["carry_on", "layer_streams", "pass_original", "refine", "refine_layer"]
 
 
 def refine(
@@ -89,8 +89,8 @@ def refine(
                 tuned.attention = copy_for_tuning(parts_of(latent.get_decoder(), index).attention)
                 report.append(refine_layer(tuned, config, choices, seed, advance, streams["latent"]))
             else:
-                _carry_on(tuned)
-                _pass_latent(tuned, streams["latent"])
+                carry_on(tuned.original, index, streams["inputs"], positions, streams["outputs"], dtype)
+                carry_on(tuned.latent, index, streams["latent"], positions, streams["latent"], dtype)
             streams["inputs"], streams["outputs"] = streams["outputs"], streams["inputs"]
     steps.to(steps.total)
     return report
@@ -143,25 +143,28 @@ def refine_layer(
 
 def _pass_latent(tuned: TunedLayer, above: HiddenStates) -> None:
     """Pass the converted model's stream through its layer as it is now."""
-    layer = isolate_layer(tuned.latent, tuned.index)
-    above.write(output for _, _, output in _pass(tuned, tuned.latent, layer, "latent"))
+    carry_on(tuned.latent, tuned.index, tuned.streams["latent"], tuned.positions, above, tuned.dtype)
+
+
+def carry_on(
+    decoder: Any, index: int, below: HiddenStates, positions: Tensor, above: HiddenStates, dtype: str
+) -> None:
+    """Pass a stream through a layer of `decoder` as it is now, with or without attention; `above` may be `below`."""
+    above.write(output for _, _, output in _pass(decoder, index, below, positions, dtype))
 
 
 @torch.no_grad()
-def _pass(tuned: TunedLayer, decoder: Any, layer: Any, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pass(
+    decoder: Any, index: int, below: HiddenStates, positions: Tensor, dtype: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inputs [b, T, D] from a stream, positions [b, T] and the outputs of one isolated layer, some blocks at a time."""
-    blocks, size = tuned.positions.shape
+    blocks, size = positions.shape
+    layer = isolate_layer(decoder, index)
     for some in torch.arange(blocks).split(blocks_at_once(decoder, size)):
-        inputs, positions = tuned.streams[name].read(some.tolist()), tuned.positions[some]
-        with precision(inputs.device, tuned.dtype):
-            output = layer(inputs_embeds=inputs, position_ids=positions, use_cache=False)
-        yield inputs, positions, output.last_hidden_state
-
-
-def _carry_on(tuned: TunedLayer) -> None:
-    """Fill the original's stream through a layer without attention, which nothing is done to."""
-    layer = isolate_layer(tuned.original, tuned.index)
-    tuned.streams["outputs"].write(output for _, _, output in _pass(tuned, tuned.original, layer, "inputs"))
+        inputs = below.read(some.tolist())
+        with precision(inputs.device, dtype):
+            output = layer(inputs_embeds=inputs, position_ids=positions[some], use_cache=False)
+        yield inputs, positions[some], output.last_hidden_state
 
 
 def pass_original(tuned: TunedLayer, *, with_attention: bool) -> None:
@@ -176,8 +179,9 @@ def pass_original(tuned: TunedLayer, *, with_attention: bool) -> None:
 
     def outputs() -> Iterator[Tensor]:
         with recorded_projections(attention) as projected:
+            stream = tuned.streams["inputs"]
             for hidden, positions, output in _pass(
-                tuned, decoder, isolate_layer(decoder, tuned.index), "inputs"
+                decoder, tuned.index, stream, tuned.positions, tuned.dtype
             ):
                 tuned.streams["wanted"].append(share * hidden + caught.pop())
                 query, key, *_ = projected.pop()

@@ -13,24 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvlatent.checkpoints.named_weights import NamedWeights
 from kvlatent.checkpoints.sharded import ShardedWeights
 from kvlatent.model.assembly import full_width, skeleton
 from kvlatent.model.attention import LatentAttention
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import family_of
-from kvlatent.model.layer_parts import parts_of
+from kvlatent.model.families import attention_layers_of, family_of
+from kvlatent.model.hidden_states import embed
+from kvlatent.model.layer_parts import final_norm, first_norm
 from kvlatent.model.rotary import LatentRotary
 
-__all__ = ["EMBEDDING", "HEAD", "NORM", "ResidentLayers", "layer_prefix"]
+__all__ = ["ResidentLayers"]
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _ROWS = 1 << 14  # of two embeddings compared at once
-_STALE = "rotary_emb.inv_freq"  # in checkpoints of earlier releases, and read by none since
-
-
-def layer_prefix(index: int) -> str:
-    """What the names of a layer's tensors start with."""
-    return f"model.layers.{index}."
 
 
 class ResidentLayers:
@@ -47,27 +42,59 @@ class ResidentLayers:
     def __init__(
         self, weights: ShardedWeights, config: Any, dtype: torch.dtype, device: str | torch.device
     ) -> None:
-        self.weights, self.dtype, self.device = weights, dtype, torch.device(device)
+        self.dtype, self.device = dtype, torch.device(device)
         self.config, self.family = copy.deepcopy(config), family_of(config)
-        self.config.tie_word_embeddings = _has_one_embedding(weights, config)
-        with torch.device("meta"):
-            original = self.family.upstream("ForCausalLM")(self.config)
-        self.original = original.to(dtype).requires_grad_(False).eval()
-        self.names = _check_names(weights, self.original)
+        self.original = self._original()
+        self.embedding = _name_of(self.original, self.original.get_input_embeddings())
+        self.head = _name_of(self.original, self.original.get_output_embeddings())
+        self.weights = NamedWeights(weights, self.original)
+        if self.config.tie_word_embeddings and not self._has_one_embedding():
+            self.config.tie_word_embeddings = False
+            self.original = self._original()
+        self.names = self.weights.check(self.head if self.config.tie_word_embeddings else None)
+        self.attending = attention_layers_of(self.config)
         self.twin = full_width(self.original).requires_grad_(False).eval()
-        self.decoder = self.twin.model
+        self.decoder = self.twin.get_decoder()
         # By its first parameter a decoder says where it is and what it computes in.
         empty = torch.empty(0, config.hidden_size, dtype=dtype, device=self.device)
-        self.decoder.embed_tokens.weight = nn.Parameter(empty, requires_grad=False)
+        self.decoder.get_input_embeddings().weight = nn.Parameter(empty, requires_grad=False)
+
+    def _original(self) -> Any:
+        with torch.device("meta"):
+            original = self.family.upstream("ForCausalLM")(self.config)
+        return original.to(self.dtype).requires_grad_(False).eval()
+
+    def _has_one_embedding(self) -> bool:
+        """Whether the head is the embedding, as upstream finds when it loads both."""
+        weights, both = self.weights, (self.embedding, self.head)
+        if any(name not in weights for name in both):
+            return True
+        if weights.shape(self.head) != weights.shape(self.embedding):
+            return False
+        chunks = torch.arange(self.config.vocab_size).split(_ROWS)
+        return all(torch.equal(*(weights.read_rows(name, rows) for name in both)) for rows in chunks)
 
     @property
     def count(self) -> int:
         """Layers."""
         return self.config.num_hidden_layers
 
+    def prefix(self, index: int) -> str:
+        """What the names of a layer's tensors start with."""
+        return f"{self.original.base_model_prefix}.layers.{index}."
+
+    def own(self, index: int) -> str:
+        """What the names of the tensors of a layer's attention start with."""
+        return f"{self.prefix(index)}{self.family.attention}."
+
     def names_of(self, index: int) -> list[str]:
         """Tensors of a layer."""
-        return [name for name in self.names if name.startswith(layer_prefix(index))]
+        return [name for name in self.names if name.startswith(self.prefix(index))]
+
+    def names_behind(self) -> list[str]:
+        """Tensors that are neither in a layer nor the embedding: the last norm and the head, where it has its own."""
+        layers = self.prefix(0).removesuffix("0.")
+        return [name for name in self.names if not name.startswith(layers) and name != self.embedding]
 
     def largest_layer_bytes(self) -> int:
         """Of the weights of a layer in memory."""
@@ -76,47 +103,61 @@ class ResidentLayers:
     def embed(self, ids: Tensor) -> Iterator[Tensor]:
         """Hidden states [1, T, D] before the first layer of every row of ids [blocks, T]."""
         used, numbers = ids.cpu().unique(return_inverse=True)
-        module = copy.copy(self.decoder.embed_tokens)
+        known = self.decoder.get_input_embeddings()
+        module = copy.copy(known)
         module._parameters, module.padding_idx = dict(module._parameters), None
-        rows = self.weights.read_rows(EMBEDDING, used).to(self.device, self.dtype)
+        module._buffers = {
+            name: torch.empty_like(b, device=self.device) for name, b in known._buffers.items()
+        }
+        if module._buffers:  # not stored: upstream fills them when it starts a model
+            self.decoder._init_weights(module)
+        rows = self.weights.read_rows(self.embedding, used).to(self.device, self.dtype)
         module.weight = nn.Parameter(rows, requires_grad=False)
+        decoder = copy.copy(self.decoder)
+        decoder._modules = {
+            name: module if each is known else each for name, each in decoder._modules.items()
+        }
         for row in numbers:
-            yield module(row[None].to(self.device))
+            yield embed(decoder, row[None].to(self.device))
 
     @contextmanager
-    def resident(self, index: int, *, attention_only: bool = False) -> Generator[Any]:
+    def resident(self, index: int, *, attention_only: bool = False) -> Generator[None]:
         """Layer `index` of the twin with its weights, and what its output passes next; without them again afterwards.
 
         Args:
             attention_only: nothing but its attention and the norm before that.
         """
-        parts = parts_of(self.decoder, index)
-        following = (
-            self.decoder.norm if index + 1 == self.count else parts_of(self.decoder, index + 1).attention_norm
-        )
-        name = NORM if index + 1 == self.count else self._norm_name(index + 1)
+        layer, following, prefix = self.decoder.layers[index], self._following(index), self.prefix(index)
         kept = (self.family.attention + ".", self.family.attention_norm + ".")
-        state = {
-            name.removeprefix(layer_prefix(index)): name
-            for name in self.names_of(index)
-            if not attention_only or name.removeprefix(layer_prefix(index)).startswith(kept)
-        }
-        layer = self.decoder.layers[index]
         try:
             layer.load_state_dict(
-                {short: self._read(name) for short, name in state.items()},
+                {
+                    self._latent_name(name, index): self._read(name)
+                    for name in self.names_of(index)
+                    if not attention_only or name.removeprefix(prefix).startswith(kept)
+                },
                 assign=True,
                 strict=not attention_only,
             )
             if not attention_only:
-                following.load_state_dict({"weight": self._read(name)}, assign=True)
-            yield parts
+                start = f"{self.original.base_model_prefix}.{_place_of(self.decoder, following)}."
+                state = {n.removeprefix(start): self._read(n) for n in self.names if n.startswith(start)}
+                following.load_state_dict(state, assign=True)
+            yield
         finally:
             layer.to("meta")
             following.to("meta")
 
-    def _norm_name(self, index: int) -> str:
-        return f"{layer_prefix(index)}{self.family.attention_norm}.weight"
+    def _following(self, index: int) -> Any:
+        """What a layer's output passes next."""
+        last = index + 1 == self.count
+        return final_norm(self.decoder) if last else first_norm(self.decoder, index + 1)
+
+    def _latent_name(self, name: str, index: int) -> str:
+        """A tensor's name inside the twin's layer."""
+        own = self.family.attention + "."
+        short = name.removeprefix(self.prefix(index))
+        return own + self.family.latent_name(short.removeprefix(own)) if short.startswith(own) else short
 
     def _read(self, name: str) -> Tensor:
         return self.weights.read(name, self.dtype, self.device)
@@ -124,7 +165,7 @@ class ResidentLayers:
     def latent_skeleton(self, config: LatentConfig) -> Any:
         """The latent model without weights."""
         latent = skeleton(self.original, config).to(self.dtype).requires_grad_(False).eval()
-        latent.model.embed_tokens.weight = self.decoder.embed_tokens.weight
+        latent.get_input_embeddings().weight = self.decoder.get_input_embeddings().weight
         return latent
 
     @contextmanager
@@ -135,14 +176,17 @@ class ResidentLayers:
 
         Args:
             config: says what that layer keeps; of the others it may say anything.
+            attention: nothing for a layer without.
         """
-        with torch.device("meta"):
-            module = LatentAttention(latent.config, config, index).requires_grad_(False)
-        layer = latent.model.layers[index]
-        setattr(layer, self.family.attention, module.to(self.dtype))
-        latent.model.rotary_emb = LatentRotary(config.tables_at(index) if config.one_table else ())
+        decoder, own = latent.get_decoder(), f"{self.family.attention}."
+        layer = decoder.layers[index]
+        if attention:
+            with torch.device("meta"):
+                module = LatentAttention(latent.config, config, index).requires_grad_(False)
+            setattr(layer, self.family.attention, module.to(self.dtype))
+        tables = config.tables_at(index) if config.one_table else ()
+        decoder.rotary_emb = LatentRotary(tables, in_float32=self.family.rotates_in_float32)
         shared = self.decoder.layers[index].state_dict()
-        own = f"{self.family.attention}."
         state = {name: tensor for name, tensor in shared.items() if not name.startswith(own)}
         try:
             layer.load_state_dict(state | {own + name: t for name, t in attention.items()}, assign=True)
@@ -151,33 +195,11 @@ class ResidentLayers:
             layer.to("meta")
 
 
-def _has_one_embedding(weights: ShardedWeights, config: Any) -> bool:
-    """Whether the head is the embedding, as upstream finds when it loads both."""
-    if not config.tie_word_embeddings or HEAD not in weights or EMBEDDING not in weights:
-        return bool(config.tie_word_embeddings)
-    if weights.shape(HEAD) != weights.shape(EMBEDDING):
-        return False
-    chunks = torch.arange(weights.shape(HEAD)[0]).split(_ROWS)
-    return all(torch.equal(*(weights.read_rows(name, rows) for name in (EMBEDDING, HEAD))) for rows in chunks)
+def _place_of(root: nn.Module, module: nn.Module) -> str:
+    """The dotted name of a module inside another; "?" where it is in none, and so has no tensors."""
+    return next((name for name, each in root.named_modules() if each is module), "?")
 
 
-def _check_names(weights: ShardedWeights, original: Any) -> list[str]:
-    """The names of the tensors that the model is made of; `ValueError` where the checkpoint's are others."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in original.state_dict().items()}
-    if original.config.tie_word_embeddings:
-        wanted.pop(HEAD, None)
-    found = {name for name in weights.names if not name.endswith(_STALE)}
-    if original.config.tie_word_embeddings:
-        found.discard(HEAD)
-    other = [name for name in sorted(wanted.keys() & found) if weights.shape(name) != wanted[name]]
-    for kind, names in (
-        ("missing", sorted(wanted.keys() - found)),
-        ("unexpected", sorted(found - wanted.keys())),
-        ("mismatched", other),
-    ):
-        if names:
-            raise ValueError(
-                f"the weights of {weights.path} do not fit its config: {len(names)} {kind} tensors, e.g. {names[0]}; download "
-                "or convert the checkpoint again"
-            )
-    return sorted(wanted)
+def _name_of(model: Any, module: nn.Module) -> str:
+    """The name of a module's weight in a model."""
+    return f"{_place_of(model, module)}.weight"

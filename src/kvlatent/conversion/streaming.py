@@ -10,7 +10,6 @@ Shapes: B blocks, T positions, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +23,8 @@ from kvlatent.checkpoints.shard_output import shard_name, write_shard
 from kvlatent.conversion.alignment import TunedLayer, copy_for_tuning
 from kvlatent.conversion.attention_weights import attention_weights
 from kvlatent.conversion.convert_model import weight_energy
-from kvlatent.conversion.refinement import refine_layer
-from kvlatent.conversion.resident_layers import EMBEDDING, HEAD, NORM, ResidentLayers, layer_prefix
+from kvlatent.conversion.refinement import carry_on, refine_layer
+from kvlatent.conversion.resident_layers import ResidentLayers
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.work_directory import WorkDirectory
 from kvlatent.model.config import LatentConfig
@@ -89,7 +88,7 @@ class Streaming:
         """Convert what is not finished yet.
 
         Returns:
-            The latent model without weights, and of every layer what its tuning measured (see `refine`).
+            The latent model without weights, and of every layer with attention what its tuning measured (see `refine`).
 
         Raises:
             ValueError: a file was cut short, or holds what is no number, or the text is too short.
@@ -97,7 +96,7 @@ class Streaming:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._states.mkdir(exist_ok=True)
-        self._write_part("embeddings", 0, [EMBEDDING])
+        self._write_part("embeddings", 0, [self.layers.embedding])
         # It writes one layer while the next is computed. inference_mode(False) also turns gradients on.
         with ThreadPoolExecutor(1) as writer, torch.inference_mode(False):
             self._writer = writer
@@ -105,16 +104,18 @@ class Streaming:
             self._latent = self.layers.latent_skeleton(self._config())
             measured = [self._finish_layer(index) for index in range(self.layers.count)]
             self._wait()
-        tied = self.layers.config.tie_word_embeddings
-        self._write_part("head", self.layers.count + 1, [NORM] if tied else [NORM, HEAD])
+        self._write_part("head", self.layers.count + 1, self.layers.names_behind())
         self._told.to(self._told.total)
-        return self.layers.latent_skeleton(self._config()), measured
+        return self.layers.latent_skeleton(self._config()), [measured[index] for index in self._attending]
 
     def __post_init__(self) -> None:
         head_dim = head_dim_of(self.layers.config)
+        self._attending = self.layers.attending
         self._is_narrow = self.widths != (head_dim, head_dim)
         self._by_pairs = self.choices.keys in BY_PAIRS and self.widths.d_qk != head_dim
         self._tunes = self.text is not None and self.choices.tunes and self._is_narrow
+        # In float32 the states that the refinement passes on are those that statistics are taken on.
+        self._shares = self._tunes and self.dtype == "float32"
         self._states = self.work.path / "states"
         self._each = 2 * self.choices.align + 1
         self._told = self.progress.step("convert layers", self._each * self.layers.count)
@@ -123,15 +124,15 @@ class Streaming:
             return
         self._positions = self.text.position_ids.long().to(self.layers.device)
         if self.text.statistics is None:
-            needed = parts_of(self.layers.decoder, 0).attention.o_proj.in_features
+            needed = parts_of(self.layers.decoder, self._attending[0]).attention.o_proj.in_features
             shape = self.text.input_ids.shape
             self._rows = sample_rows(*shape, self.text.rows, needed, self.seed)
 
     def _write_part(self, name: str, number: int, tensors: list[str]) -> None:
         """Write tensors that no conversion changes, unless they are there."""
         if self.work.done(name) is None:
-            read = {tensor: self.layers.weights.read(tensor, self.stored) for tensor in tensors}
-            write_shard(read, self._shard(number))
+            weights = self.layers.weights
+            write_shard({each: weights.read(each, self.stored) for each in tensors}, self._shard(number))
             self.work.finish(name, {})
 
     def _shard(self, number: int) -> Path:
@@ -150,7 +151,7 @@ class Streaming:
         if self.choices.table == "model":
             return list(self._pairs_of_all())
         heads = key_value_heads_of(self.layers.config) if self.choices.table == "head" else 1
-        widths = width_per_layer(self.widths.d_qk, self.layers.count)
+        widths = width_per_layer(self.widths.d_qk, len(self._attending))
         return [(tuple(range(width // 2)),) * heads for width in widths]
 
     def _pairs_of_all(self) -> Pairs:
@@ -158,19 +159,21 @@ class Streaming:
         if (known := self.work.done("table")) is not None:
             return _as_pairs(known["pairs"])
         found: list[Any] = []
-        for index in range(self.layers.count):
-            by_weights = self.choices.keys == "weights"
+        by_weights = self.choices.keys == "weights"
+        for index in self._attending if by_weights else range(self._attending[-1] + 1):
             with self.layers.resident(index, attention_only=by_weights):
-                found.append(self._energy(index) if by_weights else self._look_at(index, "first"))
+                if index not in self._attending:
+                    self._carry(index, ("first",), "float32")
+                else:
+                    found.append(self._energy(index) if by_weights else self._look_at(index, "first"))
             (self._states / f"first-{index:05}").unlink(missing_ok=True)
         pairs = self._choose(found, self.widths.d_qk)
         self.work.finish("table", {"pairs": pairs})
         return pairs
 
     def _energy(self, index: int) -> Tensor:
-        return weight_energy(
-            self.layers.decoder, index, effective_table(self.layers.config, index).rotary_dim
-        )
+        rotary_dim = effective_table(self.layers.config, index).rotary_dim
+        return weight_energy(self.layers.decoder, index, rotary_dim)
 
     def _choose(self, found: list[Any], width: int | tuple[int, ...]) -> Pairs:
         """Pairs by the statistics, or energies, of some layers."""
@@ -186,7 +189,7 @@ class Streaming:
         name = f"layer-{index:05}"
         known = self.work.done(name) or self._convert_and_write(index, name)
         if known["pairs"] is not None:
-            self._pairs[index] = _as_pairs([known["pairs"]])[0]
+            self._pairs[self._place(index)] = _as_pairs([known["pairs"]])[0]
         return known["measured"]
 
     def _convert_and_write(self, index: int, step: str) -> dict[str, Any]:
@@ -195,16 +198,24 @@ class Streaming:
         for file in self._states.glob("*"):
             if not file.name.endswith(f"-{index:05}"):
                 file.unlink()
-        with self.layers.resident(index, attention_only=self.text is None):
-            measured, tensors = self._convert_layer(index)
-        pairs = self._pairs[index] if len(self._pairs) == self.layers.count else None
+        measured, tensors, pairs = {}, {}, None
+        if index in self._attending:
+            with self.layers.resident(index, attention_only=self.text is None):
+                measured, tensors = self._convert_layer(index)
+            if len(self._pairs) == len(self._attending):
+                pairs = self._pairs[self._place(index)]
+        elif self.text is not None and index < self._attending[-1]:
+            with self.layers.resident(index):
+                self._pass_by(index)
         known = {"measured": measured, "pairs": pairs}
         write = partial(self._write_layer, index, tensors, step, known)
         self._wait()
-        if self.text is None:
-            self._pending = self._writer.submit(write)
-        else:  # the next layer would take away the states that a repetition of this one needs
+        if (
+            self.text is not None
+        ):  # the next layer would take away the states that a repetition of this one needs
             write()
+        else:
+            self._pending = self._writer.submit(write)
         return known
 
     def _wait(self) -> None:
@@ -215,7 +226,7 @@ class Streaming:
 
     def _write_layer(self, index: int, tensors: dict[str, Tensor], step: str, about: dict[str, Any]) -> None:
         """Write a layer, with those of its tensors that were not in memory, and note that it is finished."""
-        own = f"{layer_prefix(index)}{self.layers.family.attention}."
+        own = self.layers.own(index)
         for name in self.layers.names_of(index):
             if name not in tensors and not name.startswith(own):
                 tensors[name] = self.layers.weights.read(name)
@@ -228,8 +239,9 @@ class Streaming:
         statistics = self._statistics(index)
         if self._by_pairs and self.choices.table != "model":
             found = statistics if self.choices.keys != "weights" else self._energy(index)
-            width = width_per_layer(self.widths.d_qk, self.layers.count)[index]
-            self._pairs[index] = self._choose([found], width)[0]
+            place = self._place(index)
+            width = width_per_layer(self.widths.d_qk, len(self._attending))[place]
+            self._pairs[place] = self._choose([found], width)[0]
         config, layers = self._config(), self.layers
         attention = attention_weights(
             dict(parts_of(layers.decoder, index).attention.state_dict()),
@@ -251,8 +263,7 @@ class Streaming:
 
     def _tensors(self, index: int, attention: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a layer that are in memory, by their whole names."""
-        prefix = layer_prefix(index)
-        own = f"{prefix}{self.layers.family.attention}."
+        prefix, own = self.layers.prefix(index), self.layers.own(index)
         resident = self.layers.decoder.layers[index].state_dict()
         held = {prefix + name: tensor for name, tensor in resident.items() if not tensor.is_meta}
         rest = {name: tensor for name, tensor in held.items() if not name.startswith(own)}
@@ -263,10 +274,27 @@ class Streaming:
         if self.text is None:
             return None
         if self.text.statistics is not None:
-            return self.text.statistics.layers[index]
-        # In float32 the states that the refinement passes on are those that the statistics are taken on.
-        shares = self._tunes and self.dtype == "float32"
-        return self._look_at(index, "inputs" if shares else "seen", passes_on=not shares)
+            return self.text.statistics.layers[self._place(index)]
+        return self._look_at(index, "inputs" if self._shares else "seen", passes_on=not self._shares)
+
+    def _place(self, index: int) -> int:
+        """Where lists by layer with attention have their entry for a layer."""
+        return self._attending.index(index)
+
+    def _pass_by(self, index: int) -> None:
+        """Pass all streams through a layer without attention, which is resident and which nothing is done to."""
+        assert self.text is not None
+        if self.text.statistics is None and not self._shares:
+            self._carry(index, ("seen",), "float32")
+        if self._tunes:
+            with self.layers.converted(self._latent, index, self._config(), {}):
+                self._carry(index, ("inputs", "latent"), self.dtype)
+
+    def _carry(self, index: int, names: tuple[str, ...], dtype: str) -> None:
+        for name in names:
+            decoder = self._latent.get_decoder() if name == "latent" else self.layers.decoder
+            above = self._state(name, index + 1)
+            carry_on(decoder, index, self._start(name, index), self._positions, above, dtype)
 
     def _look_at(self, index: int, name: str, *, passes_on: bool = True) -> LayerStatistics:
         inputs, outputs = self._start(name, index), self._state(name, index + 1)
@@ -276,7 +304,7 @@ class Streaming:
             inputs,
             self._positions,
             self._rows,
-            outputs if passes_on and index + 1 < self.layers.count else None,
+            outputs if passes_on and index < self._attending[-1] else None,
         )
 
     def _refine(self, index: int, config: LatentConfig) -> dict[str, Any]:
@@ -289,26 +317,23 @@ class Streaming:
         tuned = TunedLayer(
             index,
             self.layers.decoder,
-            self._latent.model,
-            copy_for_tuning(parts_of(self._latent.model, index).attention),
+            self._latent.get_decoder(),
+            copy_for_tuning(parts_of(self._latent.get_decoder(), index).attention),
             dict(streams),
             self._positions,
             held_out_blocks(len(self._positions)),
             self.dtype,
         )
-        last = self._each * (index + 1)
-        advance: Callable[[], None] = partial(self._advance, last)
+        last, told = self._each * (index + 1), self._told
         above = self._state("latent", index + 1)
-        return refine_layer(tuned, config, self.choices, self.seed, advance, above)
-
-    def _advance(self, last: int) -> None:
-        self._told.to(min(self._told.done + 1, last))
+        return refine_layer(
+            tuned, config, self.choices, self.seed, lambda: told.to(min(told.done + 1, last)), above
+        )
 
     def _start(self, name: str, index: int) -> HiddenStateFile:
         """A stream before a layer; before the first, the embeddings of the text."""
         state = self._state(name, index)
-        if index == 0:
-            assert self.text is not None
+        if index == 0 and self.text is not None:
             state.write(self.layers.embed(self.text.input_ids.long()))
         return state
 

@@ -123,9 +123,9 @@ def _open_layers(weights: ShardedWeights, config: Any, plan: Plan) -> ResidentLa
 def _fingerprint(layers: ResidentLayers) -> str:
     """As `model_fingerprint`, of the model whose layers are read one at a time."""
     names = layers.original.state_dict()
-    read = {name: name if name in layers.names else layers.names[0] for name in names}
+    read = {name: name for name in names}
     if layers.config.tie_word_embeddings:
-        read["lm_head.weight"] = "model.embed_tokens.weight"
+        read[layers.head] = layers.embedding
     samples = {name: partial(layers.weights.sample, tensor, layers.dtype) for name, tensor in read.items()}
     return sampled_fingerprint(layers.config, samples)
 
