@@ -205,8 +205,15 @@ def test_what_a_hybrid_cannot_have_is_refused(models):
             AutoConfig.for_model("falcon_h1"),
             "'falcon_h1': its attention and a state-space mixer read a layer's input",
         ),
-        (AutoConfig.for_model("lfm2"), "'lfm2': its layers of short convolutions"),
-        (AutoConfig.for_model("gemma3_text"), "'gemma3_text': it scales its logits by query_pre_attn_scalar"),
+        (AutoConfig.for_model("gemma4_text"), "'gemma4_text': its layers have heads of two widths"),
+        (
+            AutoConfig.for_model("gemma3_text", final_logit_softcapping=30.0),
+            "'gemma3_text': its logits are soft-capped behind the head",
+        ),
+        (
+            AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True),
+            "'gemma3_text': its tokens see those behind them",
+        ),
         (
             AutoConfig.for_model("qwen3_5"),
             "'qwen3_5': it holds a language model of type 'qwen3_5_text' beside",

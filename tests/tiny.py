@@ -8,10 +8,16 @@ import torch
 from transformers import (
     ArceeConfig,
     ArceeForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Lfm2MoeConfig,
+    Lfm2MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MinistralConfig,
@@ -159,6 +165,12 @@ MORE_FAMILIES = {
         },
     ),
 }
+SHORT = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "full_attention"] * 2,
+    "block_auto_adjust_ff_dim": False,
+}
 LINEAR = {
     "head_dim": 32,
     "num_hidden_layers": 4,
@@ -176,6 +188,38 @@ LINEAR_EXPERTS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
+MORE_FAMILIES |= {
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+}
+CONVOLUTIONS = {
+    "lfm2": (Lfm2Config, Lfm2ForCausalLM, SHORT),
+    "lfm2-moe": (
+        Lfm2MoeConfig,
+        Lfm2MoeForCausalLM,
+        {
+            **SHORT,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "num_dense_layers": 1,
+        },
+    ),
+}
+"""Layers 1 and 3 of four have attention, the others convolve three tokens."""
+MORE_FAMILIES |= CONVOLUTIONS
 HYBRIDS = {
     "qwen3-next": (Qwen3NextConfig, Qwen3NextForCausalLM, LINEAR_EXPERTS),
     "qwen3.5": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, LINEAR | {"attention_bias": True}),
@@ -198,6 +242,9 @@ def tiny_model(name: str, **overrides):
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.mul_(4)
+        for buffer_name, buffer in model.named_buffers():
+            if "bias" in buffer_name:
+                buffer.add_(0.3 * torch.randn_like(buffer))
     return model
 
 

@@ -18,7 +18,7 @@ from kvlatent.conversion.convert_model import convert
 from kvlatent.model.assembly import full_width
 from kvlatent.model.config import LatentConfig, table_scope
 from kvlatent.model.families import attention_layers_of
-from kvlatent.model.layer_parts import parts_of
+from kvlatent.model.layer_parts import parts_of, rotary_of_decoder
 from kvlatent.selection.choices import BY_PAIRS, PAPER, Choices, resolve_choices
 from kvlatent.selection.statistics import Statistics
 
@@ -133,7 +133,7 @@ def _measure_errors(
     def compare(index: int, other: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            turned = latent.get_decoder().rotary_emb(hidden, now[0])
+            turned = rotary_of_decoder(latent.get_decoder())(hidden, now[0])
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             given, _ = other(hidden, **{**rest, "position_embeddings": turned})
             error[index] += float((given.float() - output[0].float()).square().sum(dtype=torch.float64))

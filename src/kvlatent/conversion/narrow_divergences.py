@@ -25,7 +25,7 @@ from kvlatent.model.assembly import full_width
 from kvlatent.model.families import attention_layers_of, family_of
 from kvlatent.model.head import Head
 from kvlatent.model.hidden_states import with_layers
-from kvlatent.model.layer_parts import parts_of
+from kvlatent.model.layer_parts import parts_of, rotary_of_decoder
 from kvlatent.model.logit_loss import stage2_loss
 from kvlatent.model.rotary import LatentRotary
 from kvlatent.selection.choices import Choices
@@ -119,7 +119,7 @@ def _with_table(decoder: Any, index: int) -> nn.Module:
         return attention
     attention = copy.copy(attention)
     # Not registered as a module: that would write into the layer's own.
-    attention.__dict__["rotary"] = decoder.rotary_emb
+    attention.__dict__["rotary"] = rotary_of_decoder(decoder)
     return attention
 
 
@@ -167,5 +167,6 @@ class _Rest:
             layer = layers[number - index]
             layer._modules = layer._modules | {family_of(decoder.config).attention: module}
         shell = with_layers(decoder, layers, index)
-        shell.rotary_emb = LatentRotary(())  # so that layers get positions, each for its own table
+        # So that layers get positions, each for its own table.
+        setattr(shell, family_of(shell.config).rotary, LatentRotary(()))
         return shell

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import local_torch_dtype
 
 from kvlatent.checkpoints.named_weights import NamedWeights
 from kvlatent.checkpoints.sharded import ShardedWeights
@@ -60,8 +61,9 @@ class ResidentLayers:
         self.decoder.get_input_embeddings().weight = nn.Parameter(empty, requires_grad=False)
 
     def _original(self) -> Any:
-        with torch.device("meta"):
+        with torch.device("meta"), local_torch_dtype(torch.bfloat16):
             original = self.family.upstream("ForCausalLM")(self.config)
+        self._pinned = {n: t.dtype for n, t in original.state_dict().items() if t.dtype != torch.bfloat16}
         return original.to(self.dtype).requires_grad_(False).eval()
 
     def _has_one_embedding(self) -> bool:
@@ -159,8 +161,12 @@ class ResidentLayers:
         short = name.removeprefix(self.prefix(index))
         return own + self.family.latent_name(short.removeprefix(own)) if short.startswith(own) else short
 
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor is in a model of that dtype: its own where upstream gives it one (biases of a router, say)."""
+        return self._pinned.get(name, dtype)
+
     def _read(self, name: str) -> Tensor:
-        return self.weights.read(name, self.dtype, self.device)
+        return self.weights.read(name, self.dtype_of(name, self.dtype), self.device)
 
     def latent_skeleton(self, config: LatentConfig) -> Any:
         """The latent model without weights."""
@@ -185,7 +191,8 @@ class ResidentLayers:
                 module = LatentAttention(latent.config, config, index).requires_grad_(False)
             setattr(layer, self.family.attention, module.to(self.dtype))
         tables = config.tables_at(index) if config.one_table else ()
-        decoder.rotary_emb = LatentRotary(tables, in_float32=self.family.rotates_in_float32)
+        rotary = LatentRotary(tables, in_float32=self.family.rotates_in_float32)
+        setattr(decoder, self.family.rotary, rotary)
         shared = self.decoder.layers[index].state_dict()
         state = {name: tensor for name, tensor in shared.items() if not name.startswith(own)}
         try:

@@ -131,12 +131,14 @@ class Streaming:
     def _write_part(self, name: str, number: int, tensors: list[str]) -> None:
         """Write tensors that no conversion changes, unless they are there."""
         if self.work.done(name) is None:
-            weights = self.layers.weights
-            write_shard({each: weights.read(each, self.stored) for each in tensors}, self._shard(number))
+            self._write({each: self.layers.weights.read(each) for each in tensors}, number)
             self.work.finish(name, {})
 
-    def _shard(self, number: int) -> Path:
-        return self.folder / shard_name(number, self.layers.count + 2)
+    def _write(self, tensors: dict[str, Tensor], number: int) -> None:
+        """Write a shard, in the dtype that is stored."""
+        layers, kind = self.layers, self.stored
+        stored = {n: t.to("cpu", layers.dtype_of(n, kind)).contiguous() for n, t in tensors.items()}
+        write_shard(stored, self.folder / shard_name(number, self.layers.count + 2))
 
     def _config(self) -> LatentConfig:
         pairs = tuple(self._pairs) if self._by_pairs else None
@@ -230,8 +232,7 @@ class Streaming:
         for name in self.layers.names_of(index):
             if name not in tensors and not name.startswith(own):
                 tensors[name] = self.layers.weights.read(name)
-        written = {name: tensor.to("cpu", self.stored).contiguous() for name, tensor in tensors.items()}
-        write_shard(written, self._shard(index + 1))
+        self._write(tensors, index + 1)
         self.work.finish(step, about)
 
     def _convert_layer(self, index: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.families import family_of
-from kvlatent.model.layer_parts import final_norm, windows_of
+from kvlatent.model.layer_parts import final_norm, rotary_of_decoder, windows_of
 
 __all__ = ["INPUTS", "compress_weights", "stateful_graph"]
 
@@ -76,7 +76,7 @@ class _Decoder(nn.Module):
             hidden = hidden * family.number(config, "embedding_multiplier")
         windows = windows_of(self.latent)
         masks = {window: _mask(attention_mask, input_ids.shape[1], window) for window in set(windows)}
-        rotation = decoder.rotary_emb(hidden, position_ids)
+        rotation = rotary_of_decoder(decoder)(hidden, position_ids)
         for window, layer in zip(windows, decoder.layers, strict=True):
             hidden = layer(
                 hidden,

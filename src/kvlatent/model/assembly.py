@@ -43,9 +43,18 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
         for name, tensor in attention(index).items():
             state[f"{model.base_model_prefix}.layers.{index}.{family.attention}.{name}"] = tensor
     latent_model.load_state_dict(state, strict=True, assign=True)
+    _share_buffers(model, latent_model)
     latent_model.tie_weights()
     latent_model.generation_config = copy.deepcopy(model.generation_config)
     return latent_model.train(model.training)
+
+
+def _share_buffers(model: Any, latent_model: Any) -> None:
+    """Give a latent model the original's buffers that no state dict holds (a factor of embeddings, say)."""
+    for name, buffer in list(latent_model.named_buffers()):
+        if buffer.is_meta:
+            place, _, short = name.rpartition(".")
+            latent_model.get_submodule(place)._buffers[short] = model.get_buffer(name)
 
 
 def skeleton(model: Any, latent: LatentConfig) -> Any:

@@ -49,7 +49,7 @@ class LatentAttention(Projections):
         family = family_of(config)
         self.scaling = family.scaling(config, self.d_qk, latent.original_head_dim)
         self.is_narrow = (self.d_qk, self.d_vo) != (latent.original_head_dim,) * 2
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout = getattr(config, "attention_dropout", 0.0)  # not every family has it
         self.output_dropout = family.number(config, "output_dropout", 0.0)
         self.is_causal = True
         self.sliding_window = family.sliding_window(config, layer_idx)

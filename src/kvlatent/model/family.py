@@ -34,18 +34,20 @@ class Family:
         tables_by_layer_type: `config.rope_parameters` has an entry for each of `config.layer_types`.
         rotates_in_float32: cosines and sines are not rounded to the model's type before they turn queries and keys.
         softmax_scale: the config's field with the factor of the logits; "" for head_dim^-1/2.
+        query_scalar: the config's field whose inverse root is that factor; "" where it is not given so.
         output_dropout: the config's field with the dropout, in training, of what the attention puts out.
         residual_multiplier: the config's field with the factor of what the attention adds to the residual stream.
         norms_output: a norm stands between the attention's output and the residual stream.
         embedding_multiplier: of the decoder's and the config's field with the factor of the embeddings.
         logit_divisor: the config's field that logits are divided by.
-        attention, attention_norm, ffn, final_norm: names of modules, the last one's of the decoder; `attention_norm` comes
-            before the attention, "" where it reads the residual stream as it is.
+        attention, attention_norm, ffn, final_norm, rotary: names of modules, the last two of the decoder; `attention_norm`
+            comes before the attention, "" where it reads the residual stream as it is.
         attention_names: (upstream's, ours) for each module of the attention that upstream calls otherwise.
         attention_layer_type: the entry of `config.layer_types` where a layer has attention; "" where all have. The others
             (linear attention, convolutions) are upstream's own and keep their states in upstream's cache.
         gates_output: the query projection also puts out, a head, a gate: its sigmoid multiplies what the head averages.
         norm_offset: what norms add to their weights.
+        norm_epsilon: the config's field with what the norms of queries and keys add to the mean square.
         package: transformers' package of the family; "" where it is called like the model type.
         text_classes: suffixes of class names behind a "Text", in a package that holds a multimodal model as well.
         ffn_modules: linear layers of the FFN, the targets of LoRA.
@@ -66,6 +68,7 @@ class Family:
     tables_by_layer_type: bool = False
     rotates_in_float32: bool = False
     softmax_scale: str = ""
+    query_scalar: str = ""
     output_dropout: str = ""
     residual_multiplier: str = ""
     norms_output: bool = False
@@ -75,10 +78,12 @@ class Family:
     attention_norm: str = "input_layernorm"
     ffn: str = "mlp"
     final_norm: str = "norm"
+    rotary: str = "rotary_emb"
     attention_names: tuple[tuple[str, str], ...] = ()
     attention_layer_type: str = ""
     gates_output: bool = False
     norm_offset: float = 0.0
+    norm_epsilon: str = "rms_norm_eps"
     package: str = ""
     text_classes: tuple[str, ...] = ()
     ffn_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -162,6 +167,8 @@ class Family:
 
     def scaling(self, config: Any, width: int, head_dim: int) -> float:
         """What a latent attention of this key width multiplies logits by: at full width what the original does."""
+        if self.query_scalar:
+            return self.number(config, "query_scalar") ** -0.5 * (width / head_dim) ** -0.5
         if not self.softmax_scale:
             return width**-0.5
         return self.number(config, "softmax_scale") * (width / head_dim) ** -0.5

@@ -29,6 +29,18 @@ _QWEN_HYBRID: dict[str, Any] = {
     "besides": "layers of linear attention and an output gate",
 }
 """Linear attention in most layers, gated attention with partial rotary in the others."""
+_SHORT_CONVOLUTIONS: dict[str, Any] = {
+    "qk_norm": "head",
+    "norm_epsilon": "norm_eps",
+    "attention_layer_type": "full_attention",
+    "attention_norm": "operator_norm",
+    "ffn": "feed_forward",
+    "final_norm": "embedding_norm",
+    "attention_names": (("out_proj", "o_proj"), ("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")),
+    "ffn_modules": ("w1", "w2", "w3"),
+    "besides": "layers of short convolutions",
+}
+"""Short convolutions in most layers, attention in the others."""
 
 FAMILIES = {
     family.model_type: family
@@ -158,6 +170,30 @@ FAMILIES = {
             windowed="always",
             ffn_modules=("gate_up_proj", "down_proj"),
         ),
+        Family(
+            "gemma3_text",
+            "Gemma3",
+            package="gemma3",
+            text_classes=("Config", "Model"),
+            besides="norms behind its blocks and scaled embeddings",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm="head",
+            windowed="by layer type",
+            tables_by_layer_type=True,
+            query_scalar="query_pre_attn_scalar",
+            norms_output=True,
+            norm_offset=1.0,
+            refused=(
+                ("final_logit_softcapping", "its logits are soft-capped behind the head"),
+                (
+                    "use_bidirectional_attention",
+                    "its tokens see those behind them, so it has no causal cache",
+                ),
+            ),
+        ),
+        Family("lfm2", "Lfm2", **_SHORT_CONVOLUTIONS),
+        Family("lfm2_moe", "Lfm2Moe", expert_parameters=_EXPERTS, rotary="pos_emb", **_SHORT_CONVOLUTIONS),
         Family("qwen3_next", "Qwen3Next", expert_parameters=_EXPERTS, **_QWEN_HYBRID),
         Family("qwen3_5_text", "Qwen3_5", package="qwen3_5", text_classes=_TEXT_CLASSES, **_QWEN_HYBRID),
         Family(

@@ -22,6 +22,7 @@ __all__ = [
     "first_norm",
     "layer_output",
     "parts_of",
+    "rotary_of_decoder",
     "windows_of",
 ]
 
@@ -64,6 +65,11 @@ def final_norm(decoder: Any) -> Any:
             family.missing(f"the module {family.final_norm!r} (final_norm) in a {type(decoder).__name__}")
         )
     return getattr(decoder, family.final_norm)
+
+
+def rotary_of_decoder(decoder: Any) -> Any:
+    """The module that turns positions into cosines and sines, or, where layers have tables of their own, gives them positions."""
+    return getattr(decoder, family_of(decoder.config).rotary)
 
 
 def layer_output(decoder: Any, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -107,9 +107,9 @@ class Projections(nn.Module):
         self.unrotated_from = projected
         self.norms_all_heads = family.qk_norm == "all heads"
         if family.qk_norm:
-            norm = family.upstream("RMSNorm")
+            norm, epsilon = family.upstream("RMSNorm"), family.number(config, "norm_epsilon")
             heads = (self.num_heads, self.num_key_value_heads) if self.norms_all_heads else (1, 1)
-            self.q_norm, self.k_norm = (norm(each * projected, eps=config.rms_norm_eps) for each in heads)
+            self.q_norm, self.k_norm = (norm(each * projected, eps=epsilon) for each in heads)
         if gathers:
             channels, rotated = latent.channels_at(layer_idx), latent.tables_at(layer_idx)[0].rotary_dim
             if latent.unrotated == "factored" and rotated < self.d_qk:

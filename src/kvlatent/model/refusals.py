@@ -24,9 +24,7 @@ REFUSED = {
     "its attention and a state-space mixer read a layer's input side by side, and keys have a multiplier of their own": (
         "falcon_h1",
     ),
-    "it scales its logits by query_pre_attn_scalar and its embeddings inside their module, for which a row has no field": (
-        "gemma3_text", "gemma4_text",
-    ),
-    "its layers of short convolutions keep states under names that no row was tried with": ("lfm2", "lfm2_moe"),
+    "its layers have heads of two widths, its values are normalised, its last layers read the keys and values of earlier "
+    "ones, and each layer reads an embedding of the tokens of its own; a row has no field for these": ("gemma4_text",),
 }  # fmt: skip
 """Why architectures are refused, whatever their configuration says: the reason, and model types."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlatent.model.layer_parts import rotary_of_decoder
 from kvlatent.model.projection import Projected
 from kvlatent.model.rotary import apply_rotary
 
@@ -89,7 +90,7 @@ def rotary_of(attention: Any, decoder: Any, like: Tensor, positions: Tensor) -> 
 
     A table that goes by the length of what it is given (longrope) is asked block by block.
     """
-    rotary = decoder.rotary_emb if attention.rotary is None else attention.rotary
+    rotary = rotary_of_decoder(decoder) if attention.rotary is None else attention.rotary
     if not rotary.switches:
         return rotary(like, positions)
     turned = [rotary(like, positions[b, None]) for b in range(len(positions))]
@@ -104,7 +105,7 @@ def rotary_by_position(
 
     For those who ask at every step: cosines and sines are computed once.
     """
-    rotary = decoder.rotary_emb if attention.rotary is None else attention.rotary
+    rotary = rotary_of_decoder(decoder) if attention.rotary is None else attention.rotary
     if rotary.switches:
         return lambda some: rotary_of(attention, decoder, like, some)
     every = rotary(like, torch.arange(int(positions.max()) + 1, device=positions.device)[None])

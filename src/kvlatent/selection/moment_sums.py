@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvlatent.model.layer_parts import rotary_of_decoder
 from kvlatent.model.projection import Projected
 from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.attention_rows import allowed, pair_layout, recorded_projections, rotary_of
@@ -50,7 +51,7 @@ class MomentSums:
         self.num_heads, self.pairs, self.device = heads, size // 2, device
         like: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.gates = torch.zeros(heads, attention.gate_width, attention.gate_width, **like)
-        rotary = decoder.rotary_emb if attention.rotary is None else attention.rotary
+        rotary = rotary_of_decoder(decoder) if attention.rotary is None else attention.rotary
         unrotated = size - rotary.tables[0].rotary_dim
         self.unrotated_queries = torch.zeros(heads, unrotated, unrotated, **like)
         self.unrotated_keys = torch.zeros(heads, unrotated, unrotated, **like)
