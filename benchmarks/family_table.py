@@ -27,6 +27,15 @@ FILES = {
     "stock": ("test_export_stock.py", MORE),
     "openvino": ("test_openvino.py", MORE),
 }
+_MULTIMODAL = (
+    "## Inside multimodal models",
+    "",
+    "`kvlatent.calibrate` and `kvlatent.convert` take a loaded `...ForConditionalGeneration` whose language model is of a family",
+    "above (tried: Gemma-3, Mistral-3, LLaVA, LFM2-VL). Its language model is converted, and towers and projectors are shared with",
+    "the original; at full width text and images give the original's bits. What `kvlatent.save` writes loads by",
+    "`AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)`. The command line takes language models alone.",
+    "Positions with several axes (Qwen-VL, Qwen3.5 with images) are refused: a latent attention turns keys by one.",
+)
 _OPENVINO_FIRST = "test_every_family_computes_the_same"
 
 
@@ -93,7 +102,7 @@ def page(outcomes: dict[str, dict[str, bool]], toys: dict[str, str]) -> str:
         cells.append("no" if family.besides else _cell(rows, "stock"))
         cells.append("no" if family.expert_parameters else _cell(rows, "openvino"))
         lines.append(f"| `{model_type}` | {' | '.join(cells)} | {family.besides or '-'} |")
-    lines += ["", "## Refused", ""]
+    lines += ["", *_MULTIMODAL, "", "## Refused", ""]
     for reason, types in REFUSED.items():
         lines.append(f"- {', '.join(f'`{one}`' for one in types)}: {reason}.")
     for family in FAMILIES.values():

@@ -12,11 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
 from kvlatent.checkpoints.remote_code import MODULE_NAME, remote_code
-from kvlatent.model.classes import latent_classes
+from kvlatent.model.classes import CarriesItsCode, latent_classes
 from kvlatent.model.families import FAMILIES, LATENT_PREFIX
+from kvlatent.model.wrapper_classes import WRAPPED, register_text_model
 
 __all__ = ["SELF_CHECK", "installed_families", "register"]
 
@@ -27,11 +26,8 @@ SELF_CHECK = "self_check.json"
 def register() -> None:
     """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know every latent family. Idempotent."""
     for model_type in installed_families():
-        config, decoder, causal = latent_classes(model_type)
-        AutoConfig.register(LATENT_PREFIX + model_type, config, exist_ok=True)
-        AutoModel.register(config, decoder, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal, exist_ok=True)
-        decoder.add_code = causal.add_code = staticmethod(_add_code)
+        register_text_model(model_type)
+    CarriesItsCode.add_code = staticmethod(_add_code)
 
 
 def installed_families() -> tuple[str, ...]:
@@ -46,12 +42,20 @@ def installed_families() -> tuple[str, ...]:
 
 def _add_code(folder: str | os.PathLike[str], config: Any) -> None:
     """Put the modelling file into a saved directory and name it in `auto_map`, for loading without kvlatent."""
-    model_type = str(config.model_type).removeprefix(LATENT_PREFIX)
     path = Path(folder) / "config.json"
     data = json.loads(path.read_text())
-    names = zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), latent_classes(model_type), strict=True)
-    data["auto_map"] = {auto: f"{MODULE_NAME}.{kind.__name__}" for auto, kind in names}
+    architecture = str(data["architectures"][0])
+    if wraps := architecture.startswith(WRAPPED):
+        autos = ("AutoConfig", "AutoModelForImageTextToText")
+        kinds = (type(config).__name__, architecture)
+        model_type = config.text_config.kv_latent["original_model_type"]
+    else:
+        model_type = str(config.model_type).removeprefix(LATENT_PREFIX)
+        autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+        kinds = tuple(kind.__name__ for kind in latent_classes(model_type))
+    data["auto_map"] = {auto: f"{MODULE_NAME}.{kind}" for auto, kind in zip(autos, kinds, strict=True)}
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
-    (Path(folder) / f"{MODULE_NAME}.py").write_text(remote_code(model_type))
+    code = remote_code(model_type, architecture.removeprefix(WRAPPED) if wraps else "")
+    (Path(folder) / f"{MODULE_NAME}.py").write_text(code)
     # What it said before, when it was saved here: these may be other weights.
     (Path(folder) / SELF_CHECK).unlink(missing_ok=True)

@@ -43,11 +43,16 @@ if Version(transformers.__version__).release < {oldest}:
 
 
 @cache
-def remote_code(model_type: str) -> str:
-    """Source text of the modelling file for one source `model_type`, such as "llama"."""
+def remote_code(model_type: str, wrapper: str = "") -> str:
+    """Source text of the modelling file for one source `model_type`, such as "llama".
+
+    Args:
+        wrapper: upstream's class of a multimodal model, such as "Gemma3ForConditionalGeneration"; "" where there is none.
+    """
     imports: dict[str, None] = {}
     bodies = []
-    for module in _MODULES:
+    modules = (*_MODULES, "wrapper_classes") if wrapper else _MODULES
+    for module in modules:
         source = files("kvlatent.model").joinpath(f"{module}.py").read_text(encoding="utf-8")
         body, outside = _split(source)
         imports.update(dict.fromkeys(outside))
@@ -55,8 +60,14 @@ def remote_code(model_type: str) -> str:
     names = [
         f"KVLatent{FAMILIES[model_type].prefix}{suffix}" for suffix in ("Config", "Model", "ForCausalLM")
     ]
-    header = _HEADER.format(modules=", ".join(_MODULES), oldest=_OLDEST, needs=NEEDS)
+    header = _HEADER.format(modules=", ".join(modules), oldest=_OLDEST, needs=NEEDS)
     footer = f'{", ".join(names)} = latent_classes("{model_type}")\n'
+    if wrapper:
+        imports[f"from transformers import {wrapper}"] = None
+        footer += (
+            f"_wrapper = wrapper_classes({wrapper})\n"
+            "globals().update({kind.__name__: kind for kind in _wrapper})\n"
+        )
     return header + "\n".join(sorted(imports)) + "\n\n\n" + "\n\n".join(bodies) + "\n\n" + footer
 
 

@@ -26,6 +26,7 @@ from kvlatent.model.family import Family
 from kvlatent.model.finite import check_finite_weights
 from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.widths import Width
+from kvlatent.model.wrappers import text_model_of, with_text_model
 from kvlatent.selection.attention_rows import pair_layout
 from kvlatent.selection.choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolve_choices, without_statistics
 from kvlatent.selection.latent_config import build_latent_config, check_widths
@@ -62,7 +63,8 @@ def convert(
     """A latent copy of `model`; unchanged tensors share storage with it, none of its own is modified.
 
     Args:
-        model: a causal language model of a supported family.
+        model: a causal language model of a supported family, or a multimodal one around such: its language model is
+            converted, the rest carried over.
         config: a finished latent config; otherwise one is made from the arguments that follow (see `choose`). With
             `statistics`, gains, refit and alignment follow `choices` or the preset all the same.
         d_qk, d_vo: widths; the side left out keeps its full width.
@@ -81,6 +83,7 @@ def convert(
         ValueError: the architecture is not supported, a weight is not finite, the widths do not fit, or the statistics
             are of another model.
     """
+    wrapper, model = model, text_model_of(model)
     family, head_dim = family_of(model.config), head_dim_of(model.config)
     by_preset = choices is None
     if choices is None:
@@ -127,7 +130,7 @@ def convert(
         if statistics is not None:
             told = Progress.of(progress, ("step", "done", "total"))
             tune_on_text(model, latent, statistics, choices, seed=seed, dtype=dtype, progress=told)
-    return latent
+    return latent if wrapper is model else with_text_model(wrapper, latent)
 
 
 def _weights(

@@ -284,8 +284,7 @@ class Streaming:
 
     def _pass_by(self, index: int) -> None:
         """Pass all streams through a layer without attention, which is resident and which nothing is done to."""
-        assert self.text is not None
-        if self.text.statistics is None and not self._shares:
+        if self.text is not None and self.text.statistics is None and not self._shares:
             self._carry(index, ("seen",), "float32")
         if self._tunes:
             with self.layers.converted(self._latent, index, self._config(), {}):

@@ -21,7 +21,16 @@ from kvlatent.model.families import (
 )
 from kvlatent.model.layer_parts import parts_of
 
-__all__ = ["assemble", "full_width", "has_tied_head", "listed_layers", "original_attention", "skeleton"]
+__all__ = [
+    "NOT_CARRIED",
+    "assemble",
+    "full_width",
+    "has_tied_head",
+    "listed_layers",
+    "original_attention",
+    "share_buffers",
+    "skeleton",
+]
 
 
 def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mapping[str, Tensor]]) -> Any:
@@ -43,13 +52,13 @@ def assemble(model: Any, latent: LatentConfig, attention: Callable[[int], Mappin
         for name, tensor in attention(index).items():
             state[f"{model.base_model_prefix}.layers.{index}.{family.attention}.{name}"] = tensor
     latent_model.load_state_dict(state, strict=True, assign=True)
-    _share_buffers(model, latent_model)
+    share_buffers(model, latent_model)
     latent_model.tie_weights()
     latent_model.generation_config = copy.deepcopy(model.generation_config)
     return latent_model.train(model.training)
 
 
-def _share_buffers(model: Any, latent_model: Any) -> None:
+def share_buffers(model: Any, latent_model: Any) -> None:
     """Give a latent model the original's buffers that no state dict holds (a factor of embeddings, say)."""
     for name, buffer in list(latent_model.named_buffers()):
         if buffer.is_meta:
@@ -126,7 +135,7 @@ def has_tied_head(model: Any) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-_NOT_CARRIED = (
+NOT_CARRIED = (
     *("model_type", "architectures", "transformers_version", "auto_map", "head_dim"),
     "transformers_weights",  # names a file of the source's
 )
@@ -135,7 +144,7 @@ _NOT_CARRIED = (
 def _config_fields(model: Any, latent: LatentConfig) -> dict[str, Any]:
     """Fields of the latent transformers config: the source's, with plain rotary parameters and our own."""
     fields = model.config.to_dict()
-    for name in _NOT_CARRIED:
+    for name in NOT_CARRIED:
         fields.pop(name, None)
     fields["tie_word_embeddings"] = has_tied_head(model)
     fields["original_rope_parameters"] = fields["rope_parameters"]

@@ -22,7 +22,7 @@ from kvlatent.model.families import (
 )
 from kvlatent.model.rotary import LatentRotary
 
-__all__ = ["latent_classes", "latent_config_of"]
+__all__ = ["CarriesItsCode", "latent_classes", "latent_config_of"]
 
 
 def latent_config_of(config: Any) -> LatentConfig:
@@ -99,7 +99,7 @@ def _install(decoder: Any, config: Any) -> None:
 _HUB_OPTIONS = ("commit_description", "commit_message", "create_pr", "private", "revision", "tags")
 
 
-class _CarriesItsCode:
+class CarriesItsCode:
     """Saving a model adds the modelling file that loads it elsewhere, so `push_to_hub` uploads it too."""
 
     add_code: Callable[[str, Any], None] | None = None
@@ -127,7 +127,7 @@ def latent_classes(model_type: str) -> tuple[Any, Any, Any]:
     config_type = _make_config(family.upstream("Config"), model_type, family.prefix)
     base_model, base_causal = family.upstream("Model"), family.upstream("ForCausalLM")
 
-    class Model(_CarriesItsCode, base_model):
+    class Model(CarriesItsCode, base_model):
         config_class = config_type
         _can_record_outputs = base_model._can_record_outputs | {"attentions": LatentAttention}
 
@@ -137,7 +137,7 @@ def latent_classes(model_type: str) -> tuple[Any, Any, Any]:
             _install(self, config)
             self.post_init()
 
-    class CausalLM(_CarriesItsCode, base_causal):
+    class CausalLM(CarriesItsCode, base_causal):
         config_class = config_type
 
         def __init__(self, config: Any) -> None:

@@ -48,6 +48,7 @@ class Family:
         gates_output: the query projection also puts out, a head, a gate: its sigmoid multiplies what the head averages.
         norm_offset: what norms add to their weights.
         norm_epsilon: the config's field with what the norms of queries and keys add to the mean square.
+        position_axes: how many positions a token of an image has, in a model that holds this family's beside a tower.
         package: transformers' package of the family; "" where it is called like the model type.
         text_classes: suffixes of class names behind a "Text", in a package that holds a multimodal model as well.
         ffn_modules: linear layers of the FFN, the targets of LoRA.
@@ -84,6 +85,7 @@ class Family:
     gates_output: bool = False
     norm_offset: float = 0.0
     norm_epsilon: str = "rms_norm_eps"
+    position_axes: int = 1
     package: str = ""
     text_classes: tuple[str, ...] = ()
     ffn_modules: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")

@@ -23,6 +23,7 @@ from kvlatent.model.assembly import full_width
 from kvlatent.model.families import attention_layers_of
 from kvlatent.model.hidden_states import HiddenStates, blocks_at_once, isolate_layer
 from kvlatent.model.layer_parts import parts_of
+from kvlatent.model.wrappers import text_model_of
 from kvlatent.selection.moment_sums import MomentSums
 from kvlatent.selection.statistics import LayerStatistics, Statistics
 
@@ -42,7 +43,7 @@ def calibrate(
     """Statistics of `model` over `blocks`; the model is left as it was.
 
     Args:
-        model: the original, a causal language model of a supported family.
+        model: the original, a causal language model of a supported family, or a multimodal one around such.
         blocks: from `kvlatent.text`, or anything whose `[i : j]` has `input_ids` and `position_ids`, [j - i, T];
             positions that restart at 0 separate documents. Blocks with a true `is_recall` [j - i] are counted (they come
             from `kvlatent.text.recall_blocks.replace_by_recall`: text for a conversion that aligns).
@@ -56,6 +57,7 @@ def calibrate(
         ValueError: too little text for the rank of the statistics, activations that are not finite, or a model that
             is not supported, or the precision is not one of the device.
     """
+    model = text_model_of(model)
     twin = full_width(model).eval()
     columns = blocks[0 : len(blocks)] if not isinstance(blocks, dict) else blocks
     names = ("input_ids", "position_ids")
