@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from kvlatent.model.families import attention_layers_of, key_value_heads_of
 from kvlatent_lab.study.other_selections import (
     add_greedily,
     fisher_scores,
@@ -31,7 +32,7 @@ def packed():
 def test_fisher_scores_are_squared_gradients_times_squared_weights():
     model, (blocks, each) = tiny_model("llama"), packed()
     scores = fisher_scores(model, each)
-    assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())  # as it was
     heads, groups, size = 4, 2, 32
     for layer, score in zip(model.model.layers, scores, strict=True):
         expected = torch.zeros(heads // groups, size // 2)
@@ -122,8 +123,12 @@ def test_orders_hold_every_pair_of_every_head_the_best_first():
             assert sorted(by_fisher[layer][head]) == sorted(by_scores[layer][head]) == list(range(16))
 
 
-def test_a_fused_projection_has_no_fisher_scores():
-    with pytest.raises(
-        ValueError, match=r"got a fused projection \(phi3\); choose cells of another rule with --cells"
-    ):
-        fisher_scores(tiny_model("phi3"), [])
+@pytest.mark.parametrize("name", ["phi3", "gpt-neox", "olmo3", "lfm2", "qwen3.5"])
+def test_orders_of_families_with_other_parts(name):
+    """Fused projections, tables a layer, layers without attention, output gates: the orders are of all heads and pairs."""
+    model, (_, each) = tiny_model(name), packed()
+    rows = [{name: column[0].tolist() for name, column in block.items()} for block in each]
+    layers, heads = attention_layers_of(model.config), key_value_heads_of(model.config)
+    for order in (order_pairs_by_fisher(model, rows), order_pairs_by_scores(model, rows)):
+        assert [len(layer) for layer in order] == [heads] * len(layers)
+        assert all(sorted(pairs) == list(range(16)) for layer in order for pairs in layer)

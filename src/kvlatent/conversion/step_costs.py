@@ -19,6 +19,7 @@ from kvlatent.conversion.text_tuning import frozen_pair
 from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.model.classes import latent_config_of
+from kvlatent.model.families import attention_layers_of
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
@@ -119,7 +120,7 @@ def foresee_step_costs(
     measured = _MEASURED * len(held_out_blocks(blocks))
     return StepCosts(
         refine_s=_PASSES * forward_s * blocks * size,
-        align_s=len(latent.model.layers) * max(0.0, aligned - alone) / _ALIGNED,
+        align_s=len(attention_layers_of(latent.config)) * max(0.0, aligned - alone) / _ALIGNED,
         global_start_s=forward_s * size * (blocks + measured),
         global_s=_OF_A_STEP * forward_s * size * blocks_of_a_step(size),
         forward_s=forward_s,

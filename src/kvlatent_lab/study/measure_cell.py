@@ -17,6 +17,8 @@ from kvlatent.evaluation.perplexity import Perplexity, perplexity, perplexity_ra
 from kvlatent.evaluation.quality import measure
 from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress
+from kvlatent.model.families import attention_layers_of
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.planning.width_plan import plan
 from kvlatent.selection.latent_config import choose
 from kvlatent.selection.statistics import Statistics
@@ -48,7 +50,8 @@ def measure_cell(subject: Subject, cell: Cell, progress: Progress) -> dict[str, 
     model, on_the_way = train_cell(subject, cell, progress)
     figures = measure_model(subject, model, progress) | on_the_way
     if cell.per_layer:
-        attentions = [layer.self_attn for layer in model.model.layers]
+        decoder, layers = model.get_decoder(), attention_layers_of(model.config)
+        attentions = [parts_of(decoder, layer).attention for layer in layers]
         figures |= {f"planned_{side}": [getattr(a, side) for a in attentions] for side in ("d_qk", "d_vo")}
     return figures
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kvlatent.model.assembly import full_width
-from kvlatent.model.families import effective_table
+from kvlatent.model.families import attention_layers_of, effective_table, key_value_heads_of
 from kvlatent.model.head import IGNORED
+from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.rotary import apply_rotary
-from kvlatent.selection.attention_rows import allowed, pair_layout
+from kvlatent.selection.attention_rows import allowed, pair_layout, rotary_of
 
 __all__ = ["SELECTIONS", "fisher_scores", "order_pairs_by_fisher", "order_pairs_by_scores", "score_grams"]
 
@@ -37,7 +38,7 @@ def order_pairs_by_fisher(model: Any, blocks: Dataset, seed: int = 0) -> list[li
 
 def order_pairs_by_scores(model: Any, blocks: Dataset, seed: int = 0) -> list[list[list[int]]]:
     """Pairs of every layer and key-value head, in the order in which they most lower the error of the logits."""
-    heads = model.config.num_key_value_heads
+    heads = key_value_heads_of(model.config)
     grams = score_grams(model, _columns(model, blocks), seed=seed)
     return [[add_greedily(group) for group in layer.split(len(layer) // heads)] for layer in grams]
 
@@ -46,40 +47,38 @@ def fisher_scores(model: Any, blocks: Iterable[dict[str, Tensor]]) -> list[Tenso
     """[K, P] a layer: gradients of each block's own next-token loss, squared block by block, then averaged.
 
     Args:
-        blocks: columns `input_ids`, `position_ids`, `labels`, [1, T] each; the model's gradients are left off.
-
-    Raises:
-        ValueError: queries and keys are one fused projection.
+        blocks: columns `input_ids`, `position_ids`, `labels`, [1, T] each; the model is left as it is.
     """
-    layers = [layer.self_attn for layer in model.model.layers]
-    if not all(hasattr(attention, "q_proj") for attention in layers):
-        raise ValueError(
-            f"Fisher scores are of W_Q and W_K: got a fused projection ({model.config.model_type}); choose cells of "
-            "another rule with --cells"
-        )
-    weights = [side.weight for attention in layers for side in (attention.q_proj, attention.k_proj)]
-    sums, count = [torch.zeros(len(weight), dtype=torch.float64) for weight in weights], 0
-    model.requires_grad_(False)
+    twin = full_width(model).eval().requires_grad_(False)
+    layers = _attentions(twin)
+    sides = [attention.parameters_of(part)[0] for attention in layers for part in ("q", "k")]
+    weights = [weight for weight, _ in sides]
+    sums, count = [torch.zeros(len(weight[rows]), dtype=torch.float64) for weight, rows in sides], 0
     for weight in weights:
         weight.requires_grad_(True)
-    try:
-        for block in blocks:
-            places = {name: block[name] for name in ("input_ids", "position_ids")}
-            logits = model(**places, use_cache=False).logits
-            loss = cross_entropy(logits[0].float(), block["labels"][0], ignore_index=IGNORED)
-            gradients = torch.autograd.grad(loss, weights)
-            for total, weight, gradient in zip(sums, weights, gradients, strict=True):
-                total += (gradient * weight.detach()).double().square().sum(1).cpu()
-            count += 1
-    finally:
-        model.requires_grad_(False)
-    rotary_dim = effective_table(model.config).rotary_dim
+    for block in blocks:
+        places = {name: block[name] for name in ("input_ids", "position_ids")}
+        logits = twin(**places, use_cache=False).logits
+        loss = cross_entropy(logits[0].float(), block["labels"][0], ignore_index=IGNORED)
+        gradients = torch.autograd.grad(loss, weights)
+        for total, (weight, rows), gradient in zip(sums, sides, gradients, strict=True):
+            total += (gradient * weight.detach())[rows].double().square().sum(1).cpu()
+        count += 1
     scores = []
-    for attention, *sides in zip(layers, sums[::2], sums[1::2], strict=True):
-        rows = [side.unflatten(0, (-1, attention.head_dim)) for side in sides]
-        queries, keys = (torch.add(*pair_layout(side, rotary_dim)) for side in rows)
+    for number, attention, *both in zip(
+        attention_layers_of(model.config), layers, sums[::2], sums[1::2], strict=True
+    ):
+        rotary_dim = effective_table(model.config, number).rotary_dim
+        by_head = [side.unflatten(0, (-1, attention.head_dim)) for side in both]
+        queries, keys = (torch.add(*pair_layout(side, rotary_dim)) for side in by_head)
         scores.append((queries.unflatten(0, (len(keys), -1)).sum(1) + keys) / count)
     return scores
+
+
+def _attentions(twin: Any) -> list[Any]:
+    """The attention of every layer that has one, of a full-width twin."""
+    decoder = twin.get_decoder()
+    return [parts_of(decoder, layer).attention for layer in attention_layers_of(twin.config)]
 
 
 @torch.no_grad()
@@ -91,7 +90,7 @@ def score_grams(
     Rows are drawn as `calibrate` draws them, so that both see the same text.
     """
     twin = full_width(model).eval()
-    layers = [layer.self_attn for layer in twin.model.layers]
+    layers = _attentions(twin)
     sums = [torch.zeros(a.num_heads, a.d_qk // 2, a.d_qk // 2, dtype=torch.float64) for a in layers]
     generator, seen_keys = torch.Generator().manual_seed(seed), 0
     chosen = torch.zeros(0, dtype=torch.long)
@@ -99,7 +98,7 @@ def score_grams(
     def see(total: Tensor) -> Any:
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            total.add_(_score_gram(module, hidden, kwargs, chosen).cpu())
+            total.add_(_score_gram(module, twin.get_decoder(), hidden, positions, chosen).cpu())
 
         return hook
 
@@ -110,18 +109,18 @@ def score_grams(
             ids, positions = block["input_ids"], block["position_ids"]
             chosen = torch.randperm(ids.shape[1], generator=generator)[:rows].sort().values.to(ids.device)
             seen_keys += int(allowed(positions, chosen[None], None).sum())
-            twin.model(input_ids=ids, position_ids=positions, use_cache=False)
+            twin.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
     return [total / seen_keys for total in sums]
 
 
-def _score_gram(attention: Any, hidden: Tensor, kwargs: dict, rows: Tensor) -> Tensor:
+def _score_gram(attention: Any, decoder: Any, hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
     """Sum over rows and visible keys of the products of pair contributions, of one block: [N, P, P]."""
     query, key, *_ = attention.project(hidden)
-    cos, sin = kwargs["position_embeddings"]
+    cos, sin = rotary_of(attention, decoder, hidden, positions)
     query, key = (apply_rotary(x, cos, sin).float()[0] for x in (query, key))
     key = key.repeat_interleave(attention.num_key_value_groups, dim=0)
     queries, keys = pair_layout(query, cos.shape[-1]), pair_layout(key, cos.shape[-1])
-    seen = allowed(kwargs["position_ids"], rows[None], attention.sliding_window)[0]
+    seen = allowed(positions, rows[None], attention.sliding_window)[0]
     size = max(1, _CHUNK // (key.shape[0] * key.shape[1] * key.shape[2]))
     total = torch.zeros((), device=hidden.device)
     for part, mask in zip(rows.split(size), seen.split(size), strict=True):

@@ -71,7 +71,7 @@ def scores(model: Any, blocks: Any, context: int, press: Any = None, batch_size:
         cache = DynamicCache()
         with torch.no_grad():
             with nullcontext() if press is None else press(model):
-                model.model(input_ids=batch[:, :context], past_key_values=cache, use_cache=True)
+                model.get_decoder()(input_ids=batch[:, :context], past_key_values=cache, use_cache=True)
             size += sum(_bytes(layer) for layer in cache.layers)
             positions = torch.arange(context, batch.shape[1], device=batch.device)
             logits = model(

@@ -27,7 +27,7 @@ from kvlatent.conversion.convert_model import convert
 from kvlatent.jobs.progress import Progress, Step
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import effective_table
+from kvlatent.model.families import effective_table, rope_theta_of
 from kvlatent.model.rotary import attenuation, standard_exponents
 from kvlatent.model.table import RotaryTable
 from kvlatent.selection.latent_config import choose
@@ -89,7 +89,7 @@ def standard_config(config: Any, cell: Cell, choices: Any) -> LatentConfig:
     """A latent config with every r-th pair turned by theta^(-2j/d), d the rotated channels that are kept."""
     latent = choose(config, cell.d_qk, cell.d_vo, choices)
     kept = latent.tables_at(0)[0]
-    theta = float(config.rope_parameters["rope_theta"])
+    theta = rope_theta_of(config)
     frequencies = tuple(theta**-e for e in standard_exponents(kept.rotary_dim))
     table = RotaryTable(frequencies, attention_factor=kept.attention_factor)
     return replace(latent, tables=((table,),))
