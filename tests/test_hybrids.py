@@ -200,7 +200,6 @@ def test_what_a_hybrid_cannot_have_is_refused(models):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (AutoConfig.for_model("jamba"), "'jamba': it has no rotary position embedding"),
         (
             AutoConfig.for_model("falcon_h1"),
             "'falcon_h1': its attention and a state-space mixer read a layer's input",

@@ -222,3 +222,15 @@ def test_maps_need_statistics_of_those_channels(seen):
         ValueError, match="got none for layer 1; calibrate again, or convert with unrotated=selected"
     ):
         convert(model, config, statistics=replace(statistics, layers=tuple(bare)), choices=CLOSED)
+
+
+def test_a_family_without_rotation_caches_maps_alone_and_they_cost_less(tmp_path):
+    model = tiny_model("jamba")
+    statistics = calibrate(model, BATCH)
+    selected = convert(model, d_qk=16, statistics=statistics, choices=CLOSED)
+    latent = factored(model, statistics)
+    assert [table.rotary_dim for table in latent_config_of(latent.config).tables_at(1)] == [0, 0]
+    far = [float((logits(each, tokens()) - logits(model, tokens())).std()) for each in (latent, selected)]
+    assert far[0] < 0.8 * far[1]
+    save(latent, tmp_path / "latent")
+    assert_close_to_scale(logits(load_model(tmp_path / "latent"), tokens()), logits(latent, tokens()), 1e-6)

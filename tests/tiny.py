@@ -14,6 +14,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     Lfm2MoeConfig,
@@ -219,7 +221,25 @@ CONVOLUTIONS = {
     ),
 }
 """Layers 1 and 3 of four have attention, the others convolve three tokens."""
-MORE_FAMILIES |= CONVOLUTIONS
+MIXERS = {
+    "jamba": (
+        JambaConfig,
+        JambaForCausalLM,
+        {
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 0,
+            "mamba_d_state": 8,
+        },
+    ),
+}
+"""As `CONVOLUTIONS`, with state-space mixers; nothing is rotated."""
+MORE_FAMILIES |= CONVOLUTIONS | MIXERS
 HYBRIDS = {
     "qwen3-next": (Qwen3NextConfig, Qwen3NextForCausalLM, LINEAR_EXPERTS),
     "qwen3.5": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, LINEAR | {"attention_bias": True}),

@@ -168,5 +168,6 @@ class _Rest:
             layer._modules = layer._modules | {family_of(decoder.config).attention: module}
         shell = with_layers(decoder, layers, index)
         # So that layers get positions, each for its own table.
-        setattr(shell, family_of(shell.config).rotary, LatentRotary(()))
+        if rotary := family_of(shell.config).rotary:
+            setattr(shell, rotary, LatentRotary(()))
         return shell

@@ -192,7 +192,8 @@ class ResidentLayers:
             setattr(layer, self.family.attention, module.to(self.dtype))
         tables = config.tables_at(index) if config.one_table else ()
         rotary = LatentRotary(tables, in_float32=self.family.rotates_in_float32)
-        setattr(decoder, self.family.rotary, rotary)
+        if self.family.rotary:
+            setattr(decoder, self.family.rotary, rotary)
         shared = self.decoder.layers[index].state_dict()
         state = {name: tensor for name, tensor in shared.items() if not name.startswith(own)}
         try:

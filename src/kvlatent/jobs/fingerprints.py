@@ -112,7 +112,9 @@ def model_fingerprint(model: Any) -> str:
 def sampled_fingerprint(config: Any, samples: Mapping[str, Callable[[], Any]]) -> str:
     """As `model_fingerprint`, of a model's config and of what gives the sample of each of its tensors."""
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    about = {name: getattr(config, name, None) for name in names} | {"rope": config.rope_parameters}
+    about = {name: getattr(config, name, None) for name in names} | {
+        "rope": getattr(config, "rope_parameters", None)
+    }
     about |= {name: getattr(config, name, None) for name in ("sliding_window", "layer_types", "rms_norm_eps")}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, sample in sorted(samples.items()):

@@ -147,8 +147,9 @@ def _config_fields(model: Any, latent: LatentConfig) -> dict[str, Any]:
     for name in NOT_CARRIED:
         fields.pop(name, None)
     fields["tie_word_embeddings"] = has_tied_head(model)
-    fields["original_rope_parameters"] = fields["rope_parameters"]
-    fields["rope_parameters"] = _plain_rope(fields["rope_parameters"])
+    if fields.get("rope_parameters"):
+        fields["original_rope_parameters"] = fields["rope_parameters"]
+        fields["rope_parameters"] = _plain_rope(fields["rope_parameters"])
     fields["num_key_value_heads"] = key_value_heads_of(model.config)
     head_dim = max(latent.max_d_qk, latent.max_d_vo)
     return {**fields, "head_dim": head_dim, "kv_latent": latent.to_dict()}

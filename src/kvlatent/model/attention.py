@@ -53,6 +53,7 @@ class LatentAttention(Projections):
         self.output_dropout = family.number(config, "output_dropout", 0.0)
         self.is_causal = True
         self.sliding_window = family.sliding_window(config, layer_idx)
+        self.rotates = bool(family.rotary)
         self.rotary: LatentRotary | None = None
         if not latent.one_table:
             self.rotary = LatentRotary(latent.tables_at(layer_idx), in_float32=family.rotates_in_float32)
@@ -76,12 +77,13 @@ class LatentAttention(Projections):
             ValueError: training with flex attention on a CPU, which has no backward there.
         """
         query, key, value, gate = self.project(hidden_states)
-        if self.rotary is not None:
-            assert isinstance(position_embeddings, Tensor), "the decoder has no table"
-            position_embeddings = self.rotary(hidden_states, position_embeddings)
-        assert isinstance(position_embeddings, tuple), "the decoder shares one table"
+        if self.rotates:
+            if self.rotary is not None:
+                assert isinstance(position_embeddings, Tensor), "the decoder has no table"
+                position_embeddings = self.rotary(hidden_states, position_embeddings)
+            assert isinstance(position_embeddings, tuple), "the decoder shares one table"
+            query, key = (apply_rotary(x, *position_embeddings) for x in (query, key))
         past_key_values = layer_past if past_key_values is None else past_key_values
-        query, key = (apply_rotary(x, *position_embeddings) for x in (query, key))
         if past_key_values is not None:
             grow_in_place(past_key_values, self.layer_idx, key)
             key, value = past_key_values.update(key, value, self.layer_idx)

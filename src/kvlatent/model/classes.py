@@ -91,7 +91,8 @@ def _install(decoder: Any, config: Any) -> None:
     """Exchange the rotary module and every layer's attention of an upstream decoder, in place."""
     latent, family = latent_config_of(config), family_of(config)
     tables = latent.tables_at(0) if latent.one_table else ()
-    setattr(decoder, family.rotary, LatentRotary(tables, in_float32=family.rotates_in_float32))
+    if family.rotary:
+        setattr(decoder, family.rotary, LatentRotary(tables, in_float32=family.rotates_in_float32))
     for index in family.attention_layers(config):
         setattr(decoder.layers[index], family.attention, LatentAttention(config, latent, index))
 

@@ -134,7 +134,9 @@ def logit_divisor_of(config: Any) -> float:
 
 def rope_theta_of(config: Any, layer: int = 0) -> float:
     """Base of the rotary frequencies of a layer of a source model."""
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return 1.0  # nothing is rotated
     return float((rope if "rope_theta" in rope else rope[config.layer_types[layer]])["rope_theta"])
 
 
@@ -154,6 +156,8 @@ def effective_tables(config: Any) -> tuple[RotaryTable, ...]:
     layer without rotation is empty.
     """
     family = family_of(config)
+    if not family.rotary:
+        return (RotaryTable(()),)
     layers = family.attention_layers(config)
     kinds: list[str | None] = [""] * len(layers)
     if family.tables_by_layer_type:

@@ -41,7 +41,7 @@ class Family:
         embedding_multiplier: of the decoder's and the config's field with the factor of the embeddings.
         logit_divisor: the config's field that logits are divided by.
         attention, attention_norm, ffn, final_norm, rotary: names of modules, the last two of the decoder; `attention_norm`
-            comes before the attention, "" where it reads the residual stream as it is.
+            comes before the attention, "" where it reads the residual stream as it is; `rotary` is "" where no layer rotates.
         attention_names: (upstream's, ours) for each module of the attention that upstream calls otherwise.
         attention_layer_type: the entry of `config.layer_types` where a layer has attention; "" where all have. The others
             (linear attention, convolutions) are upstream's own and keep their states in upstream's cache.

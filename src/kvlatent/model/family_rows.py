@@ -194,6 +194,16 @@ FAMILIES = {
         ),
         Family("lfm2", "Lfm2", **_SHORT_CONVOLUTIONS),
         Family("lfm2_moe", "Lfm2Moe", expert_parameters=_EXPERTS, rotary="pos_emb", **_SHORT_CONVOLUTIONS),
+        Family(
+            "jamba",
+            "Jamba",
+            besides="layers of state-space mixers, experts and no rotation",
+            rotary="",
+            attention_layer_type="full_attention",
+            ffn="feed_forward",
+            final_norm="final_layernorm",
+            expert_parameters=_EXPERTS,
+        ),
         Family("qwen3_next", "Qwen3Next", expert_parameters=_EXPERTS, **_QWEN_HYBRID),
         Family(
             "qwen3_5_text",

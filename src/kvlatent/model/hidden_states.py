@@ -166,5 +166,14 @@ def with_layers(decoder: Any, layers: Sequence[nn.Module], first: int) -> Any:
     shell.config = copy.copy(decoder.config)
     shell.config.num_hidden_layers = len(layers)
     if getattr(decoder.config, "layer_types", None) is not None:
-        shell.config.layer_types = decoder.config.layer_types[first : first + len(layers)]
+        _set_layer_types(shell.config, decoder.config.layer_types[first : first + len(layers)])
     return shell
+
+
+def _set_layer_types(config: Any, types: list[str]) -> None:
+    """Give a config these layer types, where its class computes them as well."""
+    kind = type(config)
+    if isinstance(getattr(kind, "layer_types", None), property):
+        config.__class__ = type(kind.__name__, (kind,), {"layer_types": types, "__module__": kind.__module__})
+    else:
+        config.layer_types = types

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from kvlatent.model.families import family_of
+from kvlatent.model.rotary import LatentRotary
+from kvlatent.model.table import RotaryTable
 
 __all__ = [
     "LayerParts",
@@ -69,7 +71,8 @@ def final_norm(decoder: Any) -> Any:
 
 def rotary_of_decoder(decoder: Any) -> Any:
     """The module that turns positions into cosines and sines, or, where layers have tables of their own, gives them positions."""
-    return getattr(decoder, family_of(decoder.config).rotary)
+    name = family_of(decoder.config).rotary
+    return getattr(decoder, name) if name else LatentRotary((RotaryTable(()),))
 
 
 def layer_output(decoder: Any, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ REFUSED = {
     INTERLEAVED: (
         "chatglm", "codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium", "llama4_text", "llama4",
     ),
-    "it has no rotary position embedding": ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "jamba", "mpt", "opt", "xglm"),
+    "it has no rotary position embedding": ("bloom", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm"),
     "it normalises queries and keys after their rotation, which the latent attention does not reproduce": (
         "hunyuan_v1_dense",
     ),
