@@ -172,8 +172,9 @@ def measure_kills(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                kills += 1
-                continue
+                kills, status = kills + 1, 0
+                if not out.exists() or out.with_name("killed.partial").exists():
+                    continue  # otherwise it had come to its end
             break
         if status:
             raise SystemExit(f"a conversion that was continued ended with {status}")

@@ -21,6 +21,7 @@ def test_the_presets_are_what_they_are_called():
     assert (calibrated.keys, calibrated.values, calibrated.frequencies) == ("gram", "whitened", "own")
     assert calibrated.gains and calibrated.refit and calibrated.align > 0
     assert (calibrated.table, calibrated.scale) == ("head", "original")
+    assert calibrated.unrotated == "factored" and resolve_choices("own-frequency").unrotated == "selected"
     paper = resolve_choices("paper")
     assert paper == PAPER and (paper.keys, paper.frequencies) == ("stride", "frequency_aware")
     assert (paper.values, paper.scale, paper.align) == ("slice", "d_qk", 0)
@@ -31,17 +32,18 @@ def test_the_presets_are_what_they_are_called():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"keys": "energy"}, {"keys": "energy"}),
+        ({"keys": "energy"}, {"keys": "energy", "unrotated": "selected"}),
         ({"align": 7}, {"align": 7}),
         ({"align": 0}, {"align": 0, "global_steps": 0}),  # statistics alone
         ({"gains": False}, {"gains": False}),
         ({"refit": False}, {"refit": False}),
         ({"values": "svd"}, {"values": "svd"}),
         ({"table": "layer"}, {"table": "layer"}),
-        ({"keys": "stride"}, {"keys": "stride", "table": "model"}),  # the same channels everywhere
-        ({"keys": "stride", "table": "model"}, {"keys": "stride", "table": "model"}),
+        ({"keys": "stride"}, {"keys": "stride", "table": "model", "unrotated": "selected"}),  # the same channels everywhere
+        ({"keys": "stride", "table": "model"}, {"keys": "stride", "table": "model", "unrotated": "selected"}),
         ({"keys": "matched", "frequencies": "frequency_aware"},
-         {"keys": "matched", "frequencies": "frequency_aware", "table": "model", "gains": False}),
+         {"keys": "matched", "frequencies": "frequency_aware", "table": "model", "gains": False,
+          "unrotated": "selected"}),
     ],
 )  # fmt: skip
 def test_a_single_choice_replaces_that_of_the_preset(given, expected):

@@ -22,7 +22,7 @@ from tiny import HEAD_DIM, logits, tiny_model, tokens
 from tolerances import assert_close_to_scale
 
 BATCH = text(blocks=8, length=48)
-CLOSED = replace(PRESETS["calibrated"], align=0, refit=False, global_steps=0)
+CLOSED = replace(PRESETS["calibrated"], align=0, refit=False, global_steps=0, unrotated="selected")
 ROTATED = {"qwen3.5": 8, "stablelm-parallel": 16, "gpt-neox-sequential": 16}
 """Toys with partial rotary, after a QK-norm and without, and how many channels rotate."""
 
@@ -234,3 +234,19 @@ def test_a_family_without_rotation_caches_maps_alone_and_they_cost_less(tmp_path
     assert far[0] < 0.8 * far[1]
     save(latent, tmp_path / "latent")
     assert_close_to_scale(logits(load_model(tmp_path / "latent"), tokens()), logits(latent, tokens()), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("qwen3.5", {}, "factored"),
+        ("stablelm-parallel", {}, "factored"),
+        ("llama", {}, "selected"),
+        ("qwen3.5", {"keys": "energy"}, "selected"),
+        ("qwen3", {"qk_norm": "sliced"}, "selected"),
+    ],
+)
+def test_a_calibrated_conversion_factors_where_it_can(name, options, expected):
+    model = tiny_model(name)
+    latent = convert(model, d_qk=16, align=0, refit=False, statistics=calibrate(model, BATCH), **options)
+    assert latent_config_of(latent.config).unrotated == expected

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from kvlatent.selection.choices import BLIND, BY_PAIRS, NO_DATA, Choices, resolv
 from kvlatent.selection.latent_config import build_latent_config, check_widths
 from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs
 from kvlatent.selection.statistics import LayerStatistics, Statistics
+from kvlatent.selection.unrotated import selected_where_maps_have_no_place
 
 __all__ = ["convert", "weight_energy"]
 
@@ -120,8 +120,9 @@ def convert(
             "statistics=calibrate(model, ...), or choose(...) with values=svd"
         )
     if config is None:
-        if not _can_factor(statistics, choices, qk_norm):
-            choices = replace(choices, unrotated="selected")
+        known = () if statistics is None else statistics.layers
+        idle = {layer.unrotated_keys.shape[-1] for layer in known}
+        choices = selected_where_maps_have_no_place(choices, idle, qk_norm)
         pairs = _choose_pairs(model, widths.d_qk, choices, statistics) if narrow else None
         config = build_latent_config(model.config, widths, choices, qk_norm=qk_norm, pairs=pairs)
     _check_source(model, config, family, head_dim)
@@ -153,15 +154,6 @@ def _weights(
         )
 
     return weights
-
-
-def _can_factor(statistics: Statistics | None, choices: Choices, qk_norm: str) -> bool:
-    """Whether there are unrotated channels that statistics know, and a place for their maps.
-
-    A sliced QK-norm has none, and layers that share one table share how many channels rotate.
-    """
-    widths = set() if statistics is None else {layer.unrotated_keys.shape[-1] for layer in statistics.layers}
-    return widths - {0} != set() and qk_norm == "full" and (choices.table != "model" or len(widths) == 1)
 
 
 def _choose_pairs(

@@ -22,20 +22,25 @@ from torch import Tensor
 from kvlatent.checkpoints.shard_output import shard_name, write_shard
 from kvlatent.conversion.alignment import TunedLayer, copy_for_tuning
 from kvlatent.conversion.attention_weights import attention_weights
-from kvlatent.conversion.convert_model import weight_energy
 from kvlatent.conversion.refinement import carry_on, refine_layer
 from kvlatent.conversion.resident_layers import ResidentLayers
+from kvlatent.conversion.streamed_pairs import (
+    choose_some_pairs,
+    energy_of,
+    pairs_from_json,
+    resolve_unrotated,
+)
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.work_directory import WorkDirectory
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import effective_table, head_dim_of, key_value_heads_of
+from kvlatent.model.families import head_dim_of, key_value_heads_of
 from kvlatent.model.hidden_states import HiddenStateFile
 from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.widths import Widths, width_per_layer
 from kvlatent.selection.calibrate import calibrate_layer, sample_rows
 from kvlatent.selection.choices import BY_PAIRS, Choices
 from kvlatent.selection.latent_config import build_latent_config
-from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs
+from kvlatent.selection.pairs import Pairs
 from kvlatent.selection.statistics import LayerStatistics, Statistics
 from kvlatent.text.recall_blocks import held_out_blocks
 
@@ -113,6 +118,10 @@ class Streaming:
         self._attending = self.layers.attending
         self._is_narrow = self.widths != (head_dim, head_dim)
         self._by_pairs = self.choices.keys in BY_PAIRS and self.widths.d_qk != head_dim
+        statistics = None if self.text is None else self.text.statistics
+        self.choices = resolve_unrotated(
+            self.layers.config, self.choices, self.qk_norm, statistics, has_text=self.text is not None
+        )
         self._tunes = self.text is not None and self.choices.tunes and self._is_narrow
         # In float32 the states that the refinement passes on are those that statistics are taken on.
         self._shares = self._tunes and self.dtype == "float32"
@@ -159,7 +168,7 @@ class Streaming:
     def _pairs_of_all(self) -> Pairs:
         """One set for the model, by a pass over all layers before they are converted."""
         if (known := self.work.done("table")) is not None:
-            return _as_pairs(known["pairs"])
+            return pairs_from_json(known["pairs"])
         found: list[Any] = []
         by_weights = self.choices.keys == "weights"
         for index in self._attending if by_weights else range(self._attending[-1] + 1):
@@ -167,31 +176,23 @@ class Streaming:
                 if index not in self._attending:
                     self._carry(index, ("first",), "float32")
                 else:
-                    found.append(self._energy(index) if by_weights else self._look_at(index, "first"))
+                    found.append(
+                        energy_of(self.layers, index) if by_weights else self._look_at(index, "first")
+                    )
             (self._states / f"first-{index:05}").unlink(missing_ok=True)
         pairs = self._choose(found, self.widths.d_qk)
         self.work.finish("table", {"pairs": pairs})
         return pairs
 
-    def _energy(self, index: int) -> Tensor:
-        rotary_dim = effective_table(self.layers.config, index).rotary_dim
-        return weight_energy(self.layers.decoder, index, rotary_dim)
-
     def _choose(self, found: list[Any], width: int | tuple[int, ...]) -> Pairs:
-        """Pairs by the statistics, or energies, of some layers."""
-        if self.choices.keys == "weights":
-            return strongest_pairs(found, width, self.choices.table)
-        assert self.text is not None
-        heads, size = key_value_heads_of(self.layers.config), head_dim_of(self.layers.config)
-        seen = Statistics(tuple(found), self.text.input_ids, self.text.position_ids, "", heads, size)
-        return choose_pairs(seen, width, self.choices.table, self.choices.keys)
+        return choose_some_pairs(found, self.text, self.layers.config, width, self.choices)
 
     def _finish_layer(self, index: int) -> dict[str, Any]:
         """What the tuning of a layer measured, now or when it was finished."""
         name = f"layer-{index:05}"
         known = self.work.done(name) or self._convert_and_write(index, name)
         if known["pairs"] is not None:
-            self._pairs[self._place(index)] = _as_pairs([known["pairs"]])[0]
+            self._pairs[self._place(index)] = pairs_from_json([known["pairs"]])[0]
         return known["measured"]
 
     def _convert_and_write(self, index: int, step: str) -> dict[str, Any]:
@@ -239,7 +240,7 @@ class Streaming:
         """What the tuning of the layer that is resident measured, and the tensors to write."""
         statistics = self._statistics(index)
         if self._by_pairs and self.choices.table != "model":
-            found = statistics if self.choices.keys != "weights" else self._energy(index)
+            found = statistics if self.choices.keys != "weights" else energy_of(self.layers, index)
             place = self._place(index)
             width = width_per_layer(self.widths.d_qk, len(self._attending))[place]
             self._pairs[place] = self._choose([found], width)[0]
@@ -343,8 +344,3 @@ class Streaming:
         shape = (self._positions.shape[1], width or self.layers.config.hidden_size)
         path = self._states / f"{name}-{index:05}"
         return HiddenStateFile(path, shape, kind or self.layers.dtype, self.layers.device)
-
-
-def _as_pairs(listed: Any) -> Pairs:
-    """Pairs from their JSON form."""
-    return tuple(tuple(tuple(kept) for kept in layer) for layer in listed)

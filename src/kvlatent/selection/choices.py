@@ -114,7 +114,14 @@ class Choices:
 PAPER = Choices(keys="stride", frequencies="frequency_aware", values="slice", scale="d_qk")
 PRESETS = {
     "calibrated": Choices(
-        keys="gram", values="whitened", table="head", gains=True, refit=True, align=200, global_steps=64
+        keys="gram",
+        values="whitened",
+        table="head",
+        gains=True,
+        refit=True,
+        align=200,
+        global_steps=64,
+        unrotated="factored",
     ),
     "paper": PAPER,
     "own-frequency": Choices(),
@@ -164,9 +171,8 @@ def resolve_choices(
         table = "head" if keys in BY_PAIRS else "model"
     if gains is None and frequencies not in (None, "own"):
         gains = False  # they make up for dropped pairs, and here none keeps its turn
-    unrotated = "selected" if keys not in (None, "gram") else None
     given = {
-        "unrotated": unrotated,
+        "unrotated": "selected" if keys not in (None, "gram") else None,
         "keys": keys,
         "frequencies": frequencies,
         "values": values,

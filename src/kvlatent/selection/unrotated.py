@@ -9,18 +9,35 @@ Shapes: N query heads, K key-value heads, G = N / K, u unrotated channels of a h
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvlatent.selection.choices import Choices
 from kvlatent.selection.pair_search import greedy_order, kept_error, search
 from kvlatent.selection.statistics import LayerStatistics
 
-__all__ = ["UnrotatedMaps", "choose_rotated", "unrotated_maps"]
+__all__ = ["UnrotatedMaps", "choose_rotated", "selected_where_maps_have_no_place", "unrotated_maps"]
 
 _SHRINK = 1e-6  # of the mean diagonal, so that moments can be inverted
 _TINY = 1e-30
+
+
+def selected_where_maps_have_no_place(choices: Choices, widths: Collection[int], qk_norm: str) -> Choices:
+    """The choices, with unrotated channels selected where there are none or their maps have no place.
+
+    A sliced QK-norm has none, and layers that share one table share how many channels rotate.
+
+    Args:
+        widths: how many channels of a head no rotation touches, over all layers; empty where nothing is known of them.
+    """
+    apart = choices.table != "model" or len(set(widths)) == 1
+    if set(widths) - {0} and qk_norm == "full" and apart:
+        return choices
+    return replace(choices, unrotated="selected")
 
 
 class UnrotatedMaps(NamedTuple):
