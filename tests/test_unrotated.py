@@ -243,7 +243,7 @@ def test_a_family_without_rotation_caches_maps_alone_and_they_cost_less(tmp_path
         ("stablelm-parallel", {}, "factored"),
         ("llama", {}, "selected"),
         ("qwen3.5", {"keys": "energy"}, "selected"),
-        ("qwen3", {"qk_norm": "sliced"}, "selected"),
+        ("qwen3", {"qk_norm": "sliced", "table": "layer"}, "selected"),
     ],
 )
 def test_a_calibrated_conversion_factors_where_it_can(name, options, expected):
