@@ -310,6 +310,8 @@ RENAMED = [
     ({"attention_norm": "ln_1"}, "the module 'ln_1' (attention_norm) in a GraniteDecoderLayer"),
     ({"ffn": "ffw"}, "the module 'ffw' (ffn) in a GraniteDecoderLayer"),
     ({"final_norm": "ln_f"}, "the module 'ln_f' (final_norm) in a KVLatentGraniteModel"),
+    ({"rotary": "rope"}, "the module 'rope' (rotary) in a KVLatentGraniteModel"),
+    ({"query_scalar": "scale"}, "the config's field 'scale'"),
     ({"qk_norm": "head"}, "the modules q_norm, k_norm in a GraniteAttention"),
     ({"fused_qkv": "stacked"}, "the modules qkv_proj in a GraniteAttention"),
     ({"softmax_scale": "scale"}, "the config's field 'scale'"),

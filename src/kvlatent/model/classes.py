@@ -92,6 +92,9 @@ def _install(decoder: Any, config: Any) -> None:
     latent, family = latent_config_of(config), family_of(config)
     tables = latent.tables_at(0) if latent.one_table else ()
     if family.rotary:
+        if not hasattr(decoder, family.rotary):
+            what = f"the module {family.rotary!r} (rotary) in a {type(decoder).__name__}"
+            raise ValueError(family.missing(what))
         setattr(decoder, family.rotary, LatentRotary(tables, in_float32=family.rotates_in_float32))
     for index in family.attention_layers(config):
         setattr(decoder.layers[index], family.attention, LatentAttention(config, latent, index))
