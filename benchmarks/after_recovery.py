@@ -49,7 +49,9 @@ def chats(questions: list[Question], *, pairs: bool) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def fine_tune(model: Any, tokenizer: Any, method: str, seed: int, args: argparse.Namespace, work: Path) -> Any:
+def fine_tune(
+    model: Any, tokenizer: Any, method: str, seed: int, args: argparse.Namespace, work: Path
+) -> Any:
     """Train all weights of `model` in place for one pass; TRL's trainer, done."""
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -131,7 +133,9 @@ def run_cell(name: str, method: str, seed: int, args: argparse.Namespace) -> dic
     source = str(getattr(args, name))
     ends = {each: args.work / f"{name}-{each}-{seed}" for each in METHODS}
     if method == "dpo" and not ends["sft"].is_dir():
-        raise ValueError(f"dpo begins where sft ended: there is no {ends['sft']}; run --methods sft first, with this --work")
+        raise ValueError(
+            f"dpo begins where sft ended: there is no {ends['sft']}; run --methods sft first, with this --work"
+        )
     tokenizer = load_tokenizer(source, kvlatent.load_model(source).config)
     model = load_model(ends["sft"] if method == "dpo" else source, dtype="float32")
     losses: list[float] = []
@@ -268,9 +272,13 @@ def _kinds(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[str]:
 
 def _each_cell(cells: dict[tuple[str, str, int], dict[str, Any]]) -> list[str]:
     lines = ["| cell | right | first and last loss | seconds |", "|---|---|---|---|"]
-    for (name, method, seed), cell in sorted(cells.items(), key=lambda item: (item[0][2], item[0][1], item[0][0])):
+    for (name, method, seed), cell in sorted(
+        cells.items(), key=lambda item: (item[0][2], item[0][1], item[0][0])
+    ):
         ends = f"{cell['losses'][0]:.2f}, {cell['losses'][-1]:.2f}" if cell["losses"] else "-"
-        lines.append(f"| {name}, {method}, {seed} | {cell['accuracy']:.3f} | {ends} | {cell['seconds']['all']:.0f} |")
+        lines.append(
+            f"| {name}, {method}, {seed} | {cell['accuracy']:.3f} | {ends} | {cell['seconds']['all']:.0f} |"
+        )
     return lines
 
 
@@ -281,10 +289,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--original", type=model_argument, default="smollm2")
-    parser.add_argument("--latent", type=Path, help="what `kvlatent convert` or `compress` made of the original")
+    parser.add_argument(
+        "--latent", type=Path, help="what `kvlatent convert` or `compress` made of the original"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("build/after_recovery"))
-    parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0, 1, 2]
+    )
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--sft-examples", type=int, default=288)
     parser.add_argument("--sft-rate", type=float, default=1e-4)
@@ -294,7 +306,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a step")
     parser.add_argument("--questions", type=int, default=240, help="held out, a seed")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="float32, for processors without units for it")
+    parser.add_argument(
+        "--no-bf16", dest="bf16", action="store_false", help="float32, for processors without units for it"
+    )
     args = parser.parse_args()
     if args.what == "run" and args.latent is None:
         parser.error("run needs --latent")

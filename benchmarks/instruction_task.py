@@ -11,19 +11,24 @@ from dataclasses import dataclass
 
 __all__ = ["Question", "make_questions"]
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 SYSTEM = "Answer with one word."
-NAMES = (
+NAMES = _words(
     "Anna Peter Maria Paul Laura David Emma Simon Julia Mark Sarah Adam Lucy Henry Clara Oscar Alice Thomas Nina Martin "
     "Rose Victor Helen Daniel"
-).split()
-THINGS = (
+)
+THINGS = _words(
     "lamp rope book coin drum vase clock brush bell knife map ring chair mirror ladder candle basket hammer blanket camera "
     "whistle helmet bottle guitar"
-).split()
-PLACES = (
+)
+PLACES = _words(
     "barn attic kitchen garden cellar garage office tower library stable school church market harbor forest museum hotel "
     "castle temple bakery theater station hospital palace"
-).split()
+)
 _FACTS = 5
 _LISTED = 8
 KINDS = ("place", "person", "thing", "next")
@@ -67,9 +72,7 @@ def _make(kind: str, chance: random.Random) -> Question:
         at = chance.randrange(_LISTED - 1)
         text = f"The words are {', '.join(words)}. Which word comes after {words[at]}?"
         return Question(kind, text, words[at + 1], chance.choice([*words[:at], *words[at + 2 :]]))
-    facts = list(
-        zip(*(chance.sample(words, _FACTS) for words in (NAMES, THINGS, PLACES)), strict=True)
-    )
+    facts = list(zip(*(chance.sample(words, _FACTS) for words in (NAMES, THINGS, PLACES)), strict=True))
     told = " ".join(f"{name} has a {thing} in the {place}." for name, thing, place in facts)
     at, other = chance.sample(range(_FACTS), 2)
     name, thing, place = facts[at]

@@ -30,7 +30,9 @@ def main() -> None:
     parser = TrlParser((Places, DPOConfig))
     parser.set_defaults(precompute_ref_log_probs=True)
     places, settings = parser.parse_args_and_config()
-    model = kvlatent.load_model(places.model, dtype="float32")  # steps are too small for 16 bits; --bf16 computes in them
+    model = kvlatent.load_model(
+        places.model, dtype="float32"
+    )  # steps are too small for 16 bits; --bf16 computes in them
     trainer = DPOTrainer(
         model=model,
         args=settings,

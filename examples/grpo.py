@@ -39,7 +39,9 @@ def answer_is_there(completions: list[Any], answer: list[str], **_: Any) -> list
 def main() -> None:
     """Train and save."""
     places, settings = TrlParser((Places, GRPOConfig)).parse_args_and_config()
-    model = kvlatent.load_model(places.model, dtype="float32")  # steps are too small for 16 bits; --bf16 computes in them
+    model = kvlatent.load_model(
+        places.model, dtype="float32"
+    )  # steps are too small for 16 bits; --bf16 computes in them
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=answer_is_there,

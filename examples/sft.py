@@ -28,7 +28,9 @@ class Places:
 def main() -> None:
     """Train and save."""
     places, settings = TrlParser((Places, SFTConfig)).parse_args_and_config()
-    model = kvlatent.load_model(places.model, dtype="float32")  # steps are too small for 16 bits; --bf16 computes in them
+    model = kvlatent.load_model(
+        places.model, dtype="float32"
+    )  # steps are too small for 16 bits; --bf16 computes in them
     trainer = SFTTrainer(
         model=model,
         args=settings,

@@ -51,6 +51,8 @@ def _add_code(folder: str | os.PathLike[str], config: Any) -> None:
     data = json.loads(path.read_text())
     names = zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), latent_classes(model_type), strict=True)
     data["auto_map"] = {auto: f"{MODULE_NAME}.{kind.__name__}" for auto, kind in names}
+    if data.get("use_cache") is False:  # trainers turn the cache off and leave it so
+        data["use_cache"] = True
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
     (Path(folder) / f"{MODULE_NAME}.py").write_text(remote_code(model_type))
     # What it said before, when it was saved here: these may be other weights.
