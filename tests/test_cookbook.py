@@ -28,7 +28,7 @@ MORE = {
     "fine_tune_and_export": ("--chats", "16", "--asked", "3"),
 }
 SAYS = {
-    "halve_and_serve": ("$ kvlatent convert MODEL", "$ kvlatent serve halved", "> Name three colours."),
+    "halve_and_serve": ("$ kvlatent serve halved --engine transformers", "> Name three colours."),
     "plan_a_budget": ("$ kvlatent calibrate MODEL", "--kv 0.5", "--engine llama.cpp"),
     "stack_with_a_quantised_cache": ("original  quantized-int4", "halved    quantized-int4"),
     "train_back_from_a_quarter": ("--stage 2", "$ kvlatent eval trained-quarter"),
@@ -87,6 +87,7 @@ def test_a_recipe_runs_on_a_toy(ingredients, place, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     shown = capsys.readouterr().out
+    assert (place / "work" / "halved").is_dir() or "halve(" not in (FOLDER / f"{name}.py").read_text()
     for part in SAYS[name]:
         assert part in shown
     assert str(place) not in shown
