@@ -241,11 +241,15 @@ def table(folder: Path) -> str:
             continue
         means = {name: statistics.fmean(found["accuracy"][name]) for name in MODELS}
         within = "yes" if found["within_two"] else "no"
+        spread = f"{found['error_seeds']:.3f}" if len(found["seeds"]) > 1 else "-"
         lines.append(
             f"| {method} | {', '.join(map(str, found['seeds']))} | {found['questions']} | {means['original']:.3f} "
             f"| {means['latent']:.3f} | {found['difference']:+.3f} | {found['error_questions']:.3f} "
-            f"| {found['error_seeds']:.3f} | {within} |"
+            f"| {spread} | {within} |"
         )
+    planned = [(name, way, seed) for seed in (0, 1, 2) for way in METHODS for name in MODELS]
+    if missing := [" ".join(map(str, key)) for key in planned if key not in cells]:
+        lines += ["", f"Not run yet, of those of seeds 0 to 2: {', '.join(missing)}."]
     lines += ["", *_kinds(cells), "", *_each_cell(cells)]
     return "\n".join(lines) + "\n"
 

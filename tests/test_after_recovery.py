@@ -159,6 +159,7 @@ def test_cells_are_run_once_and_told_in_a_table(call, tmp_path):
     shown = call("run", "--seeds", "4", *SMALL)
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert shown.count("| sft | 4 | 8 |") == 1
+    assert "Not run yet, of those of seeds 0 to 2: original none 0," in shown
     assert (tmp_path / "cells.md").read_text() in shown
     with pytest.raises(
         SystemExit, match=r"original-none-4.json was measured with another beta; give another --out"
