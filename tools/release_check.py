@@ -22,7 +22,8 @@ _ASSETS = "kvlatent/assets/"
 _METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 _IN_SDIST = {
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "Makefile", "PKG-INFO", "README.md"),
-    *("SECURITY.md", "benchmarks", "constraints.txt", "docs", "mkdocs.yml", "pyproject.toml", "recipes", "src", "tests", "tools"),
+    *("SECURITY.md", "benchmarks",
+    "examples", "constraints.txt", "docs", "mkdocs.yml", "pyproject.toml", "recipes", "src", "tests", "tools"),
     ".gitignore",  # hatchling adds it
 }  # fmt: skip
 

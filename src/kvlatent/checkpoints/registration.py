@@ -54,6 +54,8 @@ def _add_code(folder: str | os.PathLike[str], config: Any) -> None:
         autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
         kinds = tuple(kind.__name__ for kind in latent_classes(model_type))
     data["auto_map"] = {auto: f"{MODULE_NAME}.{kind}" for auto, kind in zip(autos, kinds, strict=True)}
+    if data.get("use_cache") is False:  # trainers turn the cache off and leave it so
+        data["use_cache"] = True
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
     code = remote_code(model_type, architecture.removeprefix(WRAPPED) if wraps else "")
     (Path(folder) / f"{MODULE_NAME}.py").write_text(code)

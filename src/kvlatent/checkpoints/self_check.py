@@ -83,6 +83,9 @@ class SelfCheck:
     def of(cls, model: Any) -> SelfCheck | None:
         """What a latent causal model answers, computed with the weights as they are; None where it is not finite.
 
+        A trainer leaves its mixed precision in the model that it trained (accelerate puts it around `forward`), and an
+        answer in 16 bits is not that of weights in 32; so the class's own forward is run, outside of any autocast.
+
         The prompt is the same for models of one vocabulary. It is no longer than the shorter of two rotary tables
         serves, since what takes over beyond that differs between engines.
         """
@@ -99,7 +102,9 @@ class SelfCheck:
         was_training = model.training
         model.eval()
         try:
-            logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, positions]
+            with torch.autocast(model.device.type, enabled=False):
+                inputs = torch.tensor([ids], device=model.device)
+                logits = type(model).forward(model, inputs, use_cache=False).logits[0, positions]
         finally:
             model.train(was_training)
         values, top = logits.float().log_softmax(-1).topk(min(_LARGEST, vocabulary))
