@@ -61,7 +61,9 @@ def widths_at_share(latent: LatentConfig, num_layers: int, kv: float) -> Widths:
     own = latent.widths.per_layer(num_layers)
     share = sum(map(sum, own)) / (2 * latent.original_head_dim * num_layers)
     if not 0 < kv <= 1:
-        raise ValueError(f"the share of the cache to keep is in (0, 1]: got --kv {kv:g}; try --kv {share / 2:.4g}")
+        raise ValueError(
+            f"the share of the cache to keep is in (0, 1]: got --kv {kv:g}; try --kv {share / 2:.4g}"
+        )
     if kv > share + _SLACK:
         raise ValueError(
             f"a slice cannot be wider than its checkpoint: got --kv {kv:g} of one that keeps {share:.4g} of the "
@@ -89,7 +91,11 @@ def _shrunk(own: tuple[int, int], factor: float) -> tuple[int, int]:
 def _smallest_factor(own: tuple[int, int]) -> float:
     """The least share of a layer's channels that `_shrunk` can keep, to a channel."""
     total = sum(own)
-    fitting = (n for n in range(3, total + 1) if all(a >= b for a, b in zip(_shrunk(own, n / total), _LEAST, strict=True)))
+    fitting = (
+        n
+        for n in range(3, total + 1)
+        if all(a >= b for a, b in zip(_shrunk(own, n / total), _LEAST, strict=True))
+    )
     return next(fitting) / total + 1e-4
 
 
@@ -119,7 +125,11 @@ def first_channels(d_qk: int, rotary_dim: int, width: int) -> list[int]:
     rotated, behind = rotary_dim // 2, d_qk - rotary_dim
     pairs = min(rotated, round(width / 2 * rotary_dim / d_qk))
     pairs = max(pairs, -(-(width - behind) // 2))
-    return [*range(pairs), *range(rotated, rotated + pairs), *range(rotary_dim, rotary_dim + width - 2 * pairs)]
+    return [
+        *range(pairs),
+        *range(rotated, rotated + pairs),
+        *range(rotary_dim, rotary_dim + width - 2 * pairs),
+    ]
 
 
 def projection_rows(attention: Projections, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
@@ -165,7 +175,11 @@ def slice_model(model: Any, widths: Widths) -> Any:
     check_sliceable(latent)
     config = _slice_config(latent, widths, len(layers))
     decoder = model.get_decoder()
-    return assemble(model, config, lambda layer: _slice_attention(parts_of(decoder, layer).attention, config, latent, layer))
+    return assemble(
+        model,
+        config,
+        lambda layer: _slice_attention(parts_of(decoder, layer).attention, config, latent, layer),
+    )
 
 
 def _slice_config(latent: LatentConfig, widths: Widths, num_layers: int) -> LatentConfig:
@@ -192,7 +206,9 @@ def _slice_config(latent: LatentConfig, widths: Widths, num_layers: int) -> Late
 
 
 @torch.no_grad()
-def _slice_attention(attention: Any, config: LatentConfig, latent: LatentConfig, layer: int) -> dict[str, Tensor]:
+def _slice_attention(
+    attention: Any, config: LatentConfig, latent: LatentConfig, layer: int
+) -> dict[str, Tensor]:
     """State dict of a layer's `LatentAttention` at the widths of `config`, from the module at those of `latent`."""
     state = {name: tensor.detach() for name, tensor in attention.state_dict().items()}
     (d_qk, d_vo), (width, directions) = latent.widths_at(layer), config.widths_at(layer)
@@ -249,7 +265,9 @@ def _cut_outputs(attention: Projections, directions: int) -> dict[str, Tensor]:
     if attention.gate_width:
         like = attention.o_proj.weight
         lift = torch.eye(attention.gate_width, device=like.device, dtype=like.dtype)
-        lift = lift.expand(attention.num_heads, -1, -1) if attention.v_map is None else attention.v_map.detach()
+        lift = (
+            lift.expand(attention.num_heads, -1, -1) if attention.v_map is None else attention.v_map.detach()
+        )
         return {"v_map": lift[..., :directions]}
     heads = attention.o_proj.weight.detach().unflatten(1, (attention.num_heads, -1))
     return {"o_proj.weight": heads[..., :directions].flatten(1)}

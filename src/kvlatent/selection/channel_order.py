@@ -78,9 +78,12 @@ def rank_channels(model: Any, blocks: Any) -> list[dict[str, Any]]:
     model.eval()
     for index in range(min(_BLOCKS, len(blocks))):
         ids, positions = (
-            torch.as_tensor(blocks[index][name]).long()[None].to(decoder.device) for name in ("input_ids", "position_ids")
+            torch.as_tensor(blocks[index][name]).long()[None].to(decoder.device)
+            for name in ("input_ids", "position_ids")
         )
-        rows = torch.randperm(ids.shape[1], generator=generator)[:_ROWS].sort().values[None].to(decoder.device)
+        rows = (
+            torch.randperm(ids.shape[1], generator=generator)[:_ROWS].sort().values[None].to(decoder.device)
+        )
         with ExitStack() as watching:
             recorded = [watching.enter_context(recorded_projections(attention)) for attention in attentions]
             for attention, each in zip(attentions, sums, strict=True):
@@ -112,7 +115,10 @@ def _rotary(attention: Any, decoder: Any) -> LatentRotary:
 
 
 def _empty_sums(attention: Any, decoder: Any) -> _Sums:
-    turning, like = _rotary(attention, decoder).tables[0].rotary_dim, {"dtype": torch.float64, "device": decoder.device}
+    turning, like = (
+        _rotary(attention, decoder).tables[0].rotary_dim,
+        {"dtype": torch.float64, "device": decoder.device},
+    )
     heads, pairs = attention.num_heads, turning // 2
     return _Sums(
         torch.zeros(heads, pairs, pairs, **like),
@@ -145,14 +151,18 @@ def _add_keys(
         cos, sin = rotary_of(attention, decoder, projected.key.float(), positions)
         query, key = (apply_rotary(each.float(), cos, sin) for each in projected[:2])
         query = query[:, :, rows[0]]
-        weights = masked_logits(attention, query, key, allowed(positions, rows, attention.sliding_window)).softmax(-1)
+        weights = masked_logits(
+            attention, query, key, allowed(positions, rows, attention.sliding_window)
+        ).softmax(-1)
         half, turning = cos.shape[-1] // 2, cos.shape[-1]
         groups = attention.num_heads // attention.num_key_value_heads
         keys = key[0].repeat_interleave(groups, dim=0)  # [N, T, d]
         queries = query[0] * attention.scaling
         for row in range(queries.shape[1]):
             added = queries[:, row, None, :half] * keys[..., :half]
-            added = (added + queries[:, row, None, half:turning] * keys[..., half:turning]).double()  # [N, T, P]
+            added = (
+                added + queries[:, row, None, half:turning] * keys[..., half:turning]
+            ).double()  # [N, T, P]
             weight = weights[0, :, row, :, None].double()
             centred = added - (weight * added).sum(1, keepdim=True)
             sums.grams += (weight * centred).transpose(1, 2) @ centred
@@ -180,7 +190,11 @@ def _key_orders(
         for members, energy in zip(grams, behind.unflatten(0, (-1, together)).sum(1), strict=True):
             pairs = torch.tensor(greedy_order(members.cpu()) if members.shape[-1] else [], dtype=torch.long)
             half = members.shape[-1]
-            orders.append(torch.cat([pairs, pairs + half, 2 * half + energy.argsort(descending=True, stable=True).cpu()]))
+            orders.append(
+                torch.cat(
+                    [pairs, pairs + half, 2 * half + energy.argsort(descending=True, stable=True).cpu()]
+                )
+            )
         found.append(torch.stack(orders).repeat_interleave(together, dim=0))
     return found
 
@@ -199,7 +213,8 @@ def _directions(attention: Any, sums: _Sums) -> Tensor:
     groups = heads // attention.num_key_value_heads
     moments = sums.averaged / sums.averaged.diagonal(dim1=1, dim2=2).sum().clamp_min(1e-30)
     found = [
-        ordered_directions(*pair) for pair in zip(read.cpu().split(groups), moments.cpu().split(groups), strict=True)
+        ordered_directions(*pair)
+        for pair in zip(read.cpu().split(groups), moments.cpu().split(groups), strict=True)
     ]
     return torch.stack([each / each.norm(dim=1, keepdim=True) for each in found])
 
@@ -207,7 +222,11 @@ def _directions(attention: Any, sums: _Sums) -> Tensor:
 @torch.no_grad()
 def apply_order(model: Any, ranks: list[dict[str, Any]]) -> None:
     """Put the channels of a latent model in the order that `rank_channels` found, in place: weights, tables and config."""
-    latent, decoder, layers = latent_config_of(model.config), model.get_decoder(), attention_layers_of(model.config)
+    latent, decoder, layers = (
+        latent_config_of(model.config),
+        model.get_decoder(),
+        attention_layers_of(model.config),
+    )
     tables, channels = list(latent.tables), list(latent.channels)
     for place, (layer, rank) in enumerate(zip(layers, ranks, strict=True)):
         attention, keys = parts_of(decoder, layer).attention, torch.tensor(rank["keys"])
@@ -224,7 +243,9 @@ def apply_order(model: Any, ranks: list[dict[str, Any]]) -> None:
     _set_config(model, replace(latent, tables=tuple(tables), channels=tuple(channels)))
 
 
-def _moved_channels(kept: tuple[int, ...], order: list[int], latent: LatentConfig, half: int) -> tuple[int, ...]:
+def _moved_channels(
+    kept: tuple[int, ...], order: list[int], latent: LatentConfig, half: int
+) -> tuple[int, ...]:
     """The record of kept channels in their new order; factored ones are numbers of maps, not channels, and stay."""
     fixed = 2 * half if latent.unrotated == "factored" else len(kept)
     return (*(kept[at] for at in order[:fixed]), *kept[fixed:])
@@ -267,9 +288,9 @@ def _turn_values(attention: Any, directions: Tensor) -> None:
     """Values in other directions [K, d_vo, d_vo], and outputs that read them."""
     heads, groups = attention.num_heads, attention.num_heads // len(directions)
     for parameter, rows in attention.parameters_of("v"):
-        turned = directions.to(parameter.device) @ parameter.data[rows].double().unflatten(0, (len(directions), -1)).flatten(2)
         whole = parameter.data.clone()
-        whole[rows] = turned.view(whole[rows].shape).to(whole)
+        value = whole[rows].double().view(*directions.shape[:2], -1)
+        whole[rows] = (directions.to(value.device) @ value).view(whole[rows].shape).to(whole)
         parameter.data = whole
     inverse = torch.linalg.inv(directions).repeat_interleave(groups, dim=0)
     if attention.v_map is not None:
