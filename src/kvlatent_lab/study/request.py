@@ -16,6 +16,7 @@ from kvlatent.jobs.record import command_line, name_for_record
 from kvlatent.model.families import head_dim_of
 from kvlatent.workflows.run_plan import load_original_config
 from kvlatent_lab.study.conversion_grids import CHOICES, CONVERSION, WIDTHS
+from kvlatent_lab.study.cross_layer_grid import CROSS_LAYER
 from kvlatent_lab.study.eviction import EVICTION
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, find_refusal
 from kvlatent_lab.study.nested_grid import NESTED
@@ -27,7 +28,18 @@ __all__ = ["STUDIES", "StudyRequest", "resolve_request"]
 
 STUDIES = {
     grid.name: grid
-    for grid in (WIDTHS, LORA_RANK, STAGES, OBJECTIVE, ROPE, EVICTION, CONVERSION, CHOICES, NESTED)
+    for grid in (
+        WIDTHS,
+        LORA_RANK,
+        STAGES,
+        OBJECTIVE,
+        ROPE,
+        EVICTION,
+        CONVERSION,
+        CHOICES,
+        NESTED,
+        CROSS_LAYER,
+    )
 }
 
 _OWN = ("align", "qk_norm")  # of the recipe's conversion; the rest is what studies vary
