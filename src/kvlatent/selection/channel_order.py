@@ -115,10 +115,8 @@ def _rotary(attention: Any, decoder: Any) -> LatentRotary:
 
 
 def _empty_sums(attention: Any, decoder: Any) -> _Sums:
-    turning, like = (
-        _rotary(attention, decoder).tables[0].rotary_dim,
-        {"dtype": torch.float64, "device": decoder.device},
-    )
+    turning = _rotary(attention, decoder).tables[0].rotary_dim
+    like: dict[str, Any] = {"dtype": torch.float64, "device": decoder.device}
     heads, pairs = attention.num_heads, turning // 2
     return _Sums(
         torch.zeros(heads, pairs, pairs, **like),
@@ -182,8 +180,9 @@ def _key_orders(
         together = heads if len(latent.tables_at(layer)) == 1 else 1
         grams, behind = each.grams, each.behind
         if shared:
-            grams = sum(_by_head(one.grams, heads, together) for one in sums)
-            behind = sum((one.behind / one.behind.sum().clamp_min(1e-30)) for one in sums)
+            grams = torch.stack([_by_head(one.grams, heads, together) for one in sums]).sum(0)
+            shares = [one.behind / one.behind.sum().clamp_min(1e-30) for one in sums]
+            behind = torch.stack(shares).sum(0)
         else:
             grams = _by_head(grams, heads, together)
         orders = []
