@@ -22,6 +22,7 @@ from kvlatent.selection.calibrate import calibrate
 from kvlatent.selection.channel_order import order_channels
 from kvlatent.training.nested_widths import NestedWidths
 from kvlatent.training.trainable import merged_copy, prepare_for_training
+from kvlatent.workflows.compress_checkpoint import compress
 from kvlatent.workflows.slice_checkpoint import slice_checkpoint
 from kvlatent.workflows.train_checkpoint import train
 from kvlatent_cli.main import app
@@ -347,3 +348,21 @@ def test_a_share_wider_than_the_model_is_refused_before_anything_is_written(tmp_
         run(latent, teacher, 2, tmp_path / "work", settings)
     assert not (tmp_path / "work").exists()
     assert training_setup.SIZES["num_hidden_layers"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"minutes": 5.0}, r"got --minutes 5 with stage2\.nested_kv=\[0\.25, 0\.5\]; give --tokens instead"),
+        ({"kv": 0.25}, r"got stage2\.nested_kv=\[0\.25, 0\.5\] and --kv 0\.25; raise --kv to 0\.5"),
+    ],
+)
+def test_a_run_that_cannot_train_several_widths_says_so_before_it_starts(folder, options, sentence):
+    asked = {
+        "data": folder / "text.txt",
+        "out": folder / "run",
+        "overrides": ["stage2.nested_kv=[0.25, 0.5]"],
+    }
+    with pytest.raises(ValueError, match=sentence):
+        compress(folder / "original", **asked, **options)
+    assert not (folder / "run.partial").exists()
