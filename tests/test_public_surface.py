@@ -37,6 +37,7 @@ FLAGS = {
     "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--teacher", "--seed", "--overwrite", "--dry-run", *SHARED],
     "convert": ["MODEL", "--out", *CONVERSION, "--data", "--stream", "--overwrite", "--dry-run", *SHARED],
     "export": ["DIR", "--to", "--out", "--dtype", "--pad", "--experimental", "--overwrite", "--json"],
+    "slice": ["DIR", "--kv", "--d-qk", "--d-vo", "--out", "--overwrite", "--json"],
     "serve": ["DIR", "--engine", "--host", "--port", "--context", "--kv-dtype", "--dtype", "--json"],
     "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "plan": ["MODEL", *WIDTHS, "--kv-bytes", "--context", "--batch", "--kv-dtype", "--backend", "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
@@ -54,9 +55,9 @@ FLAGS = {
 
 def test_public_names():
     assert set(kvlatent.__all__) >= {
-        "LatentConfig", "Recipe", "Statistics", "calibrate", "compress", "convert", "evaluate", "export", "plan", "teach", "train",
+        "LatentConfig", "Recipe", "Statistics", "calibrate", "compress", "convert", "evaluate", "export", "plan", "slice_checkpoint", "teach", "train",
     }  # fmt: skip
-    assert len(kvlatent.__all__) <= 15
+    assert len(kvlatent.__all__) <= 16
     for name in kvlatent.__all__:
         assert getattr(kvlatent, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'shrink'"):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvlatent.selection.statistics import Statistics
     from kvlatent.workflows.compress_checkpoint import compress
     from kvlatent.workflows.export_checkpoint import export
+    from kvlatent.workflows.slice_checkpoint import slice_checkpoint
     from kvlatent.workflows.teach_checkpoint import teach
     from kvlatent.workflows.train_checkpoint import train
 
@@ -44,6 +45,7 @@ __all__ = [
     "load_model",
     "plan",
     "save",
+    "slice_checkpoint",
     "teach",
     "train",
 ]
@@ -61,6 +63,7 @@ _LAZY = {
     "load_model": "checkpoints.load",
     "plan": "planning.width_plan",
     "save": "checkpoints.save",
+    "slice_checkpoint": "workflows.slice_checkpoint",
     "teach": "workflows.teach_checkpoint",
     "train": "workflows.train_checkpoint",
 }

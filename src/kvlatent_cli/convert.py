@@ -6,13 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .listings import conversion_listing, figures_listing, minutes_lines, plan_lines
+from .listings import conversion_listing, figures_listing, list_pairs, minutes_lines, plan_lines
 from .options import (
     CONVERSION,
     DATA,
     DEVICE,
     DRY_RUN,
     DTYPE,
+    EXACT_WIDTHS,
+    LATENT,
     MINUTES,
     MODEL,
     OUT,
@@ -37,6 +39,7 @@ TEXT_TO_CALIBRATE = Option(
     "Text to calibrate on; a held-out part of it is measured. All of it, where the preset looks at no text.",
     "FILE",
 )
+SHARE = Option("kv", "Share of the original's cache to keep, at most that of DIR.", kind=float)
 STREAM = switch(
     "stream", "Hold one decoder layer in memory at a time; by itself where the model does not fit."
 )
@@ -60,6 +63,20 @@ def convert(run: Session, given: dict[str, Any]) -> None:
 
     record = convert_checkpoint(**given, progress=run.report, announce=partial(_say_plan, run))
     _show_record(run, record, given["out"])
+
+
+@command(LATENT, SHARE, *EXACT_WIDTHS, OUT, OVERWRITE)
+def slice(run: Session, given: dict[str, Any]) -> None:
+    """Cut a narrower latent checkpoint out of one that was trained at several widths."""
+    from kvlatent.workflows.slice_checkpoint import slice_checkpoint
+
+    record = slice_checkpoint(**given, progress=run.report)
+    plan = record["plan"]
+    run.show(
+        {**record, "out": str(given["out"])},
+        list_pairs({name: plan[name] for name in ("d_qk", "d_vo", "share", "cache_bytes_per_token")}),
+        f"saved in {given['out']}",
+    )
 
 
 def _say_plan(run: Session, plan: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ for name, function in {
     "compress": convert.compress,
     "convert": convert.convert,
     "export": export.export,
+    "slice": convert.slice,
     "serve": serve.serve,
     "calibrate": plan.calibrate,
     "plan": plan.plan,

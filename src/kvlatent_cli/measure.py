@@ -100,7 +100,7 @@ STUDY = (
     positional(
         "name",
         "NAME",
-        "Study to run: conversion, choices, widths, lora-rank, stages, objective, rope or token-eviction.",
+        "Study to run: conversion, choices, widths, lora-rank, stages, objective, rope, nested, cross-layer or token-eviction.",
     ),
     Option("out", "Folder of results, one file a cell.", "DIR", Path, REQUIRED),
     Option("model", "The original, or smollm2; the embedded model by default.", "MODEL", read=read_model),

@@ -224,10 +224,13 @@ BUDGET = (
 )
 TABLE = Option("table", "Who shares a rotary table; each head has its own by default.", "head|layer|model")
 BLOCKS = Option("blocks", "Blocks of text to calibrate on; 128 by default.", "N", int)
-CONVERSION = (
-    *BUDGET,
+EXACT_WIDTHS = (
     Option("d_qk", "Key width of a head: N, or N,N,... one per layer.", "N", read=read_widths),
     Option("d_vo", "Value width of a head: N, or N,N,... one per layer.", "N", read=read_widths),
+)
+CONVERSION = (
+    *BUDGET,
+    *EXACT_WIDTHS,
     Option("preset", "How channels are chosen; 'calibrated' by default.", "NAME"),
     TABLE,
     Option("align", "Steps of attention alignment a layer; 0 for none.", "STEPS", int),

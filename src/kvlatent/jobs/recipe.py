@@ -41,6 +41,7 @@ OPTION = object()
 
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Kept = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -120,13 +121,18 @@ class Stage1(Stage):
 
 
 class Stage2(Stage):
-    """End-to-end training (paper 3.2.3)."""
+    """End-to-end training (paper 3.2.3).
+
+    `nested_kv` are shares of the original's cache whose widths are trained in one checkpoint, one a step; `kvlatent slice`
+    cuts them out of it. The checkpoint's own share has to be among them to be trained, too.
+    """
 
     tokens: Count = 400_000
     objective: Literal["next_token", "kl", "reverse_kl", "mixed_kl", "mix"] = "kl"
     kl_weight: float = Field(0.5, ge=0.0, le=1.0)
     reverse_weight: float = Field(0.5, ge=0.0, le=1.0)
     temperature: float = Field(1.0, gt=0)
+    nested_kv: Annotated[list[Kept], Field(min_length=1)] | None = None
 
 
 class Recipe(Section):

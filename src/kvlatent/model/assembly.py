@@ -136,7 +136,8 @@ def has_tied_head(model: Any) -> bool:
 
 
 NOT_CARRIED = (
-    *("model_type", "architectures", "transformers_version", "auto_map", "head_dim"),
+    *("model_type", "architectures", "transformers_version", "auto_map"),
+    *("head_dim", "qk_head_dim", "v_head_dim"),  # follow from `kv_latent`
     "transformers_weights",  # names a file of the source's
 )
 
@@ -148,7 +149,8 @@ def _config_fields(model: Any, latent: LatentConfig) -> dict[str, Any]:
         fields.pop(name, None)
     fields["tie_word_embeddings"] = has_tied_head(model)
     if fields.get("rope_parameters"):
-        fields["original_rope_parameters"] = fields["rope_parameters"]
+        if not fields.get("kv_latent"):  # else the source is latent itself, and these are the original's
+            fields["original_rope_parameters"] = fields["rope_parameters"]
         fields["rope_parameters"] = _plain_rope(fields["rope_parameters"])
     fields["num_key_value_heads"] = key_value_heads_of(model.config)
     head_dim = max(latent.max_d_qk, latent.max_d_vo)

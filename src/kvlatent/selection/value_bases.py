@@ -12,7 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["best_outputs", "gated_metric", "metric_root", "output_error", "value_basis", "value_errors"]
+__all__ = [
+    "best_outputs",
+    "gated_metric",
+    "metric_root",
+    "ordered_directions",
+    "output_error",
+    "value_basis",
+    "value_errors",
+]
 
 _FLOOR = 1e-10  # relative to the largest eigenvalue
 _SHRINK = 1e-6
@@ -47,7 +55,7 @@ def value_basis(w_o: Tensor, moments: Tensor, d_vo: int) -> Tensor:
         moments: [G, d, d], their A_h.
         d_vo: directions to keep, 0 < d_vo <= d.
     """
-    basis = _start(w_o, moments)[:d_vo]
+    basis = ordered_directions(w_o, moments)[:d_vo]
     if len(w_o) > 1 and d_vo < w_o.shape[-1]:
         basis = _descend(basis, w_o.transpose(1, 2) @ w_o, _shrunk(moments))
     return torch.linalg.qr(basis.T).Q.T.contiguous()
@@ -77,7 +85,7 @@ def value_errors(w_o: Tensor, moments: Tensor, groups: int) -> Tensor:
     errors = w_o.new_zeros(size + 1)
     for heads, seconds in zip(w_o.split(groups), moments.split(groups), strict=True):
         metrics = heads.transpose(1, 2) @ heads
-        basis, seconds = _start(heads, seconds), _shrunk(seconds)
+        basis, seconds = ordered_directions(heads, seconds), _shrunk(seconds)
         errors[0] += (metrics * seconds).sum()
         for width in range(1, size):
             rows = torch.linalg.qr(basis[:width].T).Q.T
@@ -85,7 +93,7 @@ def value_errors(w_o: Tensor, moments: Tensor, groups: int) -> Tensor:
     return errors
 
 
-def _start(w_o: Tensor, moments: Tensor) -> Tensor:
+def ordered_directions(w_o: Tensor, moments: Tensor) -> Tensor:
     """All d directions of the closed form, most important first: [d, d]."""
     values, vectors = torch.linalg.eigh((w_o.transpose(1, 2) @ w_o).sum(0))
     root = (vectors * values.clamp_min(values.max() * _FLOOR).sqrt()) @ vectors.T

@@ -21,6 +21,7 @@ from kvlatent.model.head import Head
 from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.training.held_out_checks import BestKept
 from kvlatent.training.loop import StageTrainer, training_arguments
+from kvlatent.training.nested_widths import NestedWidths, put_in_order
 from kvlatent.training.placement import check_teacher, place_teacher
 from kvlatent.training.resume import (
     StageDirectory,
@@ -72,7 +73,7 @@ def train_stage(
 
     Returns:
         stage, steps, tokens, minutes, first_loss, last_loss, tokens_per_second, and for stage I
-        first_layer_losses and layer_losses; with `divergence` "checks" and "kept_step" (see `BestKept`).
+        first_layer_losses and layer_losses; of several widths "nested_widths", {"d_qk", "d_vo"} of each; with `divergence` "checks" and "kept_step" (see `BestKept`).
 
     Raises:
         ValueError: the model is not prepared, the teacher has another shape or is a store in stage I or of other
@@ -83,6 +84,8 @@ def train_stage(
     settings = settings_of(recipe, stage)
     compares = needs_teacher(settings)
     _check(model, train_blocks)
+    if isinstance(settings, Stage2) and settings.nested_kv is not None:
+        NestedWidths(model, settings.nested_kv, recipe.seed)  # refused before anything is written
     store = teacher if isinstance(teacher, TeacherStore) else None
     original = teacher if isinstance(teacher, PreTrainedModel) else None
     if store is not None:
@@ -94,11 +97,14 @@ def train_stage(
     plan |= {} if store is None else {"teacher": store.record.fingerprint}
     place = StageDirectory(work_dir, plan)
     place.open()
-    decoder = model.get_decoder()
+    decoder, nested = model.get_decoder(), None
+    args = training_arguments(settings, recipe, stage, len(train_blocks[0]["input_ids"]), place.path, device)
+    if isinstance(settings, Stage2) and settings.nested_kv is not None:
+        with args.main_process_first(local=False, desc="rank the channels"):
+            put_in_order(model, train_blocks, place.path, recipe.dtype)
+        nested = NestedWidths(model, settings.nested_kv, recipe.seed)
     if place.final.is_file():
         return read_final(place.final, decoder)
-    length = len(train_blocks[0]["input_ids"])
-    args = training_arguments(settings, recipe, stage, length, place.path, device)
     view = None
     if compares and original is not None:
         view = place_teacher(model, original, recipe.dtype, args.device)
@@ -106,7 +112,9 @@ def train_stage(
         model.to(args.device)  # the Trainer moves the decoder alone
     common = (decoder, args, train_blocks, view, place.journal, Progress.of(progress))
     if isinstance(settings, Stage2):
-        trainer: StageTrainer = EndToEndTrainer(*common, head=Head.of_model(model), settings=settings)
+        trainer: StageTrainer = EndToEndTrainer(
+            *common, head=Head.of_model(model), settings=settings, nested=nested
+        )
     else:
         trainer = LayerTrainer(*common)
     best = None if divergence is None else BestKept(divergence, decoder, place.path)
@@ -116,6 +124,7 @@ def train_stage(
     if settings.activation_checkpointing:
         decoder.activation_checkpointing_disable()
     summary = _summary(read_journal(place.journal)) | ({} if best is None else best.put_back())
+    summary |= {} if nested is None else {"nested_widths": nested.summary()}
     if trainer.is_world_process_zero():
         write_final(place.final, trainable_state(decoder), summary)
     trainer.accelerator.wait_for_everyone()

@@ -9,6 +9,7 @@ Legend: `B` batch, `T` positions, `L` layers.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from kvlatent.model.head import IGNORED, Head
 from kvlatent.model.logit_loss import needs_teacher, stage2_loss
 from kvlatent.training.layer_loss import capture, layer_losses
 from kvlatent.training.loop import StageTrainer
+from kvlatent.training.nested_widths import NestedWidths
 
 __all__ = ["EndToEndTrainer", "LayerTrainer"]
 
@@ -59,14 +61,25 @@ class EndToEndTrainer(StageTrainer):
     Args:
         head: the latent model's LM head, frozen, on the same device.
         settings: objective, weights and temperature.
+        nested: the widths to train, one a step, or None for the model's own.
         others: as for `StageTrainer`.
     """
 
     stage = 2
 
-    def __init__(self, *args: Any, head: Head, settings: Stage2, **others: Any) -> None:
+    def __init__(
+        self, *args: Any, head: Head, settings: Stage2, nested: NestedWidths | None = None, **others: Any
+    ) -> None:
         super().__init__(*args, **others)
-        self.head, self.settings = head, settings
+        self.head, self.settings, self.nested = head, settings, nested
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """As in all stages, at the width of this optimiser step; its backward, too, which may run forwards again."""
+        narrowed = nullcontext() if self.nested is None else self.nested.narrowed(self.state.global_step)
+        with narrowed:
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def num_items(self, inputs: dict[str, Tensor]) -> Tensor:
         """Positions with a label."""

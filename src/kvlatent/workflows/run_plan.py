@@ -135,6 +135,7 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
     config = load_original_config(model)
     size, head = layer_size(config)
     recipe = resolve_recipe(options, config=config, size=size, device=device, stages=stages)
+    _check_nested(recipe, stages, options)
     engine = options.get("engine")
     choices = choices_from_recipe(recipe.conversion, engine, per_layer=_layers_may_differ(options))
     asked = _widths_from_options(config, choices, has_text, options)
@@ -177,6 +178,27 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
         explain=bool(options.get("explain")),
         minutes=minutes,
     )
+
+
+def _check_nested(recipe: Recipe, stages: tuple[int, ...], options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where stage II would train several widths of a run that cannot have them, before it starts."""
+    shares, kv = recipe.stage2.nested_kv, options.get("kv")
+    if shares is None or 2 not in stages:
+        return
+    if (minutes := options.get("minutes")) is not None:
+        raise ValueError(
+            f"--minutes tries rates of stage II on one width: got --minutes {minutes:g} with stage2.nested_kv={shares}; "
+            "give --tokens instead, or train the result with kvlatent train"
+        )
+    if (
+        options.get("d_qk") is None
+        and options.get("d_vo") is None
+        and max(shares) > (0.5 if kv is None else kv)
+    ):
+        raise ValueError(
+            f"stage II cannot train a wider model than is made: got stage2.nested_kv={shares} and --kv "
+            f"{0.5 if kv is None else kv:g}; raise --kv to {max(shares):g}, or leave that share out"
+        )
 
 
 def _stages_from_options(options: Mapping[str, Any]) -> tuple[int, ...]:

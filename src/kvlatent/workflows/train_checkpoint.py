@@ -46,7 +46,7 @@ from kvlatent.workflows.steps import (
     save_run,
 )
 
-__all__ = ["plan_training", "train"]
+__all__ = ["describe_as_before", "plan_training", "table_of", "train"]
 
 _UNTRAINED = (BLIND, UNMEASURED)  # notes that training makes void
 
@@ -82,7 +82,7 @@ def plan_training(
     check_block_size(config, recipe.data.block_size)
     latent = latent_config_of(config)
     return Plan(
-        choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, _table_of(latent)),
+        choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, table_of(latent)),
         kv=1.0,
         widths=latent.widths,
         head_dim=latent.original_head_dim,
@@ -96,7 +96,7 @@ def plan_training(
     )
 
 
-def _table_of(latent: LatentConfig) -> str:
+def table_of(latent: LatentConfig) -> str:
     """Who shares kept pairs; one table where all keys keep the same channels by rule."""
     return table_scope(latent) if latent.keys in BY_PAIRS else "model"
 
@@ -251,20 +251,28 @@ def _is_in_place(model: str | Path, out: str | Path) -> bool:
 
 
 def _continue_history(previous: Mapping[str, Any], plan: Plan, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Plan, training and figures (none: they were the source's) of the record, and what was done before."""
+    """What `describe_as_before` says, with this stage's summary."""
     training = {**previous.get("training", {}), f"stage{summary['stage']}": dict(summary)}
+    described = describe_as_before(previous, plan, training)
+    kept = [note for note in described["plan"]["notes"] if note not in _UNTRAINED]
+    return described | {"plan": described["plan"] | {"notes": kept}}
+
+
+def describe_as_before(
+    previous: Mapping[str, Any], plan: Plan, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Plan, training and figures (none: they were the source's) of a record that goes on from `previous`, and that."""
     before = previous.get("plan", {})
     conversion = ("preset", "choices", "engine", "calibration_blocks")
     described = plan.summary() | {"preset": _preset(plan.choices), "calibration_blocks": 0}
     described |= {name: before[name] for name in conversion if name in before}
-    notes: Iterable[str] = before.get("notes", ())
-    described["notes"] = [note for note in notes if note not in _UNTRAINED]
+    described["notes"] = list(before.get("notes", ()))
     described["tokens"] = {name: training[name]["tokens"] for name in sorted(training)}
     kept = ("command", "sha256", "calibration", "conversion", "training", "figures")
     earlier = [{name: previous[name] for name in kept if name in previous}] if previous else []
     return {
         "plan": described,
-        "training": training,
+        "training": dict(training),
         "figures": {},
         "earlier": [*previous.get("earlier", []), *earlier],
     }

@@ -108,6 +108,17 @@ _QUESTIONS = {
         "Fewer tokens and narrower ones go together: how much of each.",
         (_Plot(SHARE, "model", ("press",)),),
     ),
+    "nested": _Question(
+        "Study: one checkpoint for several widths",
+        "What a width that is cut out of a nested checkpoint loses to the width trained alone, at equal tokens.",
+        (_Plot(SHARE, "trained"),),
+    ),
+    "cross-layer": _Question(
+        "Study: layers that share a cache",
+        "Whether neighbouring layers should share one cache or every layer have a narrower one, at equal bytes and training "
+        "FLOPs, and what both cost together.",
+        (_Plot(SHARE, "design"),),
+    ),
 }
 
 

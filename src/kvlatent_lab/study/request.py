@@ -16,8 +16,10 @@ from kvlatent.jobs.record import command_line, name_for_record
 from kvlatent.model.families import head_dim_of
 from kvlatent.workflows.run_plan import load_original_config
 from kvlatent_lab.study.conversion_grids import CHOICES, CONVERSION, WIDTHS
+from kvlatent_lab.study.cross_layer_grid import CROSS_LAYER
 from kvlatent_lab.study.eviction import EVICTION
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, find_refusal
+from kvlatent_lab.study.nested_grid import NESTED
 from kvlatent_lab.study.rotary_grid import ROPE
 from kvlatent_lab.study.subject import Source, resolve_source
 from kvlatent_lab.study.training_grids import LORA_RANK, OBJECTIVE, STAGES
@@ -25,7 +27,19 @@ from kvlatent_lab.study.training_grids import LORA_RANK, OBJECTIVE, STAGES
 __all__ = ["STUDIES", "StudyRequest", "resolve_request"]
 
 STUDIES = {
-    grid.name: grid for grid in (WIDTHS, LORA_RANK, STAGES, OBJECTIVE, ROPE, EVICTION, CONVERSION, CHOICES)
+    grid.name: grid
+    for grid in (
+        WIDTHS,
+        LORA_RANK,
+        STAGES,
+        OBJECTIVE,
+        ROPE,
+        EVICTION,
+        CONVERSION,
+        CHOICES,
+        NESTED,
+        CROSS_LAYER,
+    )
 }
 
 _OWN = ("align", "qk_norm")  # of the recipe's conversion; the rest is what studies vary
