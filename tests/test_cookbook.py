@@ -62,11 +62,9 @@ def ingredients(monkeypatch, place):
         os.chdir(cwd)
         try:
             if words[1] == "-m":
-                small = [
-                    part for key in ("block_size=64", "separator=x") for part in ("--set", f"data.{key}")
-                ][:2]
-                has = words[3] in ("convert", "calibrate")
-                done = CliRunner().invoke(app, [*words[3:], *(small if has else [])])
+                takes = words[3] in ("convert", "calibrate", "train")
+                small = ["--set", "data.block_size=64"] if takes else []
+                done = CliRunner().invoke(app, [*words[3:], *small])
                 assert done.exit_code == 0, done.stderr
                 return SimpleNamespace(stdout=done.stdout, returncode=0)
             with pytest.MonkeyPatch.context() as patch:
