@@ -79,7 +79,7 @@ def estimate_seconds(
     for stage in stages:
         section = stage_settings(recipe, stage)
         teacher = stage == 1 or section.objective != "next_token"
-        again = 2 if section.activation_checkpointing else 0
+        again = 2 if section.activation_checkpointing and stage == 2 else 0
         per_token = (6 + again + 2 * teacher) * (size + (head if stage == 2 else 0))
         operations += float(section.tokens) * per_token
     return operations / (_SHARE_OF_PEAK * _matmul_speed(device, recipe.dtype)) if stages else 0.0

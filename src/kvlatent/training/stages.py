@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
 from kvlatent.jobs.progress import Progress, Report
-from kvlatent.jobs.recipe import Recipe, Stage, Stage2
+from kvlatent.jobs.recipe import Recipe, Stage, Stage1, Stage2
 from kvlatent.model.head import Head
 from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.training.held_out_checks import BestKept
@@ -108,12 +108,12 @@ def train_stage(
     if isinstance(settings, Stage2):
         trainer: StageTrainer = EndToEndTrainer(*common, head=Head.of_model(model), settings=settings)
     else:
-        trainer = LayerTrainer(*common)
+        trainer = LayerTrainer(*common, settings=settings)
     best = None if divergence is None else BestKept(divergence, decoder, place.path)
     if best is not None:
         trainer.add_callback(best)
     _run(trainer, place.path)
-    if settings.activation_checkpointing:
+    if args.activation_checkpointing:
         decoder.activation_checkpointing_disable()
     summary = _summary(read_journal(place.journal)) | ({} if best is None else best.put_back())
     if trainer.is_world_process_zero():
@@ -135,7 +135,7 @@ def _plan(model: PreTrainedModel, stage: int, settings: Stage, recipe: Recipe, b
     }
 
 
-def settings_of(recipe: Recipe, stage: int) -> Stage:
+def settings_of(recipe: Recipe, stage: int) -> Stage1 | Stage2:
     """The recipe's section of a stage.
 
     Raises:

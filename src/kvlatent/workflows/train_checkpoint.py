@@ -29,7 +29,7 @@ from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.model.time_estimate import estimate_seconds, layer_size
 from kvlatent.selection.choices import BLIND, BY_PAIRS, PRESETS, UNMEASURED, Choices
 from kvlatent.text.parts import TextReader
-from kvlatent.training.placement import check_teacher
+from kvlatent.training.placement import check_teacher, view_of_teacher
 from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.teacher_store import RECORD, TeacherStore, check_takes_store, is_store
@@ -202,10 +202,15 @@ def _run_stage(
     recipe, (stage,) = plan.recipe, plan.stages
     student = load_model(model)
     tokenizer = load_tokenizer(model, student.config)
-    original = load_model(teacher) if isinstance(teacher, str | Path) else teacher
+    prepare_for_training(student, recipe)
+    # What both checkpoints hold is in memory once.
+    original = (
+        view_of_teacher(student, load_model(teacher), recipe.dtype)
+        if isinstance(teacher, str | Path)
+        else teacher
+    )
     reader = TextReader(recipe, tokenizer, student.config, space.path / "data")
     blocks = reader.prepare(data).train
-    prepare_for_training(student, recipe)
     work_dir = space.path / f"stage{stage}"
     summary = train_stage(
         student, original, stage, blocks, recipe, work_dir, device=plan.device, progress=progress
