@@ -377,7 +377,7 @@ def test_a_shard_that_is_cut_short_while_it_is_read(tmp_path, tiny_tokenizer, mo
     def cut(place, costs):
         os.truncate(shards(model)[-1], shards(model)[-1].stat().st_size - 8)
 
-    monkeypatch.setattr(streamed_conversion, "_check_space", cut)
+    monkeypatch.setattr(streamed_conversion, "check_space", cut)
     match = r"ends 8 bytes before its tensor .* does; it was cut short while it was read"
     with pytest.raises(ValueError, match=match):
         convert_checkpoint(model, tmp_path / "out", stream=True, **HALF, preset="paper")

@@ -18,10 +18,10 @@ from .options import (
     OUT,
     OVERWRITE,
     SEED,
+    STREAM,
     TOKENS,
     Option,
     command,
-    switch,
 )
 from .session import Session
 
@@ -36,9 +36,6 @@ TEXT_TO_CALIBRATE = Option(
     "data",
     "Text to calibrate on; a held-out part of it is measured. All of it, where the preset looks at no text.",
     "FILE",
-)
-STREAM = switch(
-    "stream", "Hold one decoder layer in memory at a time; by itself where the model does not fit."
 )
 
 

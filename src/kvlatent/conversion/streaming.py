@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlatent.checkpoints.resident_layers import EMBEDDING, HEAD, NORM, ResidentLayers, layer_prefix
 from kvlatent.checkpoints.shard_output import shard_name, write_shard
 from kvlatent.conversion.alignment import TunedLayer, copy_for_tuning
 from kvlatent.conversion.attention_weights import attention_weights
 from kvlatent.conversion.convert_model import weight_energy
 from kvlatent.conversion.refinement import refine_layer
-from kvlatent.conversion.resident_layers import EMBEDDING, HEAD, NORM, ResidentLayers, layer_prefix
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.work_directory import WorkDirectory
 from kvlatent.model.config import LatentConfig

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from kvlatent.model.families import attention_layers_of, head_dim_of
 
 __all__ = [
     "DEFAULT_SECONDS",
+    "PROCESS_BYTES",
+    "StreamCosts",
     "affordable",
     "assumed_speed",
     "estimate_seconds",
@@ -31,6 +34,9 @@ __all__ = [
 
 DEFAULT_SECONDS = 85.0
 """What a measurement that nobody sized may take by the estimate; two minutes, less loading and a slower machine."""
+
+PROCESS_BYTES = 0.6e9
+"""Of Python, torch and transformers."""
 
 _SHARE_OF_PEAK = 0.4  # what training reaches of a plain matrix product's speed
 # Softmax, rotation, norms and the rest cost a CPU as much per token and layer as this many more parameters would
@@ -64,6 +70,27 @@ def layer_size(config: PretrainedConfig) -> tuple[int, int]:
     tied = getattr(config, "tie_word_embeddings", False)
     embeddings = model.get_input_embeddings().weight.numel() + (0 if tied else head)
     return sum(p.numel() for p in model.parameters()) - embeddings, head
+
+
+@dataclass(frozen=True)
+class StreamCosts:
+    """What streamed work takes: `memory_bytes` at its peak, `disk_bytes` beside the checkpoint, `seconds`."""
+
+    memory_bytes: float
+    disk_bytes: float
+    seconds: float
+
+    def sentence(self) -> str:
+        """For people."""
+        time = (
+            f"{self.seconds / 60:,.0f} minutes"
+            if self.seconds < 5400
+            else f"{self.seconds / 3600:,.1f} hours"
+        )
+        return (
+            f"predicted: {self.memory_bytes / 1e9:,.1f} GB of memory, {self.disk_bytes / 1e9:,.1f} GB on the disk of the output, about "
+            f"{time}"
+        )
 
 
 def estimate_seconds(

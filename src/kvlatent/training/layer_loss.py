@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from kvlatent.model.hidden_states import embed, isolate_layer
 
-__all__ = ["capture", "layer_losses", "layer_losses_one_at_a_time", "layers_of"]
+__all__ = ["capture", "layer_losses", "layer_losses_one_at_a_time", "layers_of", "squared_error"]
 
 
 def capture(teacher_base: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
@@ -154,7 +154,7 @@ def _differentiate(states: dict[str, Tensor], losses: list[Tensor], num_layers: 
     """A hook that appends a layer's loss, its gradients computed, and passes its output on without a graph."""
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        loss = _squared_error(output, states["leaving"])
+        loss = squared_error(output, states["leaving"])
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if loss.requires_grad:
             with torch.autocast(loss.device.type, enabled=False):
@@ -197,13 +197,14 @@ def _compare(target: Tensor, losses: list[Tensor]) -> Any:
     """A hook that appends a layer's mean squared error against `target`, in fp32, and cuts the graph behind it."""
 
     def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        losses.append(_squared_error(output, target))
+        losses.append(squared_error(output, target))
         return _detached(output)
 
     return hook
 
 
-def _squared_error(output: Any, target: Tensor) -> Tensor:
+def squared_error(output: Any, target: Tensor) -> Tensor:
+    """Mean squared error of a layer's output against `target`, [B, T, D], in fp32."""
     return (_first(output).float() - target.float()).square().mean()
 
 

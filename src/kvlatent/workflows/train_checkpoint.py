@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ from kvlatent.workflows.steps import (
     Announce,
     check_texts,
     describe_run,
+    files_of_run,
     hash_sources,
     options_as_typed,
     save_run,
 )
+from kvlatent.workflows.streamed_training import StreamedRun, why_training_streams
 
 __all__ = ["plan_training", "train"]
 
@@ -115,6 +118,7 @@ def train(
     seed: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    stream: bool = False,
     progress: Progress | Callable[[int, int, int, float, float], None] | None = None,
     announce: Announce | None = None,
 ) -> dict[str, Any]:
@@ -134,6 +138,7 @@ def train(
         overrides: `section.key=value` on top of it; tokens, dtype, seed: of the stage, on top of both.
         device: "auto", "cpu" or "cuda".
         overwrite: replace `out` and an unfinished run of other arguments.
+        stream: hold one decoder layer in memory at a time, in stage I; by itself where the models do not fit.
         progress: told after every step; a function is called with stage, step, steps, tokens per second and loss.
         announce: called with the plan once the arguments have passed their checks, before the work.
 
@@ -150,6 +155,7 @@ def train(
     plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=settings, device=device)
     check_texts(data)
     store = _check_teacher(model, teacher, plan)
+    reason = why_training_streams(model, teacher, plan, asked=stream)
     inputs = {"teacher": teacher, "data": data, "recipe": recipe}
     place = prepare_place(out, True, inputs if _is_in_place(model, out) else {"model": model, **inputs})
     replaced = _is_in_place(model, place)
@@ -166,24 +172,35 @@ def train(
         store.check(config, load_tokenizer(model, config), plan.recipe, sha256)
     files = {"data": data, "teacher": teacher, "out": None if replaced else place}
     options = {"stage": stage, "recipe": recipe, **given, "tokens": tokens, "device": device}
-    typed = options_as_typed(files, options)
+    typed = options_as_typed(files, options | {"stream": reason is not None})
     record = describe_run("train", model, typed, sha256, plan.device)
     record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
     previous = read_record(Path(model) / "run.json") or {}
+    streamed = None
+    if reason is not None:
+        streamed = StreamedRun(model, str(teacher), plan, place)
+        plan = replace(plan, notes=(f"streamed, layer by layer, as {reason}", streamed.costs.sentence()))
     space.open(overwrite=overwrite)
     try:
         if announce is not None:
             announce(plan.summary())
         told = Progress.of(progress, ("stage", "done", "total", "tokens_per_second", "loss"))
-        student, tokenizer, summary = _run_stage(space, plan, model, data, store or teacher, told)
+        if streamed is not None:
+            tokenizer, summary = streamed.train(space, data, told)
+        else:
+            student, tokenizer, summary = _run_stage(space, plan, model, data, store or teacher, told)
         record |= _continue_history(previous, plan, summary)
-        journal = _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)
-        save_run(
-            merged_copy(student), place, record, plan.recipe, tokenizer,
-            overwrite=overwrite or replaced, files={JOURNAL: journal},
-        )  # fmt: skip
-    except BaseException:
-        if not space.has_work():
+        written = {JOURNAL: _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)}
+        if streamed is not None:
+            streamed.finish(space, tokenizer, files_of_run(record, plan.recipe) | written)
+        else:
+            over = overwrite or replaced
+            save_run(
+                merged_copy(student), place, record, plan.recipe, tokenizer, overwrite=over, files=written
+            )
+    except BaseException as error:
+        bad_input = streamed is not None and isinstance(error, ValueError)  # nothing is worth going on from
+        if bad_input or not space.has_work():
             space.remove()
         raise
     space.remove()

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from kvlatent.checkpoints.sharded import ShardedWeights
 from kvlatent.model.assembly import full_width, skeleton
 from kvlatent.model.attention import LatentAttention
+from kvlatent.model.classes import latent_classes, latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import family_of
+from kvlatent.model.hidden_states import isolate_layer
 from kvlatent.model.layer_parts import parts_of
 from kvlatent.model.rotary import LatentRotary
 
-__all__ = ["EMBEDDING", "HEAD", "NORM", "ResidentLayers", "layer_prefix"]
+__all__ = ["EMBEDDING", "HEAD", "NORM", "LatentLayers", "ResidentLayers", "layer_prefix"]
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _ROWS = 1 << 14  # of two embeddings compared at once
@@ -56,9 +58,7 @@ class ResidentLayers:
         self.names = _check_names(weights, self.original)
         self.twin = full_width(self.original).requires_grad_(False).eval()
         self.decoder = self.twin.model
-        # By its first parameter a decoder says where it is and what it computes in.
-        empty = torch.empty(0, config.hidden_size, dtype=dtype, device=self.device)
-        self.decoder.embed_tokens.weight = nn.Parameter(empty, requires_grad=False)
+        _place(self.decoder, dtype, self.device)
 
     @property
     def count(self) -> int:
@@ -67,7 +67,7 @@ class ResidentLayers:
 
     def names_of(self, index: int) -> list[str]:
         """Tensors of a layer."""
-        return [name for name in self.names if name.startswith(layer_prefix(index))]
+        return _of_layer(self.names, index)
 
     def largest_layer_bytes(self) -> int:
         """Of the weights of a layer in memory."""
@@ -149,6 +149,62 @@ class ResidentLayers:
             yield layer.eval()
         finally:
             layer.to("meta")
+
+
+class LatentLayers:
+    """A latent checkpoint's model without weights, whose layers get theirs one at a time, to be trained.
+
+    Args:
+        weights: of the checkpoint; config: its transformers config.
+        dtype, device: of the weights in memory.
+
+    Raises:
+        ValueError: names or shapes of the tensors are not those of the model.
+    """
+
+    def __init__(
+        self, weights: ShardedWeights, config: Any, dtype: torch.dtype, device: str | torch.device
+    ) -> None:
+        self.weights, self.dtype, self.device = weights, dtype, torch.device(device)
+        self.config = copy.deepcopy(config)
+        self.config.tie_word_embeddings = _has_one_embedding(weights, config)
+        causal_type = latent_classes(latent_config_of(config).original_model_type)[2]
+        with torch.device("meta"):
+            model = causal_type(self.config)
+        self.model = model.to(dtype).requires_grad_(False).eval()
+        self.names = _check_names(weights, self.model)
+        _place(self.model.model, dtype, self.device)
+
+    @property
+    def count(self) -> int:
+        """Layers."""
+        return self.config.num_hidden_layers
+
+    def names_of(self, index: int) -> list[str]:
+        """Tensors of a layer."""
+        return _of_layer(self.names, index)
+
+    def read_layer(self, index: int) -> Any:
+        """A decoder of layer `index` alone, without a final norm, with its weights; nobody else holds them."""
+        decoder, prefix = self.model.model, layer_prefix(index)
+        state = {
+            name.removeprefix(prefix): self.weights.read(name, self.dtype, self.device)
+            for name in self.names_of(index)
+        }
+        shell = isolate_layer(decoder, index)
+        shell.layers = nn.ModuleList([copy.deepcopy(decoder.layers[index])])
+        shell.layers[0].load_state_dict(state, assign=True)
+        return shell
+
+
+def _of_layer(names: list[str], index: int) -> list[str]:
+    return [name for name in names if name.startswith(layer_prefix(index))]
+
+
+def _place(decoder: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Say where a decoder is and what it computes in, which is read off its first parameter."""
+    empty = torch.empty(0, decoder.config.hidden_size, dtype=dtype, device=device)
+    decoder.embed_tokens.weight = nn.Parameter(empty, requires_grad=False)
 
 
 def _has_one_embedding(weights: ShardedWeights, config: Any) -> bool:
