@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def place(tmp_path_factory, tiny_tokenizer):
     """original and latent, of three layers in shards, and text.txt."""
     folder = tmp_path_factory.mktemp("streamed")
     write_models(folder, tiny_tokenizer, "llama")
-    write_text(folder / "text.txt")
+    write_text(folder / "text.txt", documents=40)
     return folder
 
 
@@ -83,7 +84,7 @@ def difference(one, other):
     return max(float((one[n] - other[n]).abs().max() / one[n].abs().max()) for n in one)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "phi3-window"])
+@pytest.mark.parametrize("name", ["llama-tied", "phi3-window"])
 def test_families_are_those_in_memory(name, place, tmp_path, tiny_tokenizer):
     write_models(tmp_path, tiny_tokenizer, name)
     (whole, tensors), (streamed, again) = both(place, tmp_path, source=tmp_path)
@@ -99,10 +100,8 @@ def test_families_are_those_in_memory(name, place, tmp_path, tiny_tokenizer):
     "overrides",
     [
         ("stage1.own_stream=0.5",),
-        ("stage1.own_stream=1.0", "stage1.gradient_accumulation=1"),
-        ("stage1.max_grad_norm=1e-4",),
-        ("stage1.tokens=8192", "stage1.log_steps=3"),
-        ("lora.rank=0", "stage1.max_grad_norm=0"),
+        ("stage1.max_grad_norm=1e-4", "stage1.log_steps=3"),
+        ("stage1.tokens=2048", "lora.rank=0", "stage1.max_grad_norm=0"),  # twice through the text
     ],
     ids=lambda overrides: overrides[0].partition(".")[2],
 )
@@ -151,7 +150,7 @@ def test_the_output_is_a_checkpoint_that_says_how_it_was_made(place, tmp_path):
 
 def test_in_place_and_from_the_command_line(place, tmp_path):
     for name in ("original", "latent"):
-        os.system(f"cp -r {place / name} {tmp_path / name}")
+        shutil.copytree(place / name, tmp_path / name)
     words = ["train", tmp_path / "latent", "--stage", 1, "--data", place / "text.txt", "--stream"]
     words += ["--teacher", tmp_path / "original", "--device", "cpu"]
     words += [word for setting in SMALL for word in ("--set", setting)]
@@ -159,8 +158,8 @@ def test_in_place_and_from_the_command_line(place, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "streamed, layer by layer, as --stream says so" in done.stderr
     assert "predicted: 0.6 GB of memory" in done.stderr
-    call(place, tmp_path / "out")
-    assert difference(tensors_of(tmp_path / "latent"), tensors_of(tmp_path / "out")) < 1e-4
+    call(place, tmp_path / "out", stream=True)
+    assert difference(tensors_of(tmp_path / "latent"), tensors_of(tmp_path / "out")) == 0
 
 
 def test_it_streams_by_itself_where_the_models_do_not_fit(place, tmp_path, monkeypatch):
@@ -170,15 +169,14 @@ def test_it_streams_by_itself_where_the_models_do_not_fit(place, tmp_path, monke
     assert "streamed, layer by layer, as it takes about 1000000.0 GB at once" in told[0]["notes"][0]
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_run_that_was_stopped_goes_on_with_the_layer_it_was_at(layer, place, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_with_the_layer_it_was_at(place, tmp_path, monkeypatch):
     own = "stage1.own_stream=0.5"
     call(place, tmp_path / "undisturbed", own, stream=True)
     trained, seen = StreamedStage._train, []
 
     def stop(self, index):
         rows = trained(self, index)  # its shard is written, its end not noted
-        if index == layer:
+        if index == 1:
             raise KeyboardInterrupt
         return rows
 
@@ -193,7 +191,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_layer_it_was_at(layer, place, t
         StreamedStage, "_train", lambda self, index: (seen.append(index), trained(self, index))[1]
     )
     call(place, tmp_path / "out", own, stream=True)
-    assert seen == list(range(layer, 3))
+    assert seen == [1, 2]
     one, other = tensors_of(tmp_path / "undisturbed"), tensors_of(tmp_path / "out")
     assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
     assert not (tmp_path / "out.partial").exists()
@@ -229,7 +227,7 @@ def test_mistakes_leave_nothing_behind(change, sentence, place, tmp_path, monkey
 @pytest.mark.parametrize("which", ["original", "latent"])
 def test_a_damaged_checkpoint_is_named(which, place, tmp_path):
     for name in ("original", "latent"):
-        os.system(f"cp -r {place / name} {tmp_path / name}")
+        shutil.copytree(place / name, tmp_path / name)
     shard = sorted((tmp_path / which).glob("*.safetensors"))[1]
     os.truncate(shard, shard.stat().st_size - 8)
     with pytest.raises(ValueError, match="truncated or damaged"):

@@ -49,7 +49,9 @@ def streamed_stage_costs(
     adapters = recipe.lora.rank * len(family.ffn_modules) * (config.hidden_size + wide)
     trained = attention + adapters
     tokens = settings.batch_size * size
-    held = frozen * student.dtype.itemsize + _COPIES * 4 * trained
+    # Frozen weights as they are read, and in float32 where the stage computes in it; the first go when the second are there.
+    widened = recipe.dtype == "float32" and student.dtype != torch.float32
+    held = frozen * (4 if widened else student.dtype.itemsize) + _COPIES * 4 * trained
     heads = sum(student.weights.shape(name)[0] for name in names if f".{family.attention}." in name)
     # Gate, up, their product and its activation; LoRA's input is the layer's own.
     graph = tokens * 4 * (_SAVED * config.hidden_size + 2 * heads + 5 * wide)
@@ -66,7 +68,7 @@ def streamed_stage_costs(
         PROCESS_BYTES + max(held + graph, passing, embedding),
         written + seen * states * (2 + own),
         written / _READ_AND_WRITTEN
-        + student.count * operations / assumed_speed(student.device, student.dtype),
+        + student.count * operations / assumed_speed(student.device, getattr(torch, recipe.dtype)),
     )
 
 

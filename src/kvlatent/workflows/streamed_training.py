@@ -16,12 +16,11 @@ import torch
 from kvlatent.checkpoints.load import load_config
 from kvlatent.checkpoints.resident_layers import LatentLayers, ResidentLayers
 from kvlatent.checkpoints.shard_output import finish_checkpoint
-from kvlatent.checkpoints.sharded import ShardedWeights, open_sharded
+from kvlatent.checkpoints.sharded import open_sharded
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.atomic import put_in_place, write_text
 from kvlatent.jobs.devices import free_memory
 from kvlatent.jobs.progress import Progress
-from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.work_directory import WorkDirectory
 from kvlatent.model.time_estimate import StreamCosts
 from kvlatent.text.parts import TextReader
@@ -81,8 +80,12 @@ class StreamedRun:
 
     def __init__(self, model: str | Path, teacher: str | Path, plan: Plan, place: Path) -> None:
         self.model, self.recipe, self.stored = Path(model), plan.recipe, plan.stored_dtype
-        self.student = LatentLayers(*_open(model, plan.recipe), plan.device)
-        self.original = ResidentLayers(*_open(teacher, plan.recipe), plan.device)
+        # As in memory: the student as it is stored, for `prepare_for_training` to cast, the original as it is compared.
+        weights, config = open_source(model)
+        self.student = LatentLayers(weights, config, config.dtype, plan.device)
+        weights, config = open_source(teacher)
+        dtype = torch.float32 if plan.recipe.dtype == "float32" else config.dtype
+        self.original = ResidentLayers(weights, config, dtype, plan.device)
         self.place = place
         size = min(self.recipe.data.block_size, self.student.config.max_position_embeddings)
         self.costs: StreamCosts = streamed_stage_costs(
@@ -119,9 +122,3 @@ class StreamedRun:
         self.student.model.config.dtype = self.stored
         finish_checkpoint(work.path / "out", self.student.model, self.model, tokenizer, files)
         put_in_place(work.path / "out", self.place.resolve())
-
-
-def _open(path: str | Path, recipe: Recipe) -> tuple[ShardedWeights, Any, torch.dtype]:
-    """Weights, config, and the dtype in which a training in memory holds what it does not train."""
-    weights, config = open_source(path)
-    return weights, config, torch.float32 if recipe.dtype == "float32" else config.dtype
