@@ -167,23 +167,18 @@ def train(
     if (summary := _finished(space, place, replaced)) is not None:
         return summary
     prepare_output(place, overwrite or replaced)
-    if store is not None and needs_teacher(settings_of(plan.recipe, stage)):
-        config = load_config(str(model))
-        store.check(config, load_tokenizer(model, config), plan.recipe, sha256)
+    _check_store(store, model, plan, sha256)
     files = {"data": data, "teacher": teacher, "out": None if replaced else place}
     options = {"stage": stage, "recipe": recipe, **given, "tokens": tokens, "device": device}
     typed = options_as_typed(files, options | {"stream": reason is not None})
     record = describe_run("train", model, typed, sha256, plan.device)
     record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
     previous = read_record(Path(model) / "run.json") or {}
-    streamed = None
-    if reason is not None:
-        streamed = StreamedRun(model, str(teacher), plan, place)
-        plan = replace(plan, notes=(f"streamed, layer by layer, as {reason}", streamed.costs.sentence()))
+    streamed = None if reason is None else StreamedRun(model, str(teacher), plan, place)
     space.open(overwrite=overwrite)
     try:
         if announce is not None:
-            announce(plan.summary())
+            announce(_with_costs(plan, streamed, reason).summary())
         told = Progress.of(progress, ("stage", "done", "total", "tokens_per_second", "loss"))
         if streamed is not None:
             tokenizer, summary = streamed.train(space, data, told)
@@ -194,10 +189,8 @@ def train(
         if streamed is not None:
             streamed.finish(space, tokenizer, files_of_run(record, plan.recipe) | written)
         else:
-            over = overwrite or replaced
-            save_run(
-                merged_copy(student), place, record, plan.recipe, tokenizer, overwrite=over, files=written
-            )
+            trained, over = merged_copy(student), overwrite or replaced
+            save_run(trained, place, record, plan.recipe, tokenizer, overwrite=over, files=written)
     except BaseException as error:
         bad_input = streamed is not None and isinstance(error, ValueError)  # nothing is worth going on from
         if bad_input or not space.has_work():
@@ -244,6 +237,22 @@ def _check_teacher(model: str | Path, teacher: str | Path | None, plan: Plan) ->
     if needs_teacher(settings_of(plan.recipe, stage)):
         check_teacher(load_config(str(model)), None if teacher is None else load_config(str(teacher)))
     return None
+
+
+def _check_store(
+    store: TeacherStore | None, model: str | Path, plan: Plan, sha256: Mapping[str, Any]
+) -> None:
+    """Raise `ValueError` where a store that the stage learns from is of another text, tokenizer or recipe."""
+    if store is not None and needs_teacher(settings_of(plan.recipe, plan.stages[0])):
+        config = load_config(str(model))
+        store.check(config, load_tokenizer(model, config), plan.recipe, sha256)
+
+
+def _with_costs(plan: Plan, streamed: StreamedRun | None, reason: str | None) -> Plan:
+    """The plan, and of one that streams why it does and what it will take."""
+    if streamed is None:
+        return plan
+    return replace(plan, notes=(f"streamed, layer by layer, as {reason}", streamed.costs.sentence()))
 
 
 def _finished(space: WorkDirectory, out: Path, replaced: bool) -> dict[str, Any] | None:
