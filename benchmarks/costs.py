@@ -3,7 +3,8 @@
     python benchmarks/costs.py seconds [--model DIR] [--data FILE]   calibration and conversion to half the widths
     python benchmarks/costs.py precision [--model DIR] [--data FILE] the same in bfloat16 and float32: figures and seconds
     python benchmarks/costs.py memory [--calibrated]                 peak of a conversion over the size of the original
-    python benchmarks/costs.py stage1 [--model DIR] [--data FILE]    a step over a forward and a backward of the layers
+    python benchmarks/costs.py stage1 [--model DIR] [--data FILE]    a step over a forward and a backward of the layers, and
+                                                                     what its graphs and states hold, in both forms
 
 Without --model it is the embedded model (smollm2: a real one, see real_model.py), without --data the standard library's
 held-out modules. One JSON document goes to stdout. Memory is the largest resident size of this process over that after
@@ -16,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,11 +38,11 @@ from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import environment
 from kvlatent.model.assembly import full_width
-from kvlatent.model.hidden_states import blocks_at_once
+from kvlatent.model.hidden_states import blocks_at_once, isolate_layer
 from kvlatent.selection.calibrate import calibrate
 from kvlatent.selection.choices import PAPER
 from kvlatent.text.standard_library import model_path
-from kvlatent.training.layer_loss import capture, layer_losses
+from kvlatent.training.layer_loss import capture, layer_losses, layer_losses_one_at_a_time
 from kvlatent.training.trainable import prepare_for_training
 from kvlatent_cli.named_models import model_argument
 
@@ -199,6 +202,7 @@ def measure_stage1(args: argparse.Namespace) -> dict[str, Any]:
     student = convert(teacher, d_qk=half, d_vo=half, choices=PAPER)
     prepare_for_training(student, Recipe.load(None, ["lora.rank=16"]))
     decoders, inputs = (teacher.get_decoder(), student.get_decoder().train()), read_blocks(args, teacher, 4)
+    held = stage1_memory(decoders, inputs)
 
     def reference() -> None:
         with torch.no_grad():
@@ -206,11 +210,15 @@ def measure_stage1(args: argparse.Namespace) -> dict[str, Any]:
         decoders[1](**inputs, use_cache=False).last_hidden_state.float().square().mean().backward()
 
     def step() -> None:
+        layer_losses_one_at_a_time(decoders[1], decoders[0], inputs).mean().backward()
+
+    def step_with_all_graphs() -> None:
         layer_losses(decoders[1], capture(decoders[0], inputs), inputs).mean().backward()
 
-    times: dict[str, list[float]] = {"reference": [], "stage I step": []}
+    works = {"reference": reference, "stage I step": step, "with all graphs": step_with_all_graphs}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(args.rounds + 2):
-        for name, work in zip(times, (reference, step), strict=True):
+        for name, work in works.items():
             start = time.perf_counter()
             work()
             decoders[1].zero_grad()
@@ -218,7 +226,62 @@ def measure_stage1(args: argparse.Namespace) -> dict[str, Any]:
                 times[name].append(time.perf_counter() - start)
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
     ratio = quartiles["stage I step"][1] / quartiles["reference"][1]
-    return {"ratio": round(ratio, 4), "limit": 1.6, "quartiles_seconds": quartiles}
+    return {"ratio": round(ratio, 4), "limit": 1.6, "quartiles_seconds": quartiles, "bytes": held}
+
+
+def stage1_memory(decoders: tuple[Any, Any], inputs: dict[str, Tensor]) -> dict[str, int]:
+    """Bytes that a forward pass of stage I holds at the most in graphs and states, weights aside, in both forms, and limits.
+
+    What a graph holds is what autograd saves, each storage once; "one layer's graph" is that of the layer alone.
+    """
+    teacher, student = decoders
+    states = capture(teacher, inputs)
+    state = states[0].numel() * states[0].element_size()
+    layers = len(states) - 1
+    weights = {p.untyped_storage().data_ptr() for decoder in decoders for p in decoder.parameters()}
+    one = held_at_most(lambda: layer_losses_one_at_a_time(student, teacher, inputs).mean(), weights)
+    whole = held_at_most(lambda: layer_losses(student, states, inputs).mean(), weights)
+    layer = isolate_layer(student, 0)
+    positions = inputs["position_ids"]
+
+    def alone() -> Tensor:
+        output = layer(inputs_embeds=states[0], position_ids=positions, use_cache=False).last_hidden_state
+        return (output.float() - states[1].float()).square().mean()
+
+    return {
+        "one layer's graph": (graph := held_at_most(alone, weights)),
+        "one at a time": one,
+        "with all graphs": whole,
+        "states and one graph": (layers + 1) * state + graph,
+    }
+
+
+def held_at_most(work: Callable[[], Tensor], known: set[int]) -> int:
+    """The most bytes that graphs hold while `work` runs, of storages that are not `known`."""
+    alive: Counter[tuple[int, int]] = Counter()
+    most = 0
+
+    def pack(tensor: Tensor) -> Any:
+        nonlocal most
+        storage = tensor.untyped_storage()
+        key = (storage.data_ptr(), storage.nbytes())
+        holder = _Held(tensor)
+        if key[0] not in known:
+            alive[key] += 1
+            most = max(most, sum(size for (_, size), count in alive.items() if count))
+            weakref.finalize(holder, alive.subtract, [key])
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        work()
+    return most
+
+
+class _Held:
+    """A saved tensor, so that it is seen when it goes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def load(args: argparse.Namespace) -> tuple[Any, int]:

@@ -29,8 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvlatent.checkpoints.resident_layers import ResidentLayers
 from kvlatent.checkpoints.sharded import open_sharded
-from kvlatent.conversion.resident_layers import ResidentLayers
 from kvlatent.conversion.stream_costs import stream_costs
 from kvlatent.jobs.fingerprints import file_sha256
 from kvlatent.jobs.record import environment

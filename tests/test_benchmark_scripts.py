@@ -57,6 +57,9 @@ def test_a_step_of_stage_one_beside_its_reference(place, call):
     low, middle, high = found["quartiles_seconds"]["stage I step"]
     assert 0 < low <= middle <= high
     assert found["ratio"] == pytest.approx(middle / found["quartiles_seconds"]["reference"][1], rel=1e-3)
+    held = found["bytes"]
+    assert 0 < held["one at a time"] < 0.6 * held["with all graphs"]  # of two layers
+    assert held["one at a time"] < 1.05 * held["one layer's graph"] < held["states and one graph"]
 
 
 def test_converting_copies_only_what_it_changes():

@@ -42,7 +42,7 @@ FLAGS = {
     "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "plan": ["MODEL", *WIDTHS, "--kv-bytes", "--context", "--batch", "--kv-dtype", "--backend", "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "teach": ["MODEL", "--data", "--top-k", "--out", *RECIPE, "--tokens", "--seed", "--overwrite", *SHARED],
-    "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--seed", "--overwrite", *SHARED],
+    "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--stream", "--seed", "--overwrite", *SHARED],
     "eval": ["DIR", "--data", "--against", "--checks", "--tasks", "--include-path", "--limit", "--block-size", "--stride", "--batch-size", "--max-tokens", "--contexts", "--template", "--separator", "--text-field", "--seed", *SHARED],
     "bench": ["DIR", "--against", "--contexts", "--batches", "--caches", "--new-tokens", "--repeats", "--memory", "--attention", "--compile", "--engine", "--kv-dtype", "--seed", *SHARED],
     "study": ["NAME", "--out", "--model", "--data", "--eval-data", "--seeds", "--tokens", "--eval-tokens", "--cells", "--limit", "--threads", "--python", *RECIPE, "--device", "--dry-run", "--json"],

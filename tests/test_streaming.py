@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvlatent.checkpoints import shard_output
+from kvlatent.checkpoints.resident_layers import ResidentLayers
 from kvlatent.checkpoints.sharded import open_sharded
 from kvlatent.conversion import convert_model
-from kvlatent.conversion.resident_layers import ResidentLayers
 from kvlatent.jobs.fingerprints import model_fingerprint
 from kvlatent.model.families import attention_layers_of
 from kvlatent.selection.choices import NO_DATA
@@ -405,7 +405,7 @@ def test_a_shard_that_is_cut_short_while_it_is_read(tmp_path, tiny_tokenizer, mo
     def cut(place, costs):
         os.truncate(shards(model)[-1], shards(model)[-1].stat().st_size - 8)
 
-    monkeypatch.setattr(streamed_conversion, "_check_space", cut)
+    monkeypatch.setattr(streamed_conversion, "check_space", cut)
     match = r"ends 8 bytes before its tensor .* does; it was cut short while it was read"
     with pytest.raises(ValueError, match=match):
         convert_checkpoint(model, tmp_path / "out", stream=True, **HALF, preset="paper")

@@ -20,10 +20,10 @@ from .options import (
     OUT,
     OVERWRITE,
     SEED,
+    STREAM,
     TOKENS,
     Option,
     command,
-    switch,
 )
 from .session import Session
 
@@ -40,9 +40,6 @@ TEXT_TO_CALIBRATE = Option(
     "FILE",
 )
 SHARE = Option("kv", "Share of the original's cache to keep, at most that of DIR.", kind=float)
-STREAM = switch(
-    "stream", "Hold one decoder layer in memory at a time; by itself where the model does not fit."
-)
 
 
 @command(

@@ -197,6 +197,9 @@ STATISTICS = Option("statistics", "What `kvlatent calibrate` wrote, to calibrate
 OUT = Option("out", "Directory to write.", "DIR", Path, REQUIRED)
 OVERWRITE = switch("overwrite", "Replace what the output directory holds.")
 OVERWRITE_FILE = switch("overwrite", "Replace a file of that name.")
+STREAM = switch(
+    "stream", "Hold one decoder layer in memory at a time; by itself where the model does not fit."
+)
 DRY_RUN = switch("dry_run", "Print the plan and write nothing.")
 TOKENS = Option("tokens", "Training tokens, of all stages together.", "N", int)
 MINUTES = Option(

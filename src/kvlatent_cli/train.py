@@ -20,6 +20,7 @@ from .options import (
     RECIPE,
     REQUIRED,
     SEED,
+    STREAM,
     TOKENS,
     Option,
     command,
@@ -50,7 +51,9 @@ DEMO_MODEL = Option(
 PRESET = Option("preset", "How channels are chosen.", "NAME", default="calibrated")
 
 
-@command(LATENT, STAGE, DATA, TEACHER, OUT_OR_IN_PLACE, *RECIPE, TOKENS, DEVICE, DTYPE, SEED, OVERWRITE)
+@command(
+    LATENT, STAGE, DATA, TEACHER, OUT_OR_IN_PLACE, *RECIPE, TOKENS, STREAM, DEVICE, DTYPE, SEED, OVERWRITE
+)
 def train(run: Session, given: dict[str, Any]) -> None:
     """Train one stage of a latent checkpoint, in place unless --out is given. Repeat the command to continue."""
     from kvlatent.workflows.train_checkpoint import train
@@ -95,6 +98,8 @@ def demo(run: Session, given: dict[str, Any]) -> None:
 def _say_stage(run: Session, plan: dict[str, Any]) -> None:
     run.close()
     ((name, tokens),) = plan["tokens"].items()
+    for note in plan["notes"]:
+        run.say(note)
     run.say(
         f"stage {'I' * int(name[-1])}: {tokens:,} tokens on {plan['device']} in {plan['dtype']}, about "
         f"{duration(plan['estimated_seconds'])} (an estimate from the model's size and this machine's speed)"

@@ -6,20 +6,17 @@ runs in `docs/streaming.md`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from kvlatent.conversion.resident_layers import ResidentLayers
+from kvlatent.checkpoints.resident_layers import ResidentLayers
 from kvlatent.conversion.tuning import BLOCKS
 from kvlatent.model.families import head_dim_of, key_value_heads_of
-from kvlatent.model.time_estimate import assumed_speed
+from kvlatent.model.time_estimate import PROCESS_BYTES, StreamCosts, assumed_speed
 from kvlatent.model.widths import Widths, width_per_layer
 from kvlatent.selection.choices import Choices
 
-__all__ = ["StreamCosts", "stream_costs"]
+__all__ = ["stream_costs"]
 
-_PROCESS = 0.6e9  # bytes of Python, torch and transformers
 _FORWARD_TOKENS = 2048  # read together on a CPU
 _READ_AND_WRITTEN = 1e9  # bytes a second of a disk, both ways; a network's are less
 _FFN = 4  # times the model width stand inside a feed-forward part where the config does not say
@@ -29,27 +26,6 @@ _PASSES = 3  # of all text through a layer: for statistics, for the targets, and
 _TUNED_COPIES = (
     5  # of narrow attention in float32: the layer's, one that is tuned, its gradients, and two sums of Adam
 )
-
-
-@dataclass(frozen=True)
-class StreamCosts:
-    """What a conversion takes: `memory_bytes` at its peak, `disk_bytes` beside the checkpoint, `seconds`."""
-
-    memory_bytes: float
-    disk_bytes: float
-    seconds: float
-
-    def sentence(self) -> str:
-        """For people."""
-        time = (
-            f"{self.seconds / 60:,.0f} minutes"
-            if self.seconds < 5400
-            else f"{self.seconds / 3600:,.1f} hours"
-        )
-        return (
-            f"predicted: {self.memory_bytes / 1e9:,.1f} GB of memory, {self.disk_bytes / 1e9:,.1f} GB on the disk of the output, about "
-            f"{time}"
-        )
 
 
 def stream_costs(
@@ -94,7 +70,7 @@ def stream_costs(
     heads = config.num_attention_heads + key_value_heads_of(config)
     states = tokens * layers.dtype.itemsize * (7 * config.hidden_size + heads * head_dim)
     return StreamCosts(
-        _PROCESS + max(held, embedding),
+        PROCESS_BYTES + max(held, embedding),
         written + states,
         written / _READ_AND_WRITTEN + layers.count * operations / speed,
     )

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kvlatent.checkpoints.resident_layers import ResidentLayers
 from kvlatent.conversion.convert_model import weight_energy
-from kvlatent.conversion.resident_layers import ResidentLayers
 from kvlatent.model.families import effective_table, effective_tables, head_dim_of, key_value_heads_of
 from kvlatent.selection.choices import Choices
 from kvlatent.selection.pairs import Pairs, choose_pairs, strongest_pairs

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlatent.checkpoints.resident_layers import ResidentLayers
 from kvlatent.checkpoints.shard_output import shard_name, write_shard
 from kvlatent.conversion.alignment import TunedLayer, copy_for_tuning
 from kvlatent.conversion.attention_weights import attention_weights
 from kvlatent.conversion.refinement import carry_on, refine_layer
-from kvlatent.conversion.resident_layers import ResidentLayers
 from kvlatent.conversion.streamed_pairs import (
     choose_some_pairs,
     energy_of,

@@ -115,9 +115,14 @@ class Stage(Section):
 
 
 class Stage1(Stage):
-    """In-layer distillation (paper 3.2.2); a fifth of the tokens: with that share two stages beat one."""
+    """In-layer distillation (paper 3.2.2); a fifth of the tokens: with that share two stages beat one.
+
+    In the last `own_stream` of the steps a layer sees what the student's own layers below it gave, instead of the original's
+    states. `activation_checkpointing` has an effect on sharded models only, since one layer's graph is alive otherwise.
+    """
 
     tokens: Count = 100_000
+    own_stream: float = Field(0.0, ge=0.0, le=1.0)
 
 
 class Stage2(Stage):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from kvlatent.model.families import attention_layers_of, head_dim_of
 
 __all__ = [
     "DEFAULT_SECONDS",
+    "PROCESS_BYTES",
+    "StreamCosts",
     "affordable",
     "assumed_speed",
     "estimate_seconds",
@@ -31,6 +34,9 @@ __all__ = [
 
 DEFAULT_SECONDS = 85.0
 """What a measurement that nobody sized may take by the estimate; two minutes, less loading and a slower machine."""
+
+PROCESS_BYTES = 0.6e9
+"""Of Python, torch and transformers."""
 
 _SHARE_OF_PEAK = 0.4  # what training reaches of a plain matrix product's speed
 # Softmax, rotation, norms and the rest cost a CPU as much per token and layer as this many more parameters would
@@ -66,6 +72,27 @@ def layer_size(config: PretrainedConfig) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()) - embeddings, head
 
 
+@dataclass(frozen=True)
+class StreamCosts:
+    """What streamed work takes: `memory_bytes` at its peak, `disk_bytes` beside the checkpoint, `seconds`."""
+
+    memory_bytes: float
+    disk_bytes: float
+    seconds: float
+
+    def sentence(self) -> str:
+        """For people."""
+        time = (
+            f"{self.seconds / 60:,.0f} minutes"
+            if self.seconds < 5400
+            else f"{self.seconds / 3600:,.1f} hours"
+        )
+        return (
+            f"predicted: {self.memory_bytes / 1e9:,.1f} GB of memory, {self.disk_bytes / 1e9:,.1f} GB on the disk of the output, about "
+            f"{time}"
+        )
+
+
 def estimate_seconds(
     recipe: Recipe, stages: tuple[int, ...], size: int, head: int, layers: int, device: str
 ) -> float:
@@ -79,7 +106,7 @@ def estimate_seconds(
     for stage in stages:
         section = stage_settings(recipe, stage)
         teacher = stage == 1 or section.objective != "next_token"
-        again = 2 if section.activation_checkpointing else 0
+        again = 2 if section.activation_checkpointing and stage == 2 else 0
         per_token = (6 + again + 2 * teacher) * (size + (head if stage == 2 else 0))
         operations += float(section.tokens) * per_token
     return operations / (_SHARE_OF_PEAK * _matmul_speed(device, recipe.dtype)) if stages else 0.0

@@ -1,8 +1,8 @@
 """The original as teacher: is it of the student's shape, and how do both fit on one device.
 
 Why: the teacher is only read, so it is a view: separate parameter objects on the caller's tensors. What
-student and teacher share stays one tensor when it moves to a GPU, so the teacher costs only its own attention
-projections there.
+student and teacher have in common is one tensor, and stays one when it moves to a GPU, so the teacher costs only its own
+attention projections.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvlatent.model.families import head_dim_of, key_value_heads_of
-from kvlatent.training.trainable import merged_copy, shared_copy
+from kvlatent.training.trainable import shared_copy
 
-__all__ = ["SAME", "check_teacher", "place_teacher"]
+__all__ = ["SAME", "check_teacher", "place_teacher", "view_of_teacher"]
 
 SAME = (
     "hidden_size",
@@ -70,14 +70,40 @@ def place_teacher(
         dtype: "float32" makes the view fp32; otherwise the teacher's types are kept.
         device: of the training.
     """
-    cast = dtype == "float32"
-    view = merged_copy(teacher, torch.float32) if cast else shared_copy(teacher).requires_grad_(False).eval()
+    view = view_of_teacher(student, teacher, dtype)
     shared = {_place(parameter): parameter for parameter in student.parameters()}
     twins = [(own, shared[_place(own)]) for own in view.parameters() if _place(own) in shared]
     student.to(device)
     for own, twin in twins:
         own.data = twin.detach()
     return view.to(device)
+
+
+def view_of_teacher(student: PreTrainedModel, teacher: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The teacher, frozen, with the student's tensors wherever they hold the same numbers, whatever files they came from.
+
+    So it costs its own attention projections, and the feed-forward part where the student's was trained before.
+
+    Args:
+        student, teacher, dtype: as for `place_teacher`; both models are in one place.
+    """
+    view = shared_copy(teacher).requires_grad_(False).eval()
+    frozen = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in student.named_parameters()
+        if not parameter.requires_grad
+    }
+    for name, own in view.named_parameters():
+        wanted = own.to(torch.float32) if dtype == "float32" and own.is_floating_point() else own
+        twin = frozen.get(name)
+        same = twin is not None and _has_same_numbers(wanted, twin)
+        own.data = twin.detach() if twin is not None and same else wanted.detach()
+    return view
+
+
+def _has_same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and (one.data_ptr() == other.data_ptr() or torch.equal(one, other))
 
 
 def _place(tensor: torch.Tensor) -> tuple:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
 from kvlatent.jobs.progress import Progress, Report
-from kvlatent.jobs.recipe import Recipe, Stage, Stage2
+from kvlatent.jobs.recipe import Recipe, Stage, Stage1, Stage2
 from kvlatent.model.head import Head
 from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.training.held_out_checks import BestKept
@@ -34,7 +34,7 @@ from kvlatent.training.teacher_store import TeacherStore, check_takes_store
 from kvlatent.training.trainable import trainable_names, trainable_state
 from kvlatent.training.trainers import EndToEndTrainer, LayerTrainer
 
-__all__ = ["settings_of", "train_stage"]
+__all__ = ["forward_put_back", "settings_of", "summary_of", "train_stage"]
 
 _WRAPPED = ("forward", "_original_forward")  # what accelerate sets on a model that it prepares
 
@@ -116,14 +116,14 @@ def train_stage(
             *common, head=Head.of_model(model), settings=settings, nested=nested
         )
     else:
-        trainer = LayerTrainer(*common)
+        trainer = LayerTrainer(*common, settings=settings)
     best = None if divergence is None else BestKept(divergence, decoder, place.path)
     if best is not None:
         trainer.add_callback(best)
     _run(trainer, place.path)
-    if settings.activation_checkpointing:
+    if args.activation_checkpointing:
         decoder.activation_checkpointing_disable()
-    summary = _summary(read_journal(place.journal)) | ({} if best is None else best.put_back())
+    summary = summary_of(read_journal(place.journal)) | ({} if best is None else best.put_back())
     summary |= {} if nested is None else {"nested_widths": nested.summary()}
     if trainer.is_world_process_zero():
         write_final(place.final, trainable_state(decoder), summary)
@@ -144,7 +144,7 @@ def _plan(model: PreTrainedModel, stage: int, settings: Stage, recipe: Recipe, b
     }
 
 
-def settings_of(recipe: Recipe, stage: int) -> Stage:
+def settings_of(recipe: Recipe, stage: int) -> Stage1 | Stage2:
     """The recipe's section of a stage.
 
     Raises:
@@ -175,12 +175,12 @@ def _run(trainer: StageTrainer, work_dir: Path) -> None:
         for cut in work_dir.glob(".*.tmp-*"):  # a kill in the middle of an atomic write
             cut.unlink(missing_ok=True)
         checkpoint = last_complete_checkpoint(work_dir, trainer.args.world_size)
-    with _forward_put_back(trainer.decoder):
+    with forward_put_back(trainer.decoder):
         trainer.resume(checkpoint)
 
 
 @contextmanager
-def _forward_put_back(decoder: Any) -> Generator[None]:
+def forward_put_back(decoder: Any) -> Generator[None]:
     """Take off the autocast that accelerate wraps a model's forward in for good.
 
     What is trained would otherwise go on in bfloat16, with outputs in float32, as would every copy of it; its checkpoint,
@@ -195,8 +195,8 @@ def _forward_put_back(decoder: Any) -> Generator[None]:
         vars(decoder).update(before)
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """First and last journal line, as figures of the stage."""
+def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """First and last line of a journal, as figures of the stage."""
     first, last = rows[0], rows[-1]
     summary = {
         "stage": last["stage"],

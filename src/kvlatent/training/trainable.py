@@ -25,7 +25,9 @@ __all__ = ["merged_copy", "prepare_for_training", "shared_copy", "trainable_name
 ADAPTER = "default"
 
 
-def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+def prepare_for_training(
+    model: PreTrainedModel, recipe: Recipe, generator: torch.Generator | None = None
+) -> list[str]:
     """Freeze everything but the attention projections, add LoRA to the FFN, make what is trained fp32; in
     place.
 
@@ -36,6 +38,7 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
     Args:
         model: a latent (or original) causal language model of a supported family, prepared once only.
         recipe: `lora`, `seed` and `dtype` are read.
+        generator: draws LoRA's start, for a model that comes in parts; None: one of the recipe's seed.
 
     Returns:
         The names of the trained parameters, sorted, as in `model.named_parameters()`.
@@ -50,7 +53,7 @@ def prepare_for_training(model: PreTrainedModel, recipe: Recipe) -> list[str]:
         raise ValueError("the model already carries LoRA; prepare it once, or start from merged_copy(model)")
     model.requires_grad_(False)
     if recipe.lora.rank:
-        _inject(model, recipe, family)
+        _inject(model, recipe, family, generator or torch.Generator().manual_seed(recipe.seed))
     expected = set(trainable_names(model))
     replaced: dict[int, nn.Parameter] = {}
     for path, module in list(model.named_modules()):
@@ -123,8 +126,8 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def _inject(model: PreTrainedModel, recipe: Recipe, family: Family) -> None:
-    """Wrap every linear layer of the FFN in a LoRA layer, seeded; experts, which are none, stay as they are."""
+def _inject(model: PreTrainedModel, recipe: Recipe, family: Family, generator: torch.Generator) -> None:
+    """Wrap every linear layer of the FFN in a LoRA layer, drawn in order; experts, which are none, stay as they are."""
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     targets = [name for name in family.ffn_modules if name in names]
     if not targets:
@@ -138,8 +141,9 @@ def _inject(model: PreTrainedModel, recipe: Recipe, family: Family) -> None:
         target_modules=targets,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(recipe.seed)
+        torch.random.default_generator.set_state(generator.get_state())
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        generator.set_state(torch.random.default_generator.get_state())
 
 
 def _merged_linear(layer: Any, dtype: torch.dtype) -> nn.Linear:

@@ -15,23 +15,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvlatent.jobs.recipe import Stage2
+from kvlatent.jobs.recipe import Stage1, Stage2
 from kvlatent.model.divergences import TopTokens
 from kvlatent.model.head import IGNORED, Head
 from kvlatent.model.logit_loss import needs_teacher, stage2_loss
-from kvlatent.training.layer_loss import capture, layer_losses
+from kvlatent.training.layer_loss import capture, layer_losses, layer_losses_one_at_a_time, layers_of
 from kvlatent.training.loop import StageTrainer
 from kvlatent.training.nested_widths import NestedWidths
 
-__all__ = ["EndToEndTrainer", "LayerTrainer"]
+__all__ = ["EndToEndTrainer", "LayerTrainer", "first_own_step"]
 
 
 class LayerTrainer(StageTrainer):
-    """Stage I: the mean over layers of the in-layer squared errors (paper eq. 7)."""
+    """Stage I: the mean over layers of the in-layer squared errors (paper eq. 7).
+
+    Layers are problems of their own, so their gradients are clipped one by one: what one layer learns depends on no other,
+    and a stage that holds one layer at a time has the same result.
+
+    Args:
+        settings: `own_stream` is read.
+        others: as for `StageTrainer`.
+    """
 
     stage = 1
     layer_total: Any = 0.0
     layer_tokens: int = 0
+
+    def __init__(self, *args: Any, settings: Stage1, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self.settings = settings
+        self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self.is_sharded:
+            self.args.activation_checkpointing = (
+                False  # one layer's graph is alive: recomputing it saves nothing
+            )
 
     def num_items(self, inputs: dict[str, Tensor]) -> Tensor:
         """All tokens: blocks have no padding."""
@@ -39,18 +56,45 @@ class LayerTrainer(StageTrainer):
 
     def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Mean over layers, tokens and channels."""
-        assert self.teacher is not None
-        losses = layer_losses(model, capture(self.teacher.get_decoder(), inputs), inputs)
+        losses = self.losses_of_layers(model, inputs)
         tokens = inputs["input_ids"].numel()
         self.layer_tokens += tokens
         self.layer_total = self.layer_total + losses.detach() * tokens
         return losses.mean()
+
+    def losses_of_layers(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """[L], of the layers that are trained."""
+        assert self.teacher is not None
+        teacher, own = self.teacher.get_decoder(), self.feeds_own_stream()
+        if self.is_sharded:
+            return layer_losses(model, capture(teacher, inputs), inputs, own_stream=own)
+        return layer_losses_one_at_a_time(model, teacher, inputs, own_stream=own)
+
+    def feeds_own_stream(self) -> bool:
+        """Whether the step under way is one of the last, in which layers see the student's own stream."""
+        return self.state.global_step >= first_own_step(self.settings, self.args.max_steps)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip each layer's gradients to the norm; returns that of all of them before."""
+        if self.is_sharded and not self.accelerator.is_fsdp2:
+            return super()._clip_grad_norm(model)  # DeepSpeed and FSDP 1 know the norm of the whole alone
+        norms = []
+        for layer in layers_of(model):
+            trained = [parameter for parameter in layer.parameters() if parameter.grad is not None]
+            if trained:
+                norms.append(self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm))
+        return torch.stack(norms).square().sum().sqrt()
 
     def extra_metrics(self) -> dict[str, Any]:
         """Every layer's own loss: the sum is dominated by the last layers' larger activations."""
         means = self.layer_total / self.layer_tokens
         self.layer_total, self.layer_tokens = 0.0, 0
         return {"layer_losses": self.accelerator.reduce(means, "mean").tolist()}
+
+
+def first_own_step(settings: Stage1, steps: int) -> int:
+    """The first of so many steps, from 0, in which layers see the student's own stream; `steps` where there is none."""
+    return steps - round(settings.own_stream * steps)
 
 
 class EndToEndTrainer(StageTrainer):

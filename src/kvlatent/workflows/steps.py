@@ -46,6 +46,7 @@ __all__ = [
     "convert_as_planned",
     "describe_run",
     "explain_layers",
+    "files_of_run",
     "hash_sources",
     "load_original",
     "load_statistics",
@@ -285,9 +286,14 @@ def save_run(
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write the checkpoint with its card, the recipe and the record of the run, and `files`: all at once or none."""
-    written = {
+    written = files_of_run(record, recipe) | dict(files or {})
+    save(model, out, tokenizer=tokenizer, overwrite=overwrite, files=written)
+
+
+def files_of_run(record: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """What stands beside the weights of a run: its recipe, its record and the card, as text by name."""
+    return {
         "recipe.yaml": recipe.dump_yaml(),
         "run.json": json.dumps(RunRecord.checked(record), indent=2) + "\n",
+        "README.md": model_card(record),
     }
-    written |= dict(files or {})
-    save(model, out, tokenizer=tokenizer, card=model_card(record), overwrite=overwrite, files=written)

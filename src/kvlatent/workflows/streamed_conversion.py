@@ -6,8 +6,6 @@ the same arguments goes on with the layer that the first was at. `OUT` appears i
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -17,24 +15,31 @@ from typing import Any
 
 import torch
 
-from kvlatent.checkpoints.card import model_card
+from kvlatent.checkpoints.resident_layers import ResidentLayers
 from kvlatent.checkpoints.shard_output import finish_checkpoint
 from kvlatent.checkpoints.sharded import ShardedWeights
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
-from kvlatent.conversion.resident_layers import ResidentLayers
-from kvlatent.conversion.stream_costs import StreamCosts, stream_costs
+from kvlatent.conversion.stream_costs import stream_costs
 from kvlatent.conversion.streaming import StreamedText, Streaming
 from kvlatent.jobs.atomic import prepare_output, put_in_place
 from kvlatent.jobs.devices import faster_dtype, free_memory, working_dtype
 from kvlatent.jobs.fingerprints import fingerprint, sampled_fingerprint
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
+from kvlatent.model.time_estimate import StreamCosts
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import TextReader, calibration_blocks, check_sources, read_texts
 from kvlatent.workflows.run_plan import Plan
-from kvlatent.workflows.run_record import RunRecord, finished_record
-from kvlatent.workflows.steps import Announce, check_texts, describe_run, hash_sources, options_as_typed
-from kvlatent.workflows.streamed_plan import open_source, plan_streamed
+from kvlatent.workflows.run_record import finished_record
+from kvlatent.workflows.steps import (
+    Announce,
+    check_texts,
+    describe_run,
+    files_of_run,
+    hash_sources,
+    options_as_typed,
+)
+from kvlatent.workflows.streamed_plan import check_space, open_source, plan_streamed
 
 __all__ = ["convert_streamed"]
 
@@ -80,7 +85,7 @@ def convert_streamed(
         return finished
     prepare_output(place, overwrite)
     costs = _predict(layers, plan)
-    _check_space(place, costs)
+    check_space(place, costs)
     shown = replace(plan, notes=(*plan.notes, costs.sentence())).summary()
     if dry_run:
         return {"plan": shown}
@@ -97,11 +102,7 @@ def convert_streamed(
             announce(shown)
         latent, conversion = _stream(plan, layers, text, work, progress)
         record |= {"plan": plan.summary(), "conversion": conversion, "figures": {}, "warnings": []}
-        written = {
-            "recipe.yaml": plan.recipe.dump_yaml(),
-            "run.json": json.dumps(RunRecord.checked(record), indent=2) + "\n",
-            "README.md": model_card(record),
-        }
+        written = files_of_run(record, plan.recipe)
         finish_checkpoint(work.path / "out", latent, Path(model), tokenizer, written)
         put_in_place(work.path / "out", place.resolve())
     except BaseException as error:
@@ -219,15 +220,3 @@ def _predict(layers: ResidentLayers, plan: Plan) -> StreamCosts:
     size = min(plan.recipe.data.block_size, layers.config.max_position_embeddings)
     blocks = plan.recipe.calibration.blocks if plan.calibrates else 0
     return stream_costs(layers, plan.widths, plan.choices, plan.stored_dtype, blocks=blocks, size=size)
-
-
-def _check_space(place: Path, costs: StreamCosts) -> None:
-    """Raise `ValueError` where the disk has no room for the result and for the states between layers."""
-    there = sum(file.stat().st_size for file in partial_of(place).rglob("*") if file.is_file())
-    parent = next(folder for folder in place.parents if folder.exists())
-    free = shutil.disk_usage(parent).free + there
-    if costs.disk_bytes > free:
-        raise ValueError(
-            f"the result and the states between its layers take {costs.disk_bytes / 1e9:.3f} GB at the most: {parent} has "
-            f"{free / 1e9:.3f} GB free; make room, or give --out another disk"
-        )

@@ -5,6 +5,7 @@ Nothing that needs the whole model at once: no widths by measurement, no pass ov
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,10 +18,19 @@ from kvlatent.checkpoints.gguf_files import open_gguf
 from kvlatent.checkpoints.load import load_config
 from kvlatent.checkpoints.sharded import ShardedWeights, open_sharded
 from kvlatent.jobs.devices import choose_device, free_memory
-from kvlatent.model.families import family_of_original
+from kvlatent.jobs.work_directory import partial_of
+from kvlatent.model.families import family_of, family_of_original
+from kvlatent.model.time_estimate import StreamCosts
 from kvlatent.workflows.run_plan import Plan, plan_run
 
-__all__ = ["memory_to_convert", "open_source", "plan_streamed", "why_streamed"]
+__all__ = [
+    "check_space",
+    "is_streamable",
+    "memory_to_convert",
+    "open_source",
+    "plan_streamed",
+    "why_streamed",
+]
 
 _NOT_MEASURED = (
     "streamed, layer by layer, as {reason}: nothing is measured, and the pass over all layers is left out; run `kvlatent "
@@ -39,13 +49,13 @@ def open_source(model: str | Path) -> tuple[ShardedWeights, Any]:
         ValueError: it is no local directory of safetensors, or see `open_sharded`.
     """
     path = Path(model)
-    if not path.is_dir() or open_gguf(model) is not None:
+    if not _is_local(model):
         raise ValueError(
             f"--stream reads the safetensors of a local directory, layer by layer: got {model}; download the checkpoint, or "
             "leave --stream out"
         )
     config = load_config(str(model))
-    family_of_original(config)
+    family_of(config)
     weights = open_sharded(path, config)
     if len(weights.dtypes) > 1:
         found = ", ".join(sorted(str(dtype)[6:] for dtype in weights.dtypes))
@@ -57,6 +67,19 @@ def open_source(model: str | Path) -> tuple[ShardedWeights, Any]:
     return weights, config
 
 
+def is_streamable(model: str | Path) -> bool:
+    """Whether it is a local directory of safetensors, of a family whose layers can be read one at a time."""
+    try:
+        family_of(load_config(str(model)))
+    except (ValueError, OSError):  # loading it says why
+        return False
+    return _is_local(model)
+
+
+def _is_local(model: str | Path) -> bool:
+    return Path(model).is_dir() and open_gguf(model) is None
+
+
 def why_streamed(model: str | Path, *, asked: bool, calibrates: bool, device: str | None) -> str | None:
     """Why a conversion streams, in words; None where it does not.
 
@@ -66,7 +89,7 @@ def why_streamed(model: str | Path, *, asked: bool, calibrates: bool, device: st
     """
     if asked:
         return "--stream says so"
-    if not Path(model).is_dir() or open_gguf(model) is not None:
+    if not is_streamable(model):
         return None
     try:
         config = load_config(str(model))
@@ -129,3 +152,15 @@ def _refuse_whole(options: Mapping[str, Any], reason: str) -> None:
     for name, sentence in needs.items():
         if options.get(name):
             raise ValueError(f"this conversion is streamed, layer by layer, as {reason}, and {sentence}")
+
+
+def check_space(place: Path, costs: StreamCosts) -> None:
+    """Raise `ValueError` where the disk has no room for the result and for the states between layers."""
+    there = sum(file.stat().st_size for file in partial_of(place).rglob("*") if file.is_file())
+    parent = next(folder for folder in place.parents if folder.exists())
+    free = shutil.disk_usage(parent).free + there
+    if costs.disk_bytes > free:
+        raise ValueError(
+            f"the result and the states between its layers take {costs.disk_bytes / 1e9:.3f} GB at the most: {parent} has "
+            f"{free / 1e9:.3f} GB free; make room, or give --out another disk"
+        )

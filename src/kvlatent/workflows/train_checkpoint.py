@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.model.time_estimate import estimate_seconds, layer_size
 from kvlatent.selection.choices import BLIND, BY_PAIRS, PRESETS, UNMEASURED, Choices
 from kvlatent.text.parts import TextReader
-from kvlatent.training.placement import check_teacher
+from kvlatent.training.placement import check_teacher, view_of_teacher
 from kvlatent.training.resume import JOURNAL
 from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.teacher_store import RECORD, TeacherStore, check_takes_store, is_store
@@ -41,10 +42,12 @@ from kvlatent.workflows.steps import (
     Announce,
     check_texts,
     describe_run,
+    files_of_run,
     hash_sources,
     options_as_typed,
     save_run,
 )
+from kvlatent.workflows.streamed_training import StreamedRun, why_training_streams
 
 __all__ = ["describe_as_before", "plan_training", "table_of", "train"]
 
@@ -115,6 +118,7 @@ def train(
     seed: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    stream: bool = False,
     progress: Progress | Callable[[int, int, int, float, float], None] | None = None,
     announce: Announce | None = None,
 ) -> dict[str, Any]:
@@ -134,6 +138,7 @@ def train(
         overrides: `section.key=value` on top of it; tokens, dtype, seed: of the stage, on top of both.
         device: "auto", "cpu" or "cuda".
         overwrite: replace `out` and an unfinished run of other arguments.
+        stream: hold one decoder layer in memory at a time, in stage I; by itself where the models do not fit.
         progress: told after every step; a function is called with stage, step, steps, tokens per second and loss.
         announce: called with the plan once the arguments have passed their checks, before the work.
 
@@ -150,6 +155,7 @@ def train(
     plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=settings, device=device)
     check_texts(data)
     store = _check_teacher(model, teacher, plan)
+    reason = why_training_streams(model, teacher, plan, asked=stream)
     inputs = {"teacher": teacher, "data": data, "recipe": recipe}
     place = prepare_place(out, True, inputs if _is_in_place(model, out) else {"model": model, **inputs})
     replaced = _is_in_place(model, place)
@@ -161,29 +167,33 @@ def train(
     if (summary := _finished(space, place, replaced)) is not None:
         return summary
     prepare_output(place, overwrite or replaced)
-    if store is not None and needs_teacher(settings_of(plan.recipe, stage)):
-        config = load_config(str(model))
-        store.check(config, load_tokenizer(model, config), plan.recipe, sha256)
+    _check_store(store, model, plan, sha256)
     files = {"data": data, "teacher": teacher, "out": None if replaced else place}
     options = {"stage": stage, "recipe": recipe, **given, "tokens": tokens, "device": device}
-    typed = options_as_typed(files, options)
+    typed = options_as_typed(files, options | {"stream": reason is not None})
     record = describe_run("train", model, typed, sha256, plan.device)
     record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
     previous = read_record(Path(model) / "run.json") or {}
+    streamed = None if reason is None else StreamedRun(model, str(teacher), plan, place)
     space.open(overwrite=overwrite)
     try:
         if announce is not None:
-            announce(plan.summary())
+            announce(_with_costs(plan, streamed, reason).summary())
         told = Progress.of(progress, ("stage", "done", "total", "tokens_per_second", "loss"))
-        student, tokenizer, summary = _run_stage(space, plan, model, data, store or teacher, told)
+        if streamed is not None:
+            tokenizer, summary = streamed.train(space, data, told)
+        else:
+            student, tokenizer, summary = _run_stage(space, plan, model, data, store or teacher, told)
         record |= _continue_history(previous, plan, summary)
-        journal = _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)
-        save_run(
-            merged_copy(student), place, record, plan.recipe, tokenizer,
-            overwrite=overwrite or replaced, files={JOURNAL: journal},
-        )  # fmt: skip
-    except BaseException:
-        if not space.has_work():
+        written = {JOURNAL: _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)}
+        if streamed is not None:
+            streamed.finish(space, tokenizer, files_of_run(record, plan.recipe) | written)
+        else:
+            trained, over = merged_copy(student), overwrite or replaced
+            save_run(trained, place, record, plan.recipe, tokenizer, overwrite=over, files=written)
+    except BaseException as error:
+        bad_input = streamed is not None and isinstance(error, ValueError)  # nothing is worth going on from
+        if bad_input or not space.has_work():
             space.remove()
         raise
     space.remove()
@@ -202,10 +212,15 @@ def _run_stage(
     recipe, (stage,) = plan.recipe, plan.stages
     student = load_model(model)
     tokenizer = load_tokenizer(model, student.config)
-    original = load_model(teacher) if isinstance(teacher, str | Path) else teacher
+    prepare_for_training(student, recipe)
+    # What both checkpoints hold is in memory once.
+    original = (
+        view_of_teacher(student, load_model(teacher), recipe.dtype)
+        if isinstance(teacher, str | Path)
+        else teacher
+    )
     reader = TextReader(recipe, tokenizer, student.config, space.path / "data")
     blocks = reader.prepare(data).train
-    prepare_for_training(student, recipe)
     work_dir = space.path / f"stage{stage}"
     summary = train_stage(
         student, original, stage, blocks, recipe, work_dir, device=plan.device, progress=progress
@@ -222,6 +237,22 @@ def _check_teacher(model: str | Path, teacher: str | Path | None, plan: Plan) ->
     if needs_teacher(settings_of(plan.recipe, stage)):
         check_teacher(load_config(str(model)), None if teacher is None else load_config(str(teacher)))
     return None
+
+
+def _check_store(
+    store: TeacherStore | None, model: str | Path, plan: Plan, sha256: Mapping[str, Any]
+) -> None:
+    """Raise `ValueError` where a store that the stage learns from is of another text, tokenizer or recipe."""
+    if store is not None and needs_teacher(settings_of(plan.recipe, plan.stages[0])):
+        config = load_config(str(model))
+        store.check(config, load_tokenizer(model, config), plan.recipe, sha256)
+
+
+def _with_costs(plan: Plan, streamed: StreamedRun | None, reason: str | None) -> Plan:
+    """The plan, and of one that streams why it does and what it will take."""
+    if streamed is None:
+        return plan
+    return replace(plan, notes=(f"streamed, layer by layer, as {reason}", streamed.costs.sentence()))
 
 
 def _finished(space: WorkDirectory, out: Path, replaced: bool) -> dict[str, Any] | None:

@@ -18,22 +18,24 @@ from kvlatent.checkpoints.named_weights import NamedWeights
 from kvlatent.checkpoints.sharded import ShardedWeights
 from kvlatent.model.assembly import full_width, skeleton
 from kvlatent.model.attention import LatentAttention
+from kvlatent.model.classes import latent_classes, latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import attention_layers_of, family_of
-from kvlatent.model.hidden_states import embed
+from kvlatent.model.hidden_states import embed, isolate_layer
 from kvlatent.model.layer_parts import final_norm, first_norm
 from kvlatent.model.rotary import LatentRotary
 
-__all__ = ["ResidentLayers"]
+__all__ = ["LatentLayers", "NamedLayers", "ResidentLayers"]
 
 _ROWS = 1 << 14  # of two embeddings compared at once
 
 
-class ResidentLayers:
-    """A checkpoint's model, full width, whose layers get weights one at a time.
+class NamedLayers:
+    """A checkpoint's model without weights, and what its tensors are called.
 
     Args:
         weights: of the checkpoint; config: its transformers config.
+        kind: the model's class.
         dtype, device: of the weights in memory.
 
     Raises:
@@ -41,30 +43,29 @@ class ResidentLayers:
     """
 
     def __init__(
-        self, weights: ShardedWeights, config: Any, dtype: torch.dtype, device: str | torch.device
+        self,
+        weights: ShardedWeights,
+        config: Any,
+        kind: type,
+        dtype: torch.dtype,
+        device: str | torch.device,
     ) -> None:
-        self.dtype, self.device = dtype, torch.device(device)
-        self.config, self.family = copy.deepcopy(config), family_of(config)
-        self.original = self._original()
-        self.embedding = _name_of(self.original, self.original.get_input_embeddings())
-        self.head = _name_of(self.original, self.original.get_output_embeddings())
-        self.weights = NamedWeights(weights, self.original)
+        self.dtype, self.device, self._kind = dtype, torch.device(device), kind
+        self.config = copy.deepcopy(config)
+        self.model = self._without_weights()
+        self.embedding = _name_of(self.model, self.model.get_input_embeddings())
+        self.head = _name_of(self.model, self.model.get_output_embeddings())
+        self.weights = NamedWeights(weights, self.model)
         if self.config.tie_word_embeddings and not self._has_one_embedding():
             self.config.tie_word_embeddings = False
-            self.original = self._original()
+            self.model = self._without_weights()
         self.names = self.weights.check(self.head if self.config.tie_word_embeddings else None)
-        self.attending = attention_layers_of(self.config)
-        self.twin = full_width(self.original).requires_grad_(False).eval()
-        self.decoder = self.twin.get_decoder()
-        # By its first parameter a decoder says where it is and what it computes in.
-        empty = torch.empty(0, config.hidden_size, dtype=dtype, device=self.device)
-        self.decoder.get_input_embeddings().weight = nn.Parameter(empty, requires_grad=False)
 
-    def _original(self) -> Any:
+    def _without_weights(self) -> Any:
         with torch.device("meta"), local_torch_dtype(torch.bfloat16):
-            original = self.family.upstream("ForCausalLM")(self.config)
-        self._pinned = {n: t.dtype for n, t in original.state_dict().items() if t.dtype != torch.bfloat16}
-        return original.to(self.dtype).requires_grad_(False).eval()
+            model = self._kind(self.config)
+        self._pinned = {n: t.dtype for n, t in model.state_dict().items() if t.dtype != torch.bfloat16}
+        return model.to(self.dtype).requires_grad_(False).eval()
 
     def _has_one_embedding(self) -> bool:
         """Whether the head is the embedding, as upstream finds when it loads both."""
@@ -83,11 +84,7 @@ class ResidentLayers:
 
     def prefix(self, index: int) -> str:
         """What the names of a layer's tensors start with."""
-        return f"{self.original.base_model_prefix}.layers.{index}."
-
-    def own(self, index: int) -> str:
-        """What the names of the tensors of a layer's attention start with."""
-        return f"{self.prefix(index)}{self.family.attention}."
+        return f"{self.model.base_model_prefix}.layers.{index}."
 
     def names_of(self, index: int) -> list[str]:
         """Tensors of a layer."""
@@ -97,6 +94,41 @@ class ResidentLayers:
         """Tensors that are neither in a layer nor the embedding: the last norm and the head, where it has its own."""
         layers = self.prefix(0).removesuffix("0.")
         return [name for name in self.names if not name.startswith(layers) and name != self.embedding]
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor is in a model of that dtype: its own where upstream gives it one (biases of a router, say)."""
+        return self._pinned.get(name, dtype)
+
+    def _read(self, name: str) -> Tensor:
+        return self.weights.read(name, self.dtype_of(name, self.dtype), self.device)
+
+    def place(self, decoder: Any) -> None:
+        """Say where a decoder is and what it computes in, which is read off its first parameter."""
+        empty = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        decoder.get_input_embeddings().weight = nn.Parameter(empty, requires_grad=False)
+
+
+class ResidentLayers(NamedLayers):
+    """A checkpoint's model, full width, whose layers get weights one at a time.
+
+    Args:
+        weights, config, dtype, device: as for `NamedLayers`.
+    """
+
+    def __init__(
+        self, weights: ShardedWeights, config: Any, dtype: torch.dtype, device: str | torch.device
+    ) -> None:
+        self.family = family_of(config)
+        super().__init__(weights, config, self.family.upstream("ForCausalLM"), dtype, device)
+        self.original = self.model
+        self.attending = attention_layers_of(self.config)
+        self.twin = full_width(self.original).requires_grad_(False).eval()
+        self.decoder = self.twin.get_decoder()
+        self.place(self.decoder)
+
+    def own(self, index: int) -> str:
+        """What the names of the tensors of a layer's attention start with."""
+        return f"{self.prefix(index)}{self.family.attention}."
 
     def largest_layer_bytes(self) -> int:
         """Of the weights of a layer in memory."""
@@ -161,13 +193,6 @@ class ResidentLayers:
         short = name.removeprefix(self.prefix(index))
         return own + self.family.latent_name(short.removeprefix(own)) if short.startswith(own) else short
 
-    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """What a tensor is in a model of that dtype: its own where upstream gives it one (biases of a router, say)."""
-        return self._pinned.get(name, dtype)
-
-    def _read(self, name: str) -> Tensor:
-        return self.weights.read(name, self.dtype_of(name, self.dtype), self.device)
-
     def latent_skeleton(self, config: LatentConfig) -> Any:
         """The latent model without weights."""
         latent = skeleton(self.original, config).to(self.dtype).requires_grad_(False).eval()
@@ -201,6 +226,30 @@ class ResidentLayers:
             yield layer.eval()
         finally:
             layer.to("meta")
+
+
+class LatentLayers(NamedLayers):
+    """A latent checkpoint's model without weights, whose layers get theirs one at a time, to be trained.
+
+    Args:
+        weights, config, dtype, device: as for `NamedLayers`.
+    """
+
+    def __init__(
+        self, weights: ShardedWeights, config: Any, dtype: torch.dtype, device: str | torch.device
+    ) -> None:
+        kind = latent_classes(latent_config_of(config).original_model_type)[2]
+        super().__init__(weights, config, kind, dtype, device)
+        self.place(self.model.get_decoder())
+
+    def read_layer(self, index: int) -> Any:
+        """A decoder of layer `index` alone, without a final norm, with its weights; nobody else holds them."""
+        decoder, prefix = self.model.get_decoder(), self.prefix(index)
+        state = {name.removeprefix(prefix): self._read(name) for name in self.names_of(index)}
+        shell = isolate_layer(decoder, index)
+        shell.layers = nn.ModuleList([copy.deepcopy(decoder.layers[index])])
+        shell.layers[0].load_state_dict(state, assign=True)
+        return shell
 
 
 def _place_of(root: nn.Module, module: nn.Module) -> str:
