@@ -8,6 +8,7 @@ from typing import Any
 
 from .listings import conversion_listing, figures_listing, list_pairs, minutes_lines, plan_lines
 from .options import (
+    ALLOW_CHANGE,
     CONVERSION,
     DATA,
     DEVICE,
@@ -46,7 +47,20 @@ STREAM = switch(
 
 
 @command(
-    MODEL, DATA, OUT, *CONVERSION, TOKENS, MINUTES, STAGES, STORE, DEVICE, DTYPE, SEED, OVERWRITE, DRY_RUN
+    MODEL,
+    DATA,
+    OUT,
+    *CONVERSION,
+    TOKENS,
+    MINUTES,
+    STAGES,
+    STORE,
+    DEVICE,
+    DTYPE,
+    SEED,
+    OVERWRITE,
+    ALLOW_CHANGE,
+    DRY_RUN,
 )
 def compress(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint, train it in two stages, measure it, save it. Repeat the command to continue a killed run."""

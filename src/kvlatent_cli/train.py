@@ -9,6 +9,7 @@ from typing import Any
 from .listings import demo_listing, duration, list_pairs
 from .named_models import read_model
 from .options import (
+    ALLOW_CHANGE,
     DATA,
     DEVICE,
     DTYPE,
@@ -50,7 +51,21 @@ DEMO_MODEL = Option(
 PRESET = Option("preset", "How channels are chosen.", "NAME", default="calibrated")
 
 
-@command(LATENT, STAGE, DATA, TEACHER, OUT_OR_IN_PLACE, *RECIPE, TOKENS, DEVICE, DTYPE, SEED, OVERWRITE)
+@command(
+    LATENT,
+    STAGE,
+    DATA,
+    TEACHER,
+    OUT_OR_IN_PLACE,
+    *RECIPE,
+    TOKENS,
+    DEVICE,
+    DTYPE,
+    SEED,
+    OVERWRITE,
+    ALLOW_CHANGE,
+    spreads=True,
+)
 def train(run: Session, given: dict[str, Any]) -> None:
     """Train one stage of a latent checkpoint, in place unless --out is given. Repeat the command to continue."""
     from kvlatent.workflows.train_checkpoint import train

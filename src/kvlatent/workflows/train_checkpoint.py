@@ -18,6 +18,7 @@ from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import check_precision, choose_device, resolve_precision
 from kvlatent.jobs.fingerprints import fingerprint
+from kvlatent.jobs.processes import is_main, join_processes, on_main
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import joined_metrics
@@ -30,7 +31,7 @@ from kvlatent.model.time_estimate import estimate_seconds, layer_size
 from kvlatent.selection.choices import BLIND, BY_PAIRS, PRESETS, UNMEASURED, Choices
 from kvlatent.text.parts import TextReader
 from kvlatent.training.placement import check_teacher
-from kvlatent.training.resume import JOURNAL
+from kvlatent.training.resume import JOURNAL, RunDirectory
 from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.teacher_store import RECORD, TeacherStore, check_takes_store, is_store
 from kvlatent.training.trainable import merged_copy, prepare_for_training
@@ -115,6 +116,7 @@ def train(
     seed: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    allow_change: bool = False,
     progress: Progress | Callable[[int, int, int, float, float], None] | None = None,
     announce: Announce | None = None,
 ) -> dict[str, Any]:
@@ -134,6 +136,7 @@ def train(
         overrides: `section.key=value` on top of it; tokens, dtype, seed: of the stage, on top of both.
         device: "auto", "cpu" or "cuda".
         overwrite: replace `out` and an unfinished run of other arguments.
+        allow_change: continue an unfinished run with other rates, tokens or checkpoints than it was begun with.
         progress: told after every step; a function is called with stage, step, steps, tokens per second and loss.
         announce: called with the plan once the arguments have passed their checks, before the work.
 
@@ -150,44 +153,65 @@ def train(
     plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=settings, device=device)
     check_texts(data)
     store = _check_teacher(model, teacher, plan)
+    join_processes(plan.device)
     inputs = {"teacher": teacher, "data": data, "recipe": recipe}
-    place = prepare_place(out, True, inputs if _is_in_place(model, out) else {"model": model, **inputs})
+    read = inputs if _is_in_place(model, out) else {"model": model, **inputs}
+    place = on_main(lambda: prepare_place(out, True, read))
     replaced = _is_in_place(model, place)
     taught = teacher if store is None else store.path / RECORD
-    sha256 = hash_sources({"model": model, "teacher": taught, "data": data}, "training text")
-    space = WorkDirectory(
+    sources = {"model": model, "teacher": taught, "data": data}
+    sha256 = on_main(lambda: hash_sources(sources, "training text"))
+    space = RunDirectory(
         partial_of(place), {**sha256, "stage": stage, "recipe": plan.recipe.model_dump(mode="json")}
     )
-    if (summary := _finished(space, place, replaced)) is not None:
+    if (summary := on_main(lambda: _finished(space, place, replaced))) is not None:
         return summary
-    prepare_output(place, overwrite or replaced)
+    on_main(lambda: prepare_output(place, overwrite or replaced))
     if store is not None and needs_teacher(settings_of(plan.recipe, stage)):
         config = load_config(str(model))
         store.check(config, load_tokenizer(model, config), plan.recipe, sha256)
     files = {"data": data, "teacher": teacher, "out": None if replaced else place}
     options = {"stage": stage, "recipe": recipe, **given, "tokens": tokens, "device": device}
-    typed = options_as_typed(files, options)
-    record = describe_run("train", model, typed, sha256, plan.device)
-    record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
-    previous = read_record(Path(model) / "run.json") or {}
-    space.open(overwrite=overwrite)
+    record = describe_run("train", model, options_as_typed(files, options), sha256, plan.device)
+    on_main(lambda: space.open(overwrite=overwrite, allow_change=allow_change))
     try:
         if announce is not None:
             announce(plan.summary())
         told = Progress.of(progress, ("stage", "done", "total", "tokens_per_second", "loss"))
-        student, tokenizer, summary = _run_stage(space, plan, model, data, store or teacher, told)
-        record |= _continue_history(previous, plan, summary)
-        journal = _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)
-        save_run(
-            merged_copy(student), place, record, plan.recipe, tokenizer,
-            overwrite=overwrite or replaced, files={JOURNAL: journal},
-        )  # fmt: skip
+        trained = _run_stage(space, plan, model, data, store or teacher, told, allow_change)
+        on_main(lambda: _save(trained, record, space, plan, model, place, overwrite or replaced))
     except BaseException:
-        if not space.has_work():
+        if is_main() and not space.has_work():
             space.remove()
         raise
-    space.remove()
-    return summary
+    on_main(space.remove)
+    return trained[-1]
+
+
+def _save(
+    trained: tuple[PreTrainedModel, Any, dict[str, Any]],
+    record: dict[str, Any],
+    space: WorkDirectory,
+    plan: Plan,
+    model: str | Path,
+    place: Path,
+    overwrite: bool,
+) -> None:
+    """Write the checkpoint with its history."""
+    student, tokenizer, summary = trained
+    (stage,) = plan.stages
+    record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
+    record |= _continue_history(read_record(Path(model) / "run.json") or {}, plan, summary)
+    journal = _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)
+    save_run(
+        merged_copy(student),
+        place,
+        record,
+        plan.recipe,
+        tokenizer,
+        overwrite=overwrite,
+        files={JOURNAL: journal},
+    )
 
 
 def _run_stage(
@@ -197,6 +221,7 @@ def _run_stage(
     data: str | Path,
     teacher: str | Path | TeacherStore | None,
     progress: Progress,
+    allow_change: bool,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Load everything and train; returns the trained model, its tokenizer and the stage's summary."""
     recipe, (stage,) = plan.recipe, plan.stages
@@ -204,12 +229,14 @@ def _run_stage(
     tokenizer = load_tokenizer(model, student.config)
     original = load_model(teacher) if isinstance(teacher, str | Path) else teacher
     reader = TextReader(recipe, tokenizer, student.config, space.path / "data")
+    on_main(lambda: reader.prepare(data) and None)  # the others find it on the disk
     blocks = reader.prepare(data).train
     prepare_for_training(student, recipe)
     work_dir = space.path / f"stage{stage}"
     summary = train_stage(
-        student, original, stage, blocks, recipe, work_dir, device=plan.device, progress=progress
-    )
+        student, original, stage, blocks, recipe, work_dir,
+        device=plan.device, progress=progress, allow_change=allow_change,
+    )  # fmt: skip
     return student, tokenizer, summary
 
 
