@@ -66,7 +66,7 @@ def train(root: Path, stages: tuple[int, ...], overrides: list[str]) -> dict[str
 
 
 def watch_shards() -> None:
-    """Note what student and teacher are made of while a step runs."""
+    """Note what the layers of student and teacher are made of between two steps (a root stays whole until its backward)."""
     step = StageTrainer.training_step
 
     def noted(self, *args: object) -> torch.Tensor:
@@ -74,7 +74,7 @@ def watch_shards() -> None:
             ("student", self.decoder),
             ("teacher", self.teacher and self.teacher.get_decoder()),
         ):
-            sharded = module is not None and all(isinstance(p, DTensor) for p in module.parameters())
+            sharded = module is not None and all(isinstance(p, DTensor) for p in module.layers.parameters())
             SEEN.append(f"{who} {'sharded' if sharded else 'whole'}")
         return step(self, *args)
 

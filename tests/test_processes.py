@@ -27,9 +27,9 @@ WORKER = Path(__file__).with_name("processes_worker.py")
 def runs(tmp_path_factory):
     """One process here, two beside it."""
     root = tmp_path_factory.mktemp("processes")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, str(WORKER), str(root)], capture_output=True, text=True, timeout=600, check=False
+        [*torchrun, str(WORKER), str(root)], capture_output=True, text=True, timeout=150, check=False
     )
     assert done.returncode == 0, done.stderr
     teacher = original("llama-tied")
