@@ -107,16 +107,16 @@ def test_processes_that_do_not_divide_the_batch_are_refused(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("scale", "processes", "sentence"),
+    ("scale", "is_spread", "sentence"),
     [
-        ({"sharding": "fsdp2"}, 1, "shards over several processes: got 1; start with torchrun"),
-        ({"deepspeed": "ds.json"}, 2, "scale.deepspeed needs GPUs and torch sees none"),
-        ({"deepspeed": "ds.json", "sharding": "fsdp2"}, 2, "exclude each other"),
+        ({"sharding": "fsdp2"}, False, "got one process without any; start with torchrun"),
+        ({"deepspeed": "ds.json"}, True, "scale.deepspeed needs GPUs and torch sees none"),
+        ({"deepspeed": "ds.json", "sharding": "fsdp2"}, True, "exclude each other"),
     ],
 )
-def test_scales_that_cannot_be_are_one_sentence(scale, processes, sentence):
+def test_scales_that_cannot_be_are_one_sentence(scale, is_spread, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check_scale(Scale(**scale), processes, "cpu")
+        check_scale(Scale(**scale), "cpu", is_spread=is_spread)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_scales_that_cannot_be_are_one_sentence(scale, processes, sentence):
 def test_deepspeed_configurations_that_cannot_be_are_one_sentence(text, sentence, tmp_path, monkeypatch):
     scale = Scale(deepspeed=str(tmp_path / "ds.json"))
     with pytest.raises(ValueError, match="needs DeepSpeed, which is not installed; pip install deepspeed"):
-        check_scale(scale, 2, "cuda")
+        check_scale(scale, "cuda", is_spread=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     if text is not None:
         (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ValueError, match=sentence) as caught:
-        check_scale(scale, 2, "cuda")
+        check_scale(scale, "cuda", is_spread=True)
     assert "\n" not in str(caught.value)
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    check_scale(scale, 2, "cuda")
+    check_scale(scale, "cuda", is_spread=True)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["any_process", "is_main", "join_processes", "on_main"]
+__all__ = ["any_process", "is_main", "is_spread", "join_processes", "on_main"]
 
 Found = TypeVar("Found")
 
@@ -30,6 +30,11 @@ def join_processes(device: str) -> int:
 
     PartialState(cpu=device == "cpu", timeout=_PATIENCE)
     return _count()
+
+
+def is_spread() -> bool:
+    """Whether a launcher started this process, possibly as the only one."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_main() -> bool:
@@ -67,4 +72,4 @@ def any_process(is_so: bool) -> bool:
 
 
 def _count() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_spread() else 1

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kvlatent.jobs.processes import join_processes
+from kvlatent.jobs.processes import is_spread, join_processes
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe, Stage
 from kvlatent.training.callbacks import SPIKE_STEPS, LossSpikes, StepEnd, Terminated, Termination
@@ -40,7 +40,7 @@ def training_arguments(
         ValueError: the processes do not divide the batch, or cannot be used as the recipe says.
     """
     processes = join_processes(device)
-    check_scale(recipe.scale, processes, device)
+    check_scale(recipe.scale, device, is_spread=is_spread())
     if settings.batch_size % processes:
         raise ValueError(
             f"the number of processes must divide the batch: got stage{stage}.batch_size={settings.batch_size} and "

@@ -31,12 +31,16 @@ __all__ = [
 ]
 
 
-def check_scale(scale: Scale, num_processes: int, device: str) -> None:
-    """Raise `ValueError` where a run cannot be spread as asked, one sentence."""
-    if scale.sharding != "none" and num_processes == 1 and device == "cpu":
+def check_scale(scale: Scale, device: str, *, is_spread: bool) -> None:
+    """Raise `ValueError` where a run cannot be spread as asked, one sentence.
+
+    Args:
+        is_spread: a launcher started the processes.
+    """
+    if scale.sharding != "none" and not is_spread:
         raise ValueError(
-            "scale.sharding=fsdp2 shards over several processes: got 1; start with torchrun --nproc-per-node N -m "
-            "kvlatent_cli train ..., or leave it out"
+            f"scale.sharding={scale.sharding} shards over the processes of a launcher: got one process without any; start "
+            "with torchrun --nproc-per-node N -m kvlatent_cli train ..., or pass --set scale.sharding=none"
         )
     if scale.deepspeed is None:
         return

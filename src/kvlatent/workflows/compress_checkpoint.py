@@ -15,6 +15,7 @@ from typing import Any
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress, Report
+from kvlatent.jobs.recipe import Scale
 from kvlatent.jobs.work_directory import partial_of, prepare_place
 from kvlatent.text.parts import check_statistics
 from kvlatent.training.resume import RunDirectory
@@ -83,6 +84,11 @@ def compress(
         raise ValueError(
             f"--minutes decides rate and tokens itself, and --allow-change would change them: got --minutes "
             f"{plan.minutes:g}; leave one out"
+        )
+    if plan.stages and plan.recipe.scale != Scale():
+        raise ValueError(
+            f"compress trains in one process, and the recipe spreads over several: got {plan.recipe.scale!r}; call kvlatent "
+            "convert, then torchrun --nproc-per-node N -m kvlatent_cli train for each stage, or pass --set scale.sharding=none"
         )
     files = {"data": data, "eval_data": eval_data, "statistics": statistics}
     inputs = {"model": model, **files, "teacher": teacher, "recipe": options.get("recipe")}

@@ -37,7 +37,7 @@ from kvlatent.training.teacher_store import RECORD, TeacherStore, check_takes_st
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.run_record import read_record
-from kvlatent.workflows.settings import recipe_overrides
+from kvlatent.workflows.settings import check_target, check_trackers, recipe_overrides
 from kvlatent.workflows.steps import (
     Announce,
     check_texts,
@@ -82,12 +82,16 @@ def plan_training(
     recipe = resolve_precision(recipe, config, device)
     check_block_size(config, recipe.data.block_size)
     latent = latent_config_of(config)
+    check_trackers(recipe)
+    num_layers = len(attention_layers_of(config))
+    pairs = latent.widths.per_layer(num_layers)
+    check_target(recipe, config, sum(map(sum, pairs)) / (2 * latent.original_head_dim * num_layers))
     return Plan(
         choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, table_of(latent)),
         kv=1.0,
         widths=latent.widths,
         head_dim=latent.original_head_dim,
-        num_layers=len(attention_layers_of(config)),
+        num_layers=num_layers,
         num_key_value_heads=key_value_heads_of(config),
         recipe=recipe,
         stages=(stage,),
