@@ -10,6 +10,7 @@ and that should be about the same for all sizes and both stages if operations ar
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -129,6 +130,7 @@ def run_small(name: str, stage: int, checkpointing: bool) -> dict[str, Any]:
     student = convert(original, d_qk=32, d_vo=32, choices=PAPER)
     prepare_for_training(student, recipe)
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text(
         "5"
     )  # the largest size so far is forgotten: the conversion's is none of training's

@@ -115,6 +115,10 @@ class StepEnd(TrainerCallback):
         self.trainer, self.progress = trainer, progress
         self.save_is_due = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed state brings the intervals of its checkpoint; those of the arguments hold."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Called by the Trainer."""
         loss, self.trainer.step_loss = self.trainer.step_loss, 0.0

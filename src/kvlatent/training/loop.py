@@ -240,8 +240,8 @@ class StageTrainer(CheckpointTrainer):
         seen = self.spikes
         self._stop(
             self.state.global_step,
-            f"the loss was above {seen.bound:.4g} for {SPIKE_STEPS} steps in a row, {seen.factor:g} "
-            f"times what it had been (now {seen.loss:.4g}; stage{self.stage}.spike_factor=0 would let it go on)",
+            f"the loss was above {seen.bound:.4g} for {SPIKE_STEPS} steps in a row, over {seen.factor:g} times its median "
+            f"and worse than at the start (now {seen.loss:.4g}; stage{self.stage}.spike_factor=0 would let it go on)",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -262,7 +262,8 @@ class StageTrainer(CheckpointTrainer):
         if self.is_world_process_zero():
             with self.journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        numbers = {name: value for name, value in row.items() if not isinstance(value, list)}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, numbers)
 
     def extra_metrics(self) -> dict[str, Any]:
         """What a stage adds to a journal line, averaged since the last one."""
