@@ -26,7 +26,7 @@ from .options import (
     command,
     switch,
 )
-from .session import Session
+from .session import Session, keep_boards
 
 STAGES = Option("stages", "Stages to train; both by default, 2 with --minutes.", "none|1|2|both")
 STORE = Option(
@@ -66,6 +66,7 @@ def compress(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint, train it in two stages, measure it, save it. Repeat the command to continue a killed run."""
     from kvlatent.workflows.compress_checkpoint import compress
 
+    keep_boards(given["out"])
     record = compress(**given, progress=run.report, announce=partial(_say_plan, run))
     _show_record(run, record, given["out"])
 

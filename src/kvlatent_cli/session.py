@@ -196,6 +196,11 @@ class Session:
             self._step, self._task = "", None
 
 
+def keep_boards(out: str | os.PathLike[str]) -> None:
+    """Have TensorBoard's callback write beside the output: where it writes by itself goes when the run is finished."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{os.fspath(out)}.runs")
+
+
 def check_one_process(command: str) -> None:
     """Raise `ValueError` where torchrun started a command in several processes that would all write the same."""
     count = int(os.environ.get("WORLD_SIZE", "1"))

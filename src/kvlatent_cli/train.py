@@ -26,7 +26,7 @@ from .options import (
     Option,
     command,
 )
-from .session import Session
+from .session import Session, keep_boards
 
 STAGE = Option("stage", "Stage to train: 1 layer by layer, 2 end to end.", "1|2", int, REQUIRED)
 TEACHER = Option(
@@ -71,6 +71,7 @@ def train(run: Session, given: dict[str, Any]) -> None:
         foreseen = foresee_training(**given, cards=cards)
         run.show(foreseen, *cost_lines(foreseen["costs"]))
         return
+    keep_boards(given["out"])
     summary = train(
         **given,
         progress=lambda number, done, total, speed, loss: run.report(

@@ -80,16 +80,7 @@ def compress(
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
     plan = plan_run(model, **options)
-    if allow_change and plan.minutes is not None:
-        raise ValueError(
-            f"--minutes decides rate and tokens itself, and --allow-change would change them: got --minutes "
-            f"{plan.minutes:g}; leave one out"
-        )
-    if plan.stages and plan.recipe.scale != Scale():
-        raise ValueError(
-            f"compress trains in one process, and the recipe spreads over several: got {plan.recipe.scale!r}; call kvlatent "
-            "convert, then torchrun --nproc-per-node N -m kvlatent_cli train for each stage, or pass --set scale.sharding=none"
-        )
+    _check_ways(plan, allow_change)
     files = {"data": data, "eval_data": eval_data, "statistics": statistics}
     inputs = {"model": model, **files, "teacher": teacher, "recipe": options.get("recipe")}
     if dry_run:
@@ -136,6 +127,20 @@ def compress(
     workspace.remove()
     warn_of_losses(record)
     return record
+
+
+def _check_ways(plan: Plan, allow_change: bool) -> None:
+    """Raise `ValueError` where the plan is changed on the way though it decides itself, or spreads over processes."""
+    if allow_change and plan.minutes is not None:
+        raise ValueError(
+            f"--minutes decides rate and tokens itself, and --allow-change would change them: got --minutes "
+            f"{plan.minutes:g}; leave one out"
+        )
+    if plan.stages and plan.recipe.scale != Scale():
+        raise ValueError(
+            f"compress trains in one process, and the recipe spreads over several: got {plan.recipe.scale!r}; call kvlatent "
+            "convert, then torchrun --nproc-per-node N -m kvlatent_cli train for each stage, or pass --set scale.sharding=none"
+        )
 
 
 def _decisions(plan: Plan) -> dict[str, Any]:
