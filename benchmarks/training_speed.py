@@ -1,6 +1,7 @@
 """Tokens per second and memory of stage II, beside a plain `transformers.Trainer` loop with the same loss.
 
     python benchmarks/training_speed.py --model DIR --data FILE [--dtype bfloat16] [--out FILE]
+    python benchmarks/training_speed.py --vocabulary 2048 [--objective next_token] [--out FILE]   a random Llama
 
 The plain loop is what a user would write: both models give all logits, the divergence is torch's. Model, trained tensors,
 blocks, arguments of the Trainer and precision are the same. Each round runs both, each in a process of its own, in turn, so
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from costs import resident_bytes
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from kvlatent.checkpoints.load import load_config, load_model
@@ -45,14 +46,18 @@ KINDS = ("stage II", "plain Trainer")
 
 
 class PlainTrainer(Trainer):
-    """The divergence of dense logits."""
+    """The divergence of dense logits, or without a teacher their cross-entropy."""
 
     teacher: Any
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Tensor:
         """Mean over the labelled tokens."""
         counted = inputs.pop("labels") != -100
-        predicted = model(**inputs, use_cache=False).logits[counted].float().log_softmax(-1)
+        labels = inputs["input_ids"].roll(-1, 1)[counted]
+        logits = model(**inputs, use_cache=False).logits[counted].float()
+        if self.teacher is None:
+            return F.cross_entropy(logits, labels)
+        predicted = logits.log_softmax(-1)
         with torch.no_grad(), self.accelerator.autocast():
             expected = self.teacher(**inputs, use_cache=False).logits[counted].float().log_softmax(-1)
         return F.kl_div(predicted, expected, reduction="batchmean", log_target=True)
@@ -83,9 +88,7 @@ class Clock(TrainerCallback):
 def run_one(args: argparse.Namespace) -> dict[str, Any]:
     """Train one of the two; seconds a step, the largest resident size, and the losses."""
     device, recipe = args.device, read_recipe(args)
-    teacher = load_model(
-        args.model, dtype=working_dtype(args.dtype, device, load_config(args.model).dtype), device=device
-    )
+    teacher = load_teacher(args)
     width = max(2, teacher.model.layers[0].self_attn.head_dim // 2)
     student = convert(teacher, d_qk=width, d_vo=width, choices=PAPER)
     prepare_for_training(student, recipe)
@@ -102,6 +105,18 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": clock.seconds(), "peak_bytes": peak, "first_and_last_loss": losses}
 
 
+def load_teacher(args: argparse.Namespace) -> Any:
+    """The original: read, or a random Llama with --vocabulary."""
+    if args.vocabulary is None:
+        dtype = working_dtype(args.dtype, args.device, load_config(args.model).dtype)
+        return load_model(args.model, dtype=dtype, device=args.device)
+    config = LlamaConfig(
+        vocab_size=args.vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=args.block_size, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(args.device).eval()
+
+
 def train_plainly(
     student: Any, teacher: Any, rows: Any, recipe: Recipe, folder: Path, device: str, clock: Clock
 ) -> list[float]:
@@ -109,7 +124,8 @@ def train_plainly(
     arguments = training_arguments(recipe.stage2, recipe, 2, len(rows[0]["input_ids"]), folder, device)
     trainer = PlainTrainer(student, arguments, train_dataset=rows, data_collator=collate, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
-    trainer.teacher = place_teacher(student, teacher, recipe.dtype, arguments.device)
+    compares = recipe.stage2.objective == "kl"
+    trainer.teacher = place_teacher(student, teacher, recipe.dtype, arguments.device) if compares else None
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return [losses[0], losses[-1]]
@@ -118,7 +134,12 @@ def train_plainly(
 def read_recipe(args: argparse.Namespace) -> Recipe:
     """Steps of --batch-size blocks, without a checkpoint in between."""
     tokens = args.batch_size * args.block_size * (args.steps + 1)
-    stage = {"tokens": tokens, "batch_size": args.batch_size, "save_steps": args.steps + 2}
+    stage = {
+        "tokens": tokens,
+        "batch_size": args.batch_size,
+        "save_steps": args.steps + 2,
+        "objective": args.objective,
+    }
     changes = [f"stage2.{name}={value}" for name, value in stage.items()]
     return Recipe.load(None, [f"seed={args.seed}", f"dtype={args.dtype}", *changes])
 
@@ -126,6 +147,15 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
 def read_rows(args: argparse.Namespace, model: Any) -> Any:
     """As many blocks of the text as the steps take."""
     number = args.batch_size * (args.steps + 1)
+    if args.vocabulary is not None:
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(0, args.vocabulary, (number, args.block_size), generator=generator)
+        labels = torch.cat([ids[:, 1:], torch.full((number, 1), -100)], dim=1)
+        positions = torch.arange(args.block_size)
+        return [
+            {"input_ids": row, "position_ids": positions, "labels": label}
+            for row, label in zip(ids, labels, strict=True)
+        ]
     with tempfile.TemporaryDirectory() as folder:
         text = ScoredText(args.data, "<|endoftext|>", "text", Path(folder))
         tokenizer = load_tokenizer(args.model, model.config)
@@ -153,8 +183,14 @@ def measure_both(args: argparse.Namespace) -> dict[str, Any]:
             "first_and_last_loss": runs[0]["first_and_last_loss"],
         }
     ours, plain = figures.values()
+    spared = 4 * tokens * (args.vocabulary or 0)
     return {
         "tokens_a_step": tokens,
+        **(
+            {"logits_bytes": spared, "spared_bytes": plain["peak_bytes"] - ours["peak_bytes"]}
+            if spared
+            else {}
+        ),
         "ratio": round(ours["tokens_per_second"] / plain["tokens_per_second"], 3),
         "processor_ratio": round(
             ours["tokens_per_processor_second"] / plain["tokens_per_processor_second"], 3
@@ -179,6 +215,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--vocabulary", type=int, help="of a random Llama of width 256, in the place of --model"
+    )
+    parser.add_argument("--objective", choices=("kl", "next_token"), default="kl")
     parser.add_argument("--only", choices=KINDS, help="run one of them once, in this process")
     parser.add_argument("--out", type=Path, help="JSON file to add the document to")
     args = parser.parse_args()
@@ -188,13 +228,18 @@ def main() -> None:
         json.dump(run_one(args), sys.stdout)
         return
     document = {"benchmark": "training_speed", "dtype": args.dtype, "seed": args.seed, **measure_both(args)}
-    document["sha256"] = {"model": identity(args.model), "data": args.data and identity(args.data)}
+    if args.vocabulary is None:
+        document["sha256"] = {"model": identity(args.model), "data": args.data and identity(args.data)}
+    else:
+        document |= {"vocabulary": args.vocabulary, "objective": args.objective}
     document |= environment(args.device)
     json.dump(document, sys.stdout, indent=1)
     print()
     if args.out is not None:
+        random = f"random {args.vocabulary} {args.objective}"
+        name = args.dtype if args.vocabulary is None else random
         kept = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
-        args.out.write_text(json.dumps({**kept, args.dtype: document}, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps({**kept, name: document}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

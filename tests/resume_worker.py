@@ -53,9 +53,9 @@ def kill_in_save(number: int) -> None:
 
 def kill_in_weights(number: int) -> None:
     """End the process with half of the nth checkpoint's weights written."""
-    from kvlatent.training import loop
+    from kvlatent.training import checkpointing
 
-    save, calls = loop.save_file, []
+    save, calls = checkpointing.save_file, []
 
     def half(tensors, path, *args, **kwargs):
         calls.append(path)
@@ -64,7 +64,7 @@ def kill_in_weights(number: int) -> None:
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-    loop.save_file = half
+    checkpointing.save_file = half
 
 
 def kill_in_state(number: int) -> None:

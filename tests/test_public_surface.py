@@ -34,7 +34,7 @@ CONVERSION = [
     *RECIPE,
 ]
 FLAGS = {
-    "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--teacher", "--seed", "--overwrite", "--dry-run", *SHARED],
+    "compress": ["MODEL", "--data", "--out", *CONVERSION, "--tokens", "--stages", "--teacher", "--seed", "--overwrite", "--allow-change", "--dry-run", *SHARED],
     "convert": ["MODEL", "--out", *CONVERSION, "--data", "--stream", "--overwrite", "--dry-run", *SHARED],
     "export": ["DIR", "--to", "--out", "--dtype", "--pad", "--experimental", "--overwrite", "--json"],
     "slice": ["DIR", "--kv", "--d-qk", "--d-vo", "--out", "--overwrite", "--json"],
@@ -42,7 +42,7 @@ FLAGS = {
     "calibrate": ["MODEL", "--data", "--out", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "plan": ["MODEL", *WIDTHS, "--kv-bytes", "--context", "--batch", "--kv-dtype", "--backend", "--data", "--statistics", "--table", "--memory", "--figure", "--blocks", *RECIPE, "--seed", "--overwrite", *SHARED],
     "teach": ["MODEL", "--data", "--top-k", "--out", *RECIPE, "--tokens", "--seed", "--overwrite", *SHARED],
-    "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--stream", "--seed", "--overwrite", *SHARED],
+    "train": ["DIR", "--stage", "--data", "--teacher", "--out", "--recipe", "--set", "--tokens", "--stream", "--seed", "--overwrite", "--allow-change", "--dry-run", "--cards", *SHARED],
     "eval": ["DIR", "--data", "--against", "--checks", "--tasks", "--include-path", "--limit", "--block-size", "--stride", "--batch-size", "--max-tokens", "--contexts", "--template", "--separator", "--text-field", "--seed", *SHARED],
     "bench": ["DIR", "--against", "--contexts", "--batches", "--caches", "--new-tokens", "--repeats", "--memory", "--attention", "--compile", "--engine", "--kv-dtype", "--seed", *SHARED],
     "study": ["NAME", "--out", "--model", "--data", "--eval-data", "--seeds", "--tokens", "--eval-tokens", "--cells", "--limit", "--threads", "--python", *RECIPE, "--device", "--dry-run", "--json"],

@@ -34,7 +34,9 @@ def test_every_key_is_in_the_file_with_a_comment(path):
 
 
 def test_the_small_recipe_is_the_default():
-    assert {path.stem for path in FILES} == {"cpu-small", "paper", "real-small", "real-gpu"}
+    models = ("llama-3.1-8b", "qwen3-4b", "qwen3.5-9b", "phi-4-mini")
+    known = {f"{name}-{share}" for name in models for share in ("half", "quarter")}
+    assert {path.stem for path in FILES} == {"cpu-small", "paper", "real-small", "real-gpu"} | known
     assert Recipe.load(FOLDER / "cpu-small.yaml") == Recipe()
     assert Recipe.load(FOLDER / "paper.yaml") != Recipe()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .listings import conversion_listing, figures_listing, list_pairs, minutes_lines, plan_lines
 from .options import (
+    ALLOW_CHANGE,
     CONVERSION,
     DATA,
     DEVICE,
@@ -25,7 +26,7 @@ from .options import (
     Option,
     command,
 )
-from .session import Session
+from .session import Session, keep_boards
 
 STAGES = Option("stages", "Stages to train; both by default, 2 with --minutes.", "none|1|2|both")
 STORE = Option(
@@ -43,12 +44,26 @@ SHARE = Option("kv", "Share of the original's cache to keep, at most that of DIR
 
 
 @command(
-    MODEL, DATA, OUT, *CONVERSION, TOKENS, MINUTES, STAGES, STORE, DEVICE, DTYPE, SEED, OVERWRITE, DRY_RUN
+    MODEL,
+    DATA,
+    OUT,
+    *CONVERSION,
+    TOKENS,
+    MINUTES,
+    STAGES,
+    STORE,
+    DEVICE,
+    DTYPE,
+    SEED,
+    OVERWRITE,
+    ALLOW_CHANGE,
+    DRY_RUN,
 )
 def compress(run: Session, given: dict[str, Any]) -> None:
     """Convert a checkpoint, train it in two stages, measure it, save it. Repeat the command to continue a killed run."""
     from kvlatent.workflows.compress_checkpoint import compress
 
+    keep_boards(given["out"])
     record = compress(**given, progress=run.report, announce=partial(_say_plan, run))
     _show_record(run, record, given["out"])
 

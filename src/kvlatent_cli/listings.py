@@ -187,3 +187,13 @@ def demo_listing(report: Mapping[str, Any]) -> list[Any]:
         else []
     )
     return [*about, listing, *lines, f"\nsaved in {report['out']} ({report['minutes']:.1f} min)"]
+
+
+def cost_lines(costs: dict[str, Any]) -> list[str]:
+    """What a stage will take, a line a fact."""
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in costs["card_bytes"].items())
+    return [
+        f"stage {'I' * costs['stage']}: {costs['tokens']:,} tokens, {costs['flops_per_token'] / 1e9:,.1f} GFLOP each",
+        f"{costs['total_bytes'] / 1e9:,.1f} GB on each of {costs['cards']} cards: {parts}",
+        f"{costs['hours']:,.2g} hours on cards of 312 TFLOP/s at 35 % of them (assumed)",
+    ]

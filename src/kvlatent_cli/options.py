@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from .named_models import read_model
-from .session import Session, session
+from .session import Session, check_one_process, session
 
 REQUIRED: Any = ...
 
@@ -86,13 +86,21 @@ def switch(name: str, help: str) -> Option:
 JSON = switch("json", "Print one JSON document on stdout, and nothing else there.")
 
 
-def command(*options: Option) -> Callable[[Callable[[Session, dict[str, Any]], None]], Callable[..., None]]:
-    """Make a command of a function of the session and the values of its options, by name."""
+def command(
+    *options: Option, spreads: bool = False
+) -> Callable[[Callable[[Session, dict[str, Any]], None]], Callable[..., None]]:
+    """Make a command of a function of the session and the values of its options, by name.
+
+    Args:
+        spreads: torchrun may start it in several processes.
+    """
 
     def decorate(work: Callable[[Session, dict[str, Any]], None]) -> Callable[..., None]:
         @functools.wraps(work)
         def run_command(**typed: Any) -> None:
             with session(as_json=typed.pop("json")) as run:
+                if not spreads:
+                    check_one_process(getattr(work, "__name__", "this"))
                 named = [option for option in options if typed[option.name] not in (None, [])]
                 run.typed = {
                     option.spelling: typed[option.name] for option in named if not option.is_positional
@@ -196,6 +204,10 @@ EVAL_DATA = Option("eval_data", "Another text to measure on, instead of a held-o
 STATISTICS = Option("statistics", "What `kvlatent calibrate` wrote, to calibrate no more.", "FILE", Path)
 OUT = Option("out", "Directory to write.", "DIR", Path, REQUIRED)
 OVERWRITE = switch("overwrite", "Replace what the output directory holds.")
+ALLOW_CHANGE = switch(
+    "allow_change",
+    "Continue an unfinished run with other rates, tokens or checkpoints than it was begun with.",
+)
 OVERWRITE_FILE = switch("overwrite", "Replace a file of that name.")
 STREAM = switch(
     "stream", "Hold one decoder layer in memory at a time; by itself where the model does not fit."

@@ -35,6 +35,7 @@ _DISK_SIGNS = (
     "inline_container",
     "I/O error",
 )
+_OTHERS_WAIT_S = 10.0  # most mistakes are seen by all processes: where the first says it, torchrun has ended the others by then
 _CHATTY = ("huggingface_hub", "httpx", "httpx2", "httpcore", "urllib3", "fsspec")
 _START = "start"  # the step before a command's first: its imports, and what has no progress
 _SHOWN_AFTER_S = 2.0
@@ -45,7 +46,7 @@ _FIRST_LINE_AFTER_S, _LINE_EVERY_S = 2.5, 15.0
 def session(as_json: bool = False) -> Generator[Session]:
     """Run a command's work: stdout is kept for its answer, mistakes become a sentence and exit code 2."""
     stdout = sys.stdout
-    current = Session(as_json, answer_console(stdout))
+    current = Session(as_json, answer_console(stdout), is_quiet=_rank() > 0)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(), current.shown():
             warnings.simplefilter("ignore")
@@ -63,10 +64,16 @@ def session(as_json: bool = False) -> Generator[Session]:
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
+    except SystemExit as ended:  # asked to end from outside
+        if _rank() == 0:
+            print(ended, file=sys.stderr)
+        raise
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None or os.environ.get("KVLATENT_TRACEBACK"):
             raise
+        if _rank() > 0:
+            time.sleep(_OTHERS_WAIT_S)
         print(f"error: {sentence}", file=sys.stderr)
         raise typer.Exit(2) from None
     current.flush()
@@ -78,13 +85,14 @@ class Session:
     Args:
         as_json: the answer is one JSON document instead of lines and listings.
         console: of stdout.
+        is_quiet: another process of the same run speaks.
 
     Attributes:
         typed: options by the spelling of their flags, for a record.
     """
 
-    def __init__(self, as_json: bool, console: Console) -> None:
-        self.as_json, self.console = as_json, console
+    def __init__(self, as_json: bool, console: Console, is_quiet: bool = False) -> None:
+        self.as_json, self.console, self.is_quiet = as_json, console, is_quiet
         self.answer: list[Any] = []
         self.typed: dict[str, Any] = {}
         self.progress = progress_bar()
@@ -97,6 +105,9 @@ class Session:
     @contextlib.contextmanager
     def shown(self) -> Generator[None]:
         """Keep the progress in sight while the work is silent: one forward pass, or an import, can take minutes."""
+        if self.is_quiet:
+            yield
+            return
         ended = threading.Event()
 
         def watch() -> None:
@@ -149,6 +160,8 @@ class Session:
 
     def say(self, text: str) -> None:
         """A line for people, on stderr."""
+        if self.is_quiet:
+            return
         self._speaks_at = time.monotonic() + _LINE_EVERY_S
         self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
@@ -162,7 +175,7 @@ class Session:
 
     def flush(self) -> None:
         """Print the answer on stdout, once."""
-        answer, self.answer = self.answer, []
+        answer, self.answer = [] if self.is_quiet else self.answer, []
         for part in answer:
             if self.as_json:
                 self.console.file.write(json.dumps(part, indent=2) + "\n")
@@ -181,6 +194,26 @@ class Session:
             if self._step not in ("", _START) and elapsed > _SHOWN_AFTER_S:
                 self.say(f"{self._step}: {elapsed:.0f} s" + (f", {self._note}" if self._note else ""))
             self._step, self._task = "", None
+
+
+def keep_boards(out: str | os.PathLike[str]) -> None:
+    """Have TensorBoard's callback write beside the output: where it writes by itself goes when the run is finished."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{os.fspath(out)}.runs")
+
+
+def check_one_process(command: str) -> None:
+    """Raise `ValueError` where torchrun started a command in several processes that would all write the same."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise ValueError(
+            f"kvlatent {command} runs in one process: got {count}, started by torchrun or accelerate launch; only kvlatent "
+            "train spreads over several, so call this one by itself first"
+        )
+
+
+def _rank() -> int:
+    """Which of the processes of a run this is; 0 where there is one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def sentence_of(error: BaseException) -> str | None:

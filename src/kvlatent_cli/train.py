@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .listings import demo_listing, duration, list_pairs
+from .listings import cost_lines, demo_listing, duration, list_pairs
 from .named_models import read_model
 from .options import (
+    ALLOW_CHANGE,
     DATA,
     DEVICE,
+    DRY_RUN,
     DTYPE,
     LATENT,
     MINUTES,
@@ -25,7 +27,7 @@ from .options import (
     Option,
     command,
 )
-from .session import Session
+from .session import Session, keep_boards
 
 STAGE = Option("stage", "Stage to train: 1 layer by layer, 2 end to end.", "1|2", int, REQUIRED)
 TEACHER = Option(
@@ -33,6 +35,9 @@ TEACHER = Option(
     "The original, or for stage 2 what `kvlatent teach` wrote of --data; only stage 2 on next tokens can do without.",
     "MODEL",
     read=read_model,
+)
+CARDS = Option(
+    "cards", "With --dry-run: predict memory and hours on so many cards of 80 GB; 1 by default.", "N", int
 )
 TOP_K = Option("top_k", "Tokens kept at every position, the likeliest.", "K", int, 64)
 TOKENS_TO_STORE = Option(
@@ -52,13 +57,23 @@ PRESET = Option("preset", "How channels are chosen.", "NAME", default="calibrate
 
 
 @command(
-    LATENT, STAGE, DATA, TEACHER, OUT_OR_IN_PLACE, *RECIPE, TOKENS, STREAM, DEVICE, DTYPE, SEED, OVERWRITE
-)
+    LATENT, STAGE, DATA, TEACHER, OUT_OR_IN_PLACE, *RECIPE, TOKENS, STREAM, DEVICE, DTYPE, SEED, OVERWRITE, ALLOW_CHANGE,
+    DRY_RUN, CARDS,
+    spreads=True,
+)  # fmt: skip
 def train(run: Session, given: dict[str, Any]) -> None:
     """Train one stage of a latent checkpoint, in place unless --out is given. Repeat the command to continue."""
     from kvlatent.workflows.train_checkpoint import train
 
     given.setdefault("out", Path(given["model"]))
+    cards = given.pop("cards", 1)
+    if given.pop("dry_run"):
+        from kvlatent.workflows.foreseen_training import foresee_training
+
+        foreseen = foresee_training(**given, cards=cards)
+        run.show(foreseen, *cost_lines(foreseen["costs"]))
+        return
+    keep_boards(given["out"])
     summary = train(
         **given,
         progress=lambda number, done, total, speed, loss: run.report(

@@ -21,9 +21,11 @@ __all__ = [
     "Data",
     "Lora",
     "Recipe",
+    "Scale",
     "Stage",
     "Stage1",
     "Stage2",
+    "Target",
     "option_keys",
 ]
 
@@ -96,7 +98,10 @@ class Data(Section):
 
 
 class Stage(Section):
-    """What both stages share: budget, optimiser, checkpoints."""
+    """What both stages share: budget, optimiser, checkpoints.
+
+    `batch_size` counts the sequences of one forward over all processes, so a recipe gives the same on any number of them.
+    """
 
     tokens: Count = 500_000
     batch_size: Count = 8
@@ -112,6 +117,7 @@ class Stage(Section):
     save_steps: Count = 50
     keep: int = Field(2, ge=2)
     log_steps: Count = 1
+    spike_factor: float = Field(2.0, ge=0)
 
 
 class Stage1(Stage):
@@ -140,6 +146,22 @@ class Stage2(Stage):
     nested_kv: Annotated[list[Kept], Field(min_length=1)] | None = None
 
 
+class Target(Section):
+    """What a recipe was sized for; another model or width is refused, None is any."""
+
+    family: str | None = None
+    hidden_size: int | None = Field(None, ge=1)
+    num_hidden_layers: int | None = Field(None, ge=1)
+    kv: float | None = Field(None, gt=0.0, le=1.0)
+
+
+class Scale(Section):
+    """How a run spreads over the processes that torchrun or `accelerate launch` started."""
+
+    sharding: Literal["none", "fsdp2"] = "none"
+    deepspeed: str | None = None
+
+
 class Recipe(Section):
     """A whole run. `Recipe()` equals `recipes/cpu-small.yaml`."""
 
@@ -151,6 +173,9 @@ class Recipe(Section):
     data: Data = Data()
     stage1: Stage1 = Stage1()
     stage2: Stage2 = Stage2()
+    target: Target = Target()
+    scale: Scale = Scale()
+    report_to: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, source: str | Path | Recipe | None = None, overrides: Iterable[str] = ()) -> Recipe:

@@ -57,8 +57,12 @@ class WorkDirectory:
         self.plan_file = self.path / self.plan_name
         self.plan = json.loads(json.dumps(plan))
 
-    def open(self, *, overwrite: bool = False) -> bool:
+    def open(self, *, overwrite: bool = False, allow_change: bool = False) -> bool:
         """Make the directory, or continue in it; returns whether it was made.
+
+        Args:
+            overwrite: begin anew where it cannot be continued.
+            allow_change: continue with another plan where only what `may_change` differs.
 
         Raises:
             FileExistsError: it is a file, or holds what is none of ours and `overwrite` is false.
@@ -66,7 +70,10 @@ class WorkDirectory:
         """
         if not self.is_ours():
             self.check_strangers(overwrite)
-        elif (refusal := self._refusal()) is None:
+        elif (refusal := self._refusal(allow_change)) is None:
+            if allow_change and (changed := differences(self.stored_plan(), self.plan)):
+                self._note_changes(changed)
+                write_text(self.plan_file, json.dumps(self.document(), indent=2) + "\n")
             return False
         elif not overwrite:
             raise ValueError(refusal)
@@ -108,7 +115,14 @@ class WorkDirectory:
         """
         return read_json(self.plan_file, self.anew)
 
-    def _refusal(self) -> str | None:
+    def may_change(self, key: str) -> bool:
+        """Whether unfinished work can go on with another value of a key of the plan."""
+        return False
+
+    def _note_changes(self, changed: list[str]) -> None:
+        """Keep what is changed on the way, before it is."""
+
+    def _refusal(self, allow_change: bool) -> str | None:
         """Why the work there is not that of this plan, or None."""
         try:
             changed = differences(self.stored_plan(), self.plan)
@@ -116,11 +130,18 @@ class WorkDirectory:
             return (
                 f"{self.plan_file} is damaged, so {self.content} beside it cannot be continued; {self.anew}"
             )
-        if not changed:
+        fixed = [one for one in changed if not self.may_change(one.partition(" (")[0])]
+        if not changed or (allow_change and not fixed):
             return None
+        if allow_change:
+            return (
+                f"{self.path} holds {self.content} with another {', '.join(fixed)}, which --allow-change cannot change in "
+                f"the middle; call it with the same to continue, or {self.anew}"
+            )
+        change = "" if fixed else "pass --allow-change to go on with the new values, "
         return (
             f"{self.path} holds {self.content} with another {', '.join(changed)}; call it with the same arguments to "
-            f"continue, or {self.anew}"
+            f"continue, {change}or {self.anew}"
         )
 
     def step_file(self, step: str) -> Path:

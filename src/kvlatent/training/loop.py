@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -17,43 +16,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from kvlatent.jobs.processes import is_spread, join_processes
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe, Stage
-from kvlatent.training.resume import (
-    WEIGHTS,
-    last_complete_checkpoint,
-    load_trainable,
-    read_journal,
-    trim_journal,
-)
-from kvlatent.training.trainable import trainable_state
+from kvlatent.training.callbacks import SPIKE_STEPS, LossSpikes, StepEnd, Terminated, Termination
+from kvlatent.training.checkpointing import CheckpointTrainer
+from kvlatent.training.resume import read_journal, trim_journal
+from kvlatent.training.sharding import check_scale, use_fsdp2
 
 __all__ = ["StageTrainer", "collate", "training_arguments"]
-
-_DISK_SIGNS = (
-    "No space left",
-    "File too large",
-    "inline_container",
-    "unexpected pos",
-)  # torch names no cause
 
 
 def training_arguments(
     settings: Stage, recipe: Recipe, stage: int, block_size: int, work_dir: Path, device: str
 ) -> TrainingArguments:
-    """Upstream's arguments for one stage; `settings.tokens` is rounded up to whole optimiser steps."""
+    """Upstream's arguments for one stage; `settings.tokens` is rounded up to whole optimiser steps.
+
+    Raises:
+        ValueError: the processes do not divide the batch, or cannot be used as the recipe says.
+    """
+    processes = join_processes(device)
+    check_scale(recipe.scale, device, is_spread=is_spread())
+    if settings.batch_size % processes:
+        raise ValueError(
+            f"the number of processes must divide the batch: got stage{stage}.batch_size={settings.batch_size} and "
+            f"{processes} processes; try --set stage{stage}.batch_size={-(-settings.batch_size // processes) * processes}"
+        )
     args = TrainingArguments(
         output_dir=str(work_dir),
         seed=recipe.seed + stage,
         bf16=recipe.dtype == "bfloat16",
         use_cpu=device == "cpu",
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // processes,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -77,14 +75,16 @@ def training_arguments(
         dataloader_pin_memory=device != "cpu",
         ddp_find_unused_parameters=False,  # hook losses are not in the forward's output: True dies
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(recipe.report_to) or "none",
+        fsdp=recipe.scale.sharding == "fsdp2",  # ty: ignore[invalid-argument-type] - upstream's own spelling
+        deepspeed=recipe.scale.deepspeed,
         max_steps=1,
     )
     if args.n_gpu > 1:
         args._n_gpu = (
             1  # one process uses one GPU; several go through torchrun (DataParallel breaks the hooks)
         )
-    per_step = settings.batch_size * settings.gradient_accumulation * block_size * args.world_size
+    per_step = settings.batch_size * settings.gradient_accumulation * block_size
     args.max_steps = math.ceil(settings.tokens / per_step)
     args.warmup_steps = math.ceil(settings.warmup_ratio * args.max_steps)
     return args
@@ -100,7 +100,7 @@ def _whole_numbers(column: Any) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.long()
 
 
-class StageTrainer(Trainer):
+class StageTrainer(CheckpointTrainer):
     """What both stages share; a stage defines `batch_loss` and `num_items`.
 
     Args:
@@ -110,9 +110,9 @@ class StageTrainer(Trainer):
         teacher: the original's causal language model on the same device, frozen, or None.
         journal: the metrics file, one JSON object per logged step.
         progress: told after every step.
+        spike_factor: see `LossSpikes`.
     """
 
-    stage: int
     loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole accumulated batch
 
     def __init__(
@@ -123,14 +123,24 @@ class StageTrainer(Trainer):
         teacher: PreTrainedModel | None,
         journal: Path,
         progress: Progress,
+        spike_factor: float = 0.0,
     ) -> None:
-        self.decoder = decoder  # the Trainer's own reference becomes the wrapper under FSDP
+        self.decoder = decoder  # the Trainer's own reference becomes the wrapper under DDP
         super().__init__(model=decoder, args=args, train_dataset=blocks, data_collator=collate)
         self.remove_callback(PrinterCallback)  # prints to stdout, which belongs to the command line
-        self.add_callback(_StepEnd(self, progress))
+        self.termination = Termination()
+        self.add_callback(StepEnd(self, progress))
+        self.add_callback(self.termination)
+        self.spikes = LossSpikes(spike_factor, [])
         self.teacher, self.journal = teacher, journal
         self.step_loss: Any = 0.0
         self.seconds_before, self.tokens_before, self.started = 0.0, 0, time.monotonic()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Upstream's accelerator, sharding as is settled here."""
+        super().create_accelerator_and_postprocess()
+        dtype = "bfloat16" if self.args.bf16 else "float32"
+        self.is_fsdp_enabled = use_fsdp2(self.accelerator, self.args.fsdp_plugin_args, dtype)
 
     def batch_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Mean loss per item of one forward."""
@@ -141,18 +151,30 @@ class StageTrainer(Trainer):
         raise NotImplementedError
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Train to the end, from the start or from a complete checkpoint."""
+        """Train to the end, from the start or from a complete checkpoint.
+
+        Raises:
+            Terminated: SIGTERM came; the state is saved.
+        """
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         if self.is_world_process_zero():
             trim_journal(self.journal, step)
+        self.accelerator.wait_for_everyone()
         rows = read_journal(self.journal)
         if rows:
+            self.spikes = LossSpikes(self.spikes.factor, [row["loss"] for row in rows])
             self.seconds_before, self.tokens_before = rows[-1]["seconds"], rows[-1]["tokens"]
         self.started = time.monotonic()
         if checkpoint is not None and step >= self.args.max_steps:
             self._load_from_checkpoint(str(checkpoint), self.decoder)  # upstream would train one step more
             return
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with self.termination.listening():
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if (stopped := self.termination.stopped_at) is not None:
+            raise Terminated(
+                f"stage {self.stage} was asked to end (SIGTERM) at step {stopped} of {self.state.max_steps}; its state is "
+                f"saved in {self.journal.parent / f'checkpoint-{stopped}'}; repeat the same to continue"
+            )
 
     def tokens_per_second(self) -> float:
         """Of this process's run, over all devices."""
@@ -200,7 +222,10 @@ class StageTrainer(Trainer):
         The one place in a step that waits for the device.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.step_loss = float(self.step_loss)
+        asked = torch.full_like(self.step_loss, float(self.termination.asked))
+        told = self.accelerator.reduce(torch.stack([self.step_loss, asked]), "mean")  # so all stop, or none
+        self.step_loss, asked_share = told.tolist()
+        self.termination.is_agreed = asked_share > 0
         self._stop_unless_finite("loss", self.step_loss)
         norm = float(norm)
         self._stop_unless_finite("gradient norm", norm)
@@ -210,13 +235,13 @@ class StageTrainer(Trainer):
         if not math.isfinite(value):
             self._stop(self.state.global_step + 1, f"the {what} is {value}")
 
-    def _stop(self, step: int, reason: str) -> None:
-        """End the run at a step, naming the checkpoint to go on from."""
-        kept = last_complete_checkpoint(self.journal.parent, self.args.world_size)
-        rate = f"stage{self.stage}.learning_rate={self.args.learning_rate:g}"
-        raise ValueError(
-            f"stage {self.stage} stopped at step {step} of {self.state.max_steps} because {reason}; the last good "
-            f"checkpoint is {kept or 'the start (none was written yet)'}; try a lower rate than {rate}"
+    def stop_at_spike(self) -> None:
+        """End the run: its loss has run away."""
+        seen = self.spikes
+        self._stop(
+            self.state.global_step,
+            f"the loss was above {seen.bound:.4g} for {SPIKE_STEPS} steps in a row, over {seen.factor:g} times its median "
+            f"and worse than at the start (now {seen.loss:.4g}; stage{self.stage}.spike_factor=0 would let it go on)",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -237,7 +262,8 @@ class StageTrainer(Trainer):
         if self.is_world_process_zero():
             with self.journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        numbers = {name: value for name, value in row.items() if not isinstance(value, list)}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, numbers)
 
     def extra_metrics(self) -> dict[str, Any]:
         """What a stage adds to a journal line, averaged since the last one."""
@@ -250,60 +276,3 @@ class StageTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: upstream walks over all parameters at every forward for it."""
         return 0
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the trained tensors only: the frozen ones are the source checkpoint's."""
-        if not self.args.should_save:
-            return
-        directory = Path(output_dir) if output_dir else self.journal.parent
-        directory.mkdir(parents=True, exist_ok=True)
-        trained = trainable_state(self.decoder)
-        if state_dict is not None:
-            trained = {name: state_dict[name] for name in trained}
-        save_file({name: tensor.cpu() for name, tensor in trained.items()}, directory / WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_trainable(Path(resume_from_checkpoint) / WEIGHTS, self.decoder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Upstream's checkpoint; none of tensors that are not finite, and a failed write leaves nothing behind."""
-        for name, parameter in self.decoder.named_parameters():
-            if parameter.requires_grad and not parameter.detach().isfinite().all():
-                self._stop(self.state.global_step, f"{name} is no longer finite")
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            path = self.journal.parent / f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(path, ignore_errors=True)
-            full = any(sign in str(error) for sign in _DISK_SIGNS)
-            reason = "the disk is full" if full else str(error).splitlines()[0]
-            raise OSError(
-                f"cannot write {path}: {reason}; free some disk space and run the same again"
-            ) from error
-
-
-class _StepEnd(TrainerCallback):
-    """Tells the caller about every step, and has the last step logged."""
-
-    def __init__(self, trainer: StageTrainer, progress: Progress) -> None:
-        self.trainer, self.progress = trainer, progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        if state.is_world_process_zero:
-            stage, speed = self.trainer.stage, self.trainer.tokens_per_second()
-            self.progress.report(
-                f"stage {'I' * stage}",
-                state.global_step,
-                state.max_steps,
-                f"{speed:,.0f} tokens/s, loss {loss:.4f}",
-                stage=stage,
-                tokens_per_second=speed,
-                loss=loss,
-            )
-        return control

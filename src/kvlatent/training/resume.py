@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvlatent.jobs.atomic import write_atomically, write_text
+from kvlatent.jobs.atomic import read_json, write_atomically, write_text
 from kvlatent.jobs.work_directory import WorkDirectory
 
 __all__ = [
     "JOURNAL",
+    "RunDirectory",
     "StageDirectory",
+    "check_names",
     "last_complete_checkpoint",
     "load_trainable",
     "missing_from",
@@ -36,7 +39,27 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 JOURNAL = "metrics.jsonl"
-_PICKLED = ("optimizer.pt", "scheduler.pt")
+FINAL = "final.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+
+
+# A stage goes on with other values of these from the next step on; text, batch, seed and what is trained are the run itself.
+_CHANGEABLE = {
+    "tokens", "learning_rate", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "activation_checkpointing", "save_steps", "keep", "log_steps", "spike_factor",
+}  # fmt: skip
+
+
+class RunDirectory(WorkDirectory):
+    """The unfinished work of a command that trains: its recipe's stages may change as long as they are not finished."""
+
+    def may_change(self, key: str) -> bool:
+        """As there."""
+        where, _, name = key.rpartition(".")
+        stage = where.removeprefix("recipe.")
+        if stage in ("stage1", "stage2"):
+            return name in _CHANGEABLE and not (self.path / stage / FINAL).is_file()
+        return key == "recipe.report_to" or where == "recipe.target"
 
 
 class StageDirectory(WorkDirectory):
@@ -54,7 +77,21 @@ class StageDirectory(WorkDirectory):
     @property
     def final(self) -> Path:
         """The trained tensors in fp32 of a finished stage, its summary in the header."""
-        return self.path / "final.safetensors"
+        return self.path / FINAL
+
+    def may_change(self, key: str) -> bool:
+        """As there; of a finished stage nothing."""
+        where, _, name = key.rpartition(".")
+        free = (where == "settings" and name in _CHANGEABLE) or key == "processes"
+        return free and not self.final.is_file()
+
+    def changes(self) -> list[str]:
+        """What was changed on the way, `key (old, now new)` each."""
+        file = self.path / "changes.json"
+        return read_json(file, self.anew) if file.is_file() else []
+
+    def _note_changes(self, changed: list[str]) -> None:
+        write_text(self.path / "changes.json", json.dumps([*self.changes(), *changed]) + "\n")
 
 
 def last_complete_checkpoint(directory: str | Path, num_processes: int = 1) -> Path | None:
@@ -90,7 +127,7 @@ def missing_from(checkpoint: Path, num_processes: int = 1) -> str | None:
     random = (
         [f"rng_state_{rank}.pth" for rank in range(num_processes)] if num_processes > 1 else ["rng_state.pth"]
     )
-    for name in (*_PICKLED, *random):
+    for name in (OPTIMIZER, SCHEDULER, *random):
         if not zipfile.is_zipfile(checkpoint / name):
             return f"{name} is missing or cut"
     return None
@@ -110,7 +147,8 @@ def _quarantine(checkpoint: Path, step: int) -> None:
     aside = checkpoint.with_name(f"broken-{step}")
     if aside.exists():
         shutil.rmtree(aside)
-    checkpoint.rename(aside)
+    with suppress(FileNotFoundError):  # another process was faster
+        checkpoint.rename(aside)
 
 
 def write_final(path: Path, tensors: dict[str, Tensor], summary: dict[str, Any]) -> None:
@@ -132,6 +170,24 @@ def read_final(path: Path, module: nn.Module) -> dict[str, Any]:
         return json.loads(file.metadata()["summary"])
 
 
+def check_names(path: Path, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's trained parameters, which are those that a safetensors file holds.
+
+    Raises:
+        ValueError: a name differs.
+    """
+    own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    with safe_open(path, framework="pt") as file:
+        saved = set(file.keys())
+    if saved != set(own):
+        odd = min(saved ^ set(own))
+        raise ValueError(
+            f"{path} holds {len(saved)} trained tensors, the model trains {len(own)} (first difference: {odd}); "
+            "resume with the model and recipe it was written by, or delete its directory"
+        )
+    return own
+
+
 def load_trainable(path: Path, module: nn.Module) -> None:
     """Copy the tensors of a safetensors file into the module's trained parameters; names and shapes must
     agree.
@@ -139,15 +195,8 @@ def load_trainable(path: Path, module: nn.Module) -> None:
     Raises:
         ValueError: a name or a shape differs.
     """
-    own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    own = check_names(path, module)
     with safe_open(path, framework="pt") as file:
-        saved = set(file.keys())
-        if saved != set(own):
-            odd = min(saved ^ set(own))
-            raise ValueError(
-                f"{path} holds {len(saved)} trained tensors, the model trains {len(own)} (first difference: {odd}); "
-                "resume with the model and recipe it was written by, or delete its directory"
-            )
         for name, parameter in own.items():
             tensor = file.get_tensor(name)
             if tensor.shape != parameter.shape:

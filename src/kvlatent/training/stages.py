@@ -6,15 +6,16 @@ in its work directory, see `StageDirectory`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.fingerprints import blocks_fingerprint, weights_fingerprints
+from kvlatent.jobs.processes import join_processes, on_main
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe, Stage, Stage1, Stage2
 from kvlatent.model.head import Head
@@ -30,12 +31,14 @@ from kvlatent.training.resume import (
     read_journal,
     write_final,
 )
+from kvlatent.training.sharding import is_sharded, place_heads, shard_teacher, trained_tensors
 from kvlatent.training.teacher_store import TeacherStore, check_takes_store
-from kvlatent.training.trainable import trainable_names, trainable_state
+from kvlatent.training.trainable import shared_copy, trainable_names
 from kvlatent.training.trainers import EndToEndTrainer, LayerTrainer
 
 __all__ = ["forward_put_back", "settings_of", "summary_of", "train_stage"]
 
+_DECIDES_NOTHING = {"save_steps", "keep", "log_steps", "spike_factor"}
 _WRAPPED = ("forward", "_original_forward")  # what accelerate sets on a model that it prepares
 
 
@@ -50,6 +53,7 @@ def train_stage(
     device: str = "cpu",
     progress: Progress | Report | None = None,
     divergence: Callable[[], float] | None = None,
+    allow_change: bool = False,
 ) -> dict[str, Any]:
     """Run one stage, or what is left of it, on a prepared model, in place.
 
@@ -70,16 +74,20 @@ def train_stage(
         progress: told after every step.
         divergence: of the model as it is, on blocks that are not trained on. The stage ends when it has not fallen for
             several checks, and the weights of the least are the result, which may be those of the start.
+        allow_change: go on in `work_dir` with other rates, tokens, checkpoints or processes than it was begun with.
 
     Returns:
         stage, steps, tokens, minutes, first_loss, last_loss, tokens_per_second, and for stage I
-        first_layer_losses and layer_losses; of several widths "nested_widths", {"d_qk", "d_vo"} of each; with `divergence` "checks" and "kept_step" (see `BestKept`).
+        first_layer_losses and layer_losses; of several widths "nested_widths", {"d_qk", "d_vo"} of each; with `divergence`
+        "checks" and "kept_step" (see `BestKept`); "changes" where something was changed on the way.
 
     Raises:
         ValueError: the model is not prepared, the teacher has another shape or is a store in stage I or of other
             blocks, there are no blocks, `work_dir` holds another run, a loss is not finite, or bfloat16 is asked of a device without units for it.
         OSError: a checkpoint cannot be written.
+        Terminated: SIGTERM came; the state is saved, and the next call goes on.
     """
+    join_processes(device)
     recipe = resolve_precision(recipe, model.config, device)
     settings = settings_of(recipe, stage)
     compares = needs_teacher(settings)
@@ -93,54 +101,98 @@ def train_stage(
         train_blocks = store.join(train_blocks) if compares else train_blocks
     elif compares:
         check_teacher(model.config, None if original is None else original.config)
-    plan = _plan(model, stage, settings, recipe, train_blocks)
+    work_dir = Path(work_dir).absolute()
+    args = training_arguments(settings, recipe, stage, len(train_blocks[0]["input_ids"]), work_dir, device)
+    plan = _plan(model, stage, settings, recipe, train_blocks, args)
     plan |= {} if store is None else {"teacher": store.record.fingerprint}
     place = StageDirectory(work_dir, plan)
-    place.open()
-    decoder, nested = model.get_decoder(), None
-    args = training_arguments(settings, recipe, stage, len(train_blocks[0]["input_ids"]), place.path, device)
+    on_main(lambda: place.open(allow_change=allow_change))
+    nested = None
     if isinstance(settings, Stage2) and settings.nested_kv is not None:
+        if is_sharded(args):
+            raise ValueError(
+                f"stage2.nested_kv={settings.nested_kv} needs whole models: got scale.sharding=fsdp2; pass --set "
+                "scale.sharding=none"
+            )
         with args.main_process_first(local=False, desc="rank the channels"):
             put_in_order(model, train_blocks, place.path, recipe.dtype)
         nested = NestedWidths(model, settings.nested_kv, recipe.seed)
     if place.final.is_file():
-        return read_final(place.final, decoder)
-    view = None
-    if compares and original is not None:
-        view = place_teacher(model, original, recipe.dtype, args.device)
-    else:
-        model.to(args.device)  # the Trainer moves the decoder alone
-    common = (decoder, args, train_blocks, view, place.journal, Progress.of(progress))
-    if isinstance(settings, Stage2):
-        trainer: StageTrainer = EndToEndTrainer(
-            *common, head=Head.of_model(model), settings=settings, nested=nested
-        )
-    else:
-        trainer = LayerTrainer(*common, settings=settings)
-    best = None if divergence is None else BestKept(divergence, decoder, place.path)
+        return read_final(place.final, model.get_decoder())
+    progress = Progress.of(progress)
+    trainer = _trainer(
+        model, original if compares else None, args, train_blocks, recipe, stage, place, progress, nested
+    )
+    best = None if divergence is None else BestKept(divergence, model.get_decoder(), place.path)
     if best is not None:
         trainer.add_callback(best)
     _run(trainer, place.path)
+    decoder = trainer.decoder
     if args.activation_checkpointing:
         decoder.activation_checkpointing_disable()
-    summary = summary_of(read_journal(place.journal)) | ({} if best is None else best.put_back())
+    summary = on_main(lambda: summary_of(read_journal(place.journal), place.changes())) | (
+        {} if best is None else best.put_back()
+    )
     summary |= {} if nested is None else {"nested_widths": nested.summary()}
-    if trainer.is_world_process_zero():
-        write_final(place.final, trainable_state(decoder), summary)
-    trainer.accelerator.wait_for_everyone()
+    trained = trained_tensors(decoder)
+    if decoder is not model.get_decoder():  # the shards of a copy
+        for name, tensor in trained.items():
+            model.get_decoder().get_parameter(name).data.copy_(tensor)
+    on_main(lambda: write_final(place.final, trained, summary))
     return summary
 
 
-def _plan(model: PreTrainedModel, stage: int, settings: Stage, recipe: Recipe, blocks: Any) -> dict[str, Any]:
-    """What decides the stage's result, apart from the trained tensors' start."""
+def _trainer(
+    model: PreTrainedModel,
+    original: PreTrainedModel | None,
+    args: TrainingArguments,
+    blocks: Any,
+    recipe: Recipe,
+    stage: int,
+    place: StageDirectory,
+    progress: Progress,
+    nested: NestedWidths | None,
+) -> StageTrainer:
+    """The stage's trainer, with model and teacher where it needs them: on its device, or in shards of their own."""
+    settings = settings_of(recipe, stage)
+    shards = is_sharded(args)
+    student = shared_copy(model) if shards else model
+    teacher = None
+    if not shards and original is not None:
+        teacher = place_teacher(model, original, recipe.dtype, args.device)
+    elif not shards:
+        model.to(args.device)  # the Trainer moves the decoder alone
+    common = (student.get_decoder(), args, blocks, teacher, place.journal, progress, settings.spike_factor)
+    if isinstance(settings, Stage2):
+        trainer: StageTrainer = EndToEndTrainer(
+            *common, head=Head.of_model(student), settings=settings, nested=nested
+        )
+    else:
+        assert isinstance(settings, Stage1)
+        trainer = LayerTrainer(*common, settings=settings)
+    if shards:
+        if original is not None:
+            trainer.teacher = shard_teacher(original, trainer.accelerator, recipe.dtype)
+        place_heads(args.device, student, trainer.teacher)
+    return trainer
+
+
+def _plan(
+    model: PreTrainedModel, stage: int, settings: Stage, recipe: Recipe, blocks: Any, args: TrainingArguments
+) -> dict[str, Any]:
+    """What decides the stage's result, apart from the trained tensors' start, and what its checkpoints are of."""
+    spread = {"processes": args.world_size} if args.world_size > 1 else {}
+    spread |= {"sharding": "fsdp2"} if is_sharded(args) else {}
+    spread |= {"deepspeed": recipe.scale.deepspeed} if recipe.scale.deepspeed else {}
     return {
         "stage": stage,
         "seed": recipe.seed,
         "dtype": recipe.dtype,
-        "settings": settings.model_dump(mode="json", exclude={"save_steps", "keep", "log_steps"}),
+        "settings": settings.model_dump(mode="json", exclude=_DECIDES_NOTHING),
         "lora": recipe.lora.model_dump(mode="json"),
         **weights_fingerprints(model),
         "blocks": [len(blocks), blocks_fingerprint(blocks)],
+        **spread,
     }
 
 
@@ -195,7 +247,7 @@ def forward_put_back(decoder: Any) -> Generator[None]:
         vars(decoder).update(before)
 
 
-def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary_of(rows: list[dict[str, Any]], changes: Sequence[str] = ()) -> dict[str, Any]:
     """First and last line of a journal, as figures of the stage."""
     first, last = rows[0], rows[-1]
     summary = {
@@ -209,4 +261,4 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if "layer_losses" in last:
         summary |= {"first_layer_losses": first["layer_losses"], "layer_losses": last["layer_losses"]}
-    return summary
+    return summary | ({"changes": changes} if changes else {})

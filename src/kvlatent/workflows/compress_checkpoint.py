@@ -15,8 +15,10 @@ from typing import Any
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.fingerprints import fingerprint
 from kvlatent.jobs.progress import Progress, Report
-from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
+from kvlatent.jobs.recipe import Scale
+from kvlatent.jobs.work_directory import partial_of, prepare_place
 from kvlatent.text.parts import check_statistics
+from kvlatent.training.resume import RunDirectory
 from kvlatent.training.teacher_store import RECORD
 from kvlatent.workflows.compress_steps import CompressRun
 from kvlatent.workflows.losses import judge_losses, warn_of_losses
@@ -46,6 +48,7 @@ def compress(
     teacher: str | Path | None = None,
     eval_tokens: int = EVALUATION_TOKENS,
     overwrite: bool = False,
+    allow_change: bool = False,
     dry_run: bool = False,
     progress: Progress | Report | None = None,
     announce: Announce | None = None,
@@ -64,6 +67,7 @@ def compress(
         teacher: what `teach` wrote of this model and text; stage II is trained from it, and the original leaves the memory.
         eval_tokens: measure on at most that many tokens.
         overwrite: replace what `out` holds (at the end, in one rename) and unfinished work of other arguments.
+        allow_change: continue an unfinished run with other rates, tokens or checkpoints of its stages than it was begun with.
         dry_run: return the plan and write nothing.
         progress, announce: see `Progress` and `Announce`.
         options: see `RUN_OPTIONS`.
@@ -76,6 +80,7 @@ def compress(
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
     plan = plan_run(model, **options)
+    _check_ways(plan, allow_change)
     files = {"data": data, "eval_data": eval_data, "statistics": statistics}
     inputs = {"model": model, **files, "teacher": teacher, "recipe": options.get("recipe")}
     if dry_run:
@@ -89,7 +94,7 @@ def compress(
         check_statistics(statistics, plan.calibrates)
     taught = {} if store is None else {"teacher": store.path / RECORD}
     sha256 = hash_sources({"model": model, **files, **taught}, "training text")
-    workspace = WorkDirectory(partial_of(place), {**sha256, "eval_tokens": eval_tokens, **_decisions(plan)})
+    workspace = RunDirectory(partial_of(place), {**sha256, "eval_tokens": eval_tokens, **_decisions(plan)})
     if (finished := finished_record(place, workspace)) is not None:
         warn_of_losses(finished)
         return finished
@@ -99,13 +104,14 @@ def compress(
     typed = options_as_typed({**files, "teacher": teacher, "out": place}, options)
     record = describe_run("compress", model, typed, sha256, plan.device)
     record["fingerprint"] = fingerprint(workspace.plan)
-    workspace.open(overwrite=overwrite)
+    workspace.open(overwrite=overwrite, allow_change=allow_change)
     try:
         budget = None if plan.minutes is None else Budget(plan.minutes)
         searches = "stage2.learning_rate" not in keys_of(options.get("overrides"))
         run = CompressRun(
-            plan, workspace, Progress.of(progress), model, budget, searches=searches, store=store
-        )
+            plan, workspace, Progress.of(progress), model, budget, searches=searches, store=store,
+            allow_change=allow_change,
+        )  # fmt: skip
         texts = run.read(data, eval_data, eval_tokens)
         if announce is not None:
             announce(plan.summary())
@@ -121,6 +127,20 @@ def compress(
     workspace.remove()
     warn_of_losses(record)
     return record
+
+
+def _check_ways(plan: Plan, allow_change: bool) -> None:
+    """Raise `ValueError` where the plan is changed on the way though it decides itself, or spreads over processes."""
+    if allow_change and plan.minutes is not None:
+        raise ValueError(
+            f"--minutes decides rate and tokens itself, and --allow-change would change them: got --minutes "
+            f"{plan.minutes:g}; leave one out"
+        )
+    if plan.stages and plan.recipe.scale != Scale():
+        raise ValueError(
+            f"compress trains in one process, and the recipe spreads over several: got {plan.recipe.scale!r}; call kvlatent "
+            "convert, then torchrun --nproc-per-node N -m kvlatent_cli train for each stage, or pass --set scale.sharding=none"
+        )
 
 
 def _decisions(plan: Plan) -> dict[str, Any]:

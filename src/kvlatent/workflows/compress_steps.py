@@ -61,9 +61,11 @@ class CompressRun:
         *,
         searches: bool,
         store: TeacherStore | None = None,
+        allow_change: bool = False,
     ) -> None:
         self.store = store  # to train stage II from, without the original
         self.plan, self.workspace, self.progress, self.budget = plan, workspace, progress, budget
+        self.allow_change = allow_change  # of the stages, in the middle
         self.searches = searches  # the rate of stage II, within a budget
         self.checked: Dataset | None = None  # blocks to decide on
         self.sentences: list[str] = []  # for the user
@@ -245,6 +247,7 @@ class CompressRun:
             self.workspace.path / f"stage{stage}",
             device=self.plan.device,
             progress=self.progress,
+            allow_change=self.allow_change,
         )
 
     def save(self, exported: PreTrainedModel, record: dict[str, Any], out: Path, overwrite: bool) -> None:

@@ -19,7 +19,6 @@ from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.text.parts import Texts, first_blocks
 from kvlatent.training.held_out_checks import CHECKS, Divergence
-from kvlatent.training.loop import training_arguments
 from kvlatent.training.stages import train_stage
 from kvlatent.training.trainable import trainable_state
 from kvlatent.workflows.minutes import Budget
@@ -216,8 +215,7 @@ class Healing:
     @property
     def _tokens_a_step(self) -> int:
         section = self.recipe.stage2
-        args = training_arguments(section, self.recipe, 2, self._size, self.work_dir, self.device)
-        return section.batch_size * section.gradient_accumulation * self._size * args.world_size
+        return section.batch_size * section.gradient_accumulation * self._size
 
     def _timed_check(self) -> tuple[float, float]:
         """The divergence, and the seconds of a second look, behind the first that reads the original as well."""

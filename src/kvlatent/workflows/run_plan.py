@@ -35,7 +35,7 @@ from kvlatent.selection.choices import (
     without_statistics,
 )
 from kvlatent.workflows.minutes import ALIGNMENTS, check_minutes
-from kvlatent.workflows.settings import Width, check_options, resolve_recipe
+from kvlatent.workflows.settings import Width, check_options, check_target, resolve_recipe
 
 __all__ = ["STAGES", "Plan", "choices_from_recipe", "load_original_config", "plan_run"]
 
@@ -156,6 +156,7 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
             f"(got {why}); leave it out, or give a text and the preset calibrated"
         )
     kv = options.get("kv")
+    check_target(recipe, config, _share(asked, kv, head_dim_of(config)))
     given = options.get("d_qk") is not None or options.get("d_vo") is not None
     widths = check_latent(config, asked, choices, recipe.conversion, engine, kv=kv, given=given)
     return Plan(
@@ -199,6 +200,14 @@ def _check_nested(recipe: Recipe, stages: tuple[int, ...], options: Mapping[str,
             f"stage II cannot train a wider model than is made: got stage2.nested_kv={shares} and --kv "
             f"{0.5 if kv is None else kv:g}; raise --kv to {max(shares):g}, or leave that share out"
         )
+
+
+def _share(asked: tuple[Width, Width] | None, kv: float | None, head_dim: int) -> float:
+    """Of the cache that is kept: as asked for, or by the widths."""
+    if asked is None or kv is not None:
+        return 0.5 if kv is None else kv
+    means = [width if isinstance(width, int) else sum(width) / len(width) for width in asked]
+    return sum(means) / (2 * head_dim)
 
 
 def _stages_from_options(options: Mapping[str, Any]) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ class StageSummary(Result):
     last_loss: float | None = None
     first_layer_losses: list[float] | None = None
     layer_losses: list[float] | None = None
+    changes: list[str] = Field(default_factory=list)
 
 
 class EarlierRun(Result):

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 from kvlatent.jobs.devices import resolve_precision
 from kvlatent.jobs.recipe import Recipe, option_keys
 from kvlatent.model.time_estimate import stage_settings
 
-__all__ = ["RUN_OPTIONS", "Width", "check_options", "recipe_overrides", "resolve_recipe"]
+__all__ = [
+    "RUN_OPTIONS",
+    "Width",
+    "check_options",
+    "check_target",
+    "check_trackers",
+    "recipe_overrides",
+    "resolve_recipe",
+]
 
 Width = int | list[int] | tuple[int, ...]
 
@@ -44,6 +53,7 @@ RUN_OPTIONS = (
 # A default run spends this many floating-point operations, about ten minutes on two laptop cores or on one
 # data-centre GPU; within these bounds in tokens.
 _DEFAULT_FLOPS = {"cpu": 2e13, "cuda": 1e17}
+_SAME_SHARE = 0.03  # widths are whole channels, so a share is met as closely as heads allow
 _DEFAULT_TOKENS = (65_536, 20_000_000)
 
 
@@ -80,6 +90,7 @@ def resolve_recipe(
         )
     overrides = recipe_overrides(options)
     recipe = resolve_precision(Recipe.load(path, overrides), config, device)
+    check_trackers(recipe)
     if options.get("minutes") is not None:  # which decides them once the speed is known
         return Recipe.load(recipe, ["conversion.align=null", "conversion.global_steps=null"])
     said = path is not None or any(key.startswith(("stage1.tokens=", "stage2.tokens=")) for key in overrides)
@@ -91,6 +102,49 @@ def resolve_recipe(
         f"stage{s}.tokens={max(1, round(total * stage_settings(recipe, s).tokens / whole))}" for s in stages
     ]
     return Recipe.load(recipe, shares)
+
+
+def check_target(recipe: Recipe, config: Any, share: float) -> None:
+    """Raise `ValueError` where a recipe was sized for another model, or for another share of the cache.
+
+    Args:
+        config: of the original or of a latent model.
+        share: of the cache that is kept.
+    """
+    latent = getattr(config, "kv_latent", None)
+    found = {
+        "family": latent["original_model_type"] if latent else config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "kv": round(share, 3),
+    }
+    for name, wanted in recipe.target.model_dump().items():
+        same = wanted is None or (
+            abs(wanted - share) < _SAME_SHARE if name == "kv" else wanted == found[name]
+        )
+        if not same:
+            raise ValueError(
+                f"the recipe is for {name}={wanted}: got {found[name]}; take the recipe of this model and width, or pass "
+                f"--set target.{name}=null to use it nevertheless"
+            )
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise `ValueError` where `report_to` names a tracker that there is not, or that is not installed."""
+    if not recipe.report_to:
+        return
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in recipe.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to names a tracker that transformers does not know: got {name!r}; choose among "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if find_spec(name) is None:
+            raise ValueError(
+                f"report_to {name} needs that package, which is not installed; pip install {name}"
+            )
 
 
 def recipe_overrides(options: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import check_precision, choose_device, resolve_precision
 from kvlatent.jobs.fingerprints import fingerprint
+from kvlatent.jobs.processes import is_main, join_processes, on_main
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import joined_metrics
@@ -31,13 +32,13 @@ from kvlatent.model.time_estimate import estimate_seconds, layer_size
 from kvlatent.selection.choices import BLIND, BY_PAIRS, PRESETS, UNMEASURED, Choices
 from kvlatent.text.parts import TextReader
 from kvlatent.training.placement import check_teacher, view_of_teacher
-from kvlatent.training.resume import JOURNAL
+from kvlatent.training.resume import JOURNAL, RunDirectory
 from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.teacher_store import RECORD, TeacherStore, check_takes_store, is_store
 from kvlatent.training.trainable import merged_copy, prepare_for_training
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.run_record import read_record
-from kvlatent.workflows.settings import recipe_overrides
+from kvlatent.workflows.settings import check_target, check_trackers, recipe_overrides
 from kvlatent.workflows.steps import (
     Announce,
     check_texts,
@@ -84,12 +85,16 @@ def plan_training(
     recipe = resolve_precision(recipe, config, device)
     check_block_size(config, recipe.data.block_size)
     latent = latent_config_of(config)
+    check_trackers(recipe)
+    num_layers = len(attention_layers_of(config))
+    pairs = latent.widths.per_layer(num_layers)
+    check_target(recipe, config, sum(map(sum, pairs)) / (2 * latent.original_head_dim * num_layers))
     return Plan(
         choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, table_of(latent)),
         kv=1.0,
         widths=latent.widths,
         head_dim=latent.original_head_dim,
-        num_layers=len(attention_layers_of(config)),
+        num_layers=num_layers,
         num_key_value_heads=key_value_heads_of(config),
         recipe=recipe,
         stages=(stage,),
@@ -118,6 +123,7 @@ def train(
     seed: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    allow_change: bool = False,
     stream: bool = False,
     progress: Progress | Callable[[int, int, int, float, float], None] | None = None,
     announce: Announce | None = None,
@@ -138,6 +144,7 @@ def train(
         overrides: `section.key=value` on top of it; tokens, dtype, seed: of the stage, on top of both.
         device: "auto", "cpu" or "cuda".
         overwrite: replace `out` and an unfinished run of other arguments.
+        allow_change: continue an unfinished run with other rates, tokens or checkpoints than it was begun with.
         stream: hold one decoder layer in memory at a time, in stage I; by itself where the models do not fit.
         progress: told after every step; a function is called with stage, step, steps, tokens per second and loss.
         announce: called with the plan once the arguments have passed their checks, before the work.
@@ -156,48 +163,75 @@ def train(
     check_texts(data)
     store = _check_teacher(model, teacher, plan)
     reason = why_training_streams(model, teacher, plan, asked=stream)
+    processes = join_processes(plan.device)
+    if reason is not None and processes > 1:
+        raise ValueError(
+            f"a streamed stage 1 runs in one process: got {processes}, and it streams, as {reason}; start it without torchrun"
+        )
     inputs = {"teacher": teacher, "data": data, "recipe": recipe}
-    place = prepare_place(out, True, inputs if _is_in_place(model, out) else {"model": model, **inputs})
+    read = inputs if _is_in_place(model, out) else {"model": model, **inputs}
+    place = on_main(lambda: prepare_place(out, True, read))
     replaced = _is_in_place(model, place)
     taught = teacher if store is None else store.path / RECORD
-    sha256 = hash_sources({"model": model, "teacher": taught, "data": data}, "training text")
-    space = WorkDirectory(
+    sources = {"model": model, "teacher": taught, "data": data}
+    sha256 = on_main(lambda: hash_sources(sources, "training text"))
+    space = RunDirectory(
         partial_of(place), {**sha256, "stage": stage, "recipe": plan.recipe.model_dump(mode="json")}
     )
-    if (summary := _finished(space, place, replaced)) is not None:
+    if (summary := on_main(lambda: _finished(space, place, replaced))) is not None:
         return summary
-    prepare_output(place, overwrite or replaced)
+    on_main(lambda: prepare_output(place, overwrite or replaced))
     _check_store(store, model, plan, sha256)
     files = {"data": data, "teacher": teacher, "out": None if replaced else place}
     options = {"stage": stage, "recipe": recipe, **given, "tokens": tokens, "device": device}
     typed = options_as_typed(files, options | {"stream": reason is not None})
     record = describe_run("train", model, typed, sha256, plan.device)
-    record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
-    previous = read_record(Path(model) / "run.json") or {}
     streamed = None if reason is None else StreamedRun(model, str(teacher), plan, place)
-    space.open(overwrite=overwrite)
+    on_main(lambda: space.open(overwrite=overwrite, allow_change=allow_change))
     try:
         if announce is not None:
             announce(_with_costs(plan, streamed, reason).summary())
         told = Progress.of(progress, ("stage", "done", "total", "tokens_per_second", "loss"))
         if streamed is not None:
             tokenizer, summary = streamed.train(space, data, told)
-        else:
-            student, tokenizer, summary = _run_stage(space, plan, model, data, store or teacher, told)
-        record |= _continue_history(previous, plan, summary)
-        written = {JOURNAL: _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)}
-        if streamed is not None:
+            written = _history(record, space, plan, model, summary)
             streamed.finish(space, tokenizer, files_of_run(record, plan.recipe) | written)
         else:
-            trained, over = merged_copy(student), overwrite or replaced
-            save_run(trained, place, record, plan.recipe, tokenizer, overwrite=over, files=written)
+            trained = _run_stage(space, plan, model, data, store or teacher, told, allow_change)
+            on_main(lambda: _save(trained, record, space, plan, model, place, overwrite or replaced))
+            summary = trained[-1]
     except BaseException as error:
         bad_input = streamed is not None and isinstance(error, ValueError)  # nothing is worth going on from
-        if bad_input or not space.has_work():
+        if is_main() and (bad_input or not space.has_work()):
             space.remove()
         raise
-    space.remove()
+    on_main(space.remove)
     return summary
+
+
+def _save(
+    trained: tuple[PreTrainedModel, Any, dict[str, Any]],
+    record: dict[str, Any],
+    space: WorkDirectory,
+    plan: Plan,
+    model: str | Path,
+    place: Path,
+    overwrite: bool,
+) -> None:
+    """Write the checkpoint with its history."""
+    student, tokenizer, summary = trained
+    files = _history(record, space, plan, model, summary)
+    save_run(merged_copy(student), place, record, plan.recipe, tokenizer, overwrite=overwrite, files=files)
+
+
+def _history(
+    record: dict[str, Any], space: WorkDirectory, plan: Plan, model: str | Path, summary: dict[str, Any]
+) -> dict[str, str]:
+    """Add what was trained to the record; the journal to write beside it, by its name."""
+    (stage,) = plan.stages
+    record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
+    record |= _continue_history(read_record(Path(model) / "run.json") or {}, plan, summary)
+    return {JOURNAL: _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)}
 
 
 def _run_stage(
@@ -207,6 +241,7 @@ def _run_stage(
     data: str | Path,
     teacher: str | Path | TeacherStore | None,
     progress: Progress,
+    allow_change: bool,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Load everything and train; returns the trained model, its tokenizer and the stage's summary."""
     recipe, (stage,) = plan.recipe, plan.stages
@@ -220,11 +255,13 @@ def _run_stage(
         else teacher
     )
     reader = TextReader(recipe, tokenizer, student.config, space.path / "data")
+    on_main(lambda: reader.prepare(data) and None)  # the others find it on the disk
     blocks = reader.prepare(data).train
     work_dir = space.path / f"stage{stage}"
     summary = train_stage(
-        student, original, stage, blocks, recipe, work_dir, device=plan.device, progress=progress
-    )
+        student, original, stage, blocks, recipe, work_dir,
+        device=plan.device, progress=progress, allow_change=allow_change,
+    )  # fmt: skip
     return student, tokenizer, summary
 
 
