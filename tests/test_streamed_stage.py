@@ -17,7 +17,8 @@ from kvlatent.checkpoints.save import save
 from kvlatent.conversion.convert_model import convert
 from kvlatent.training.streamed_stage import StreamedStage
 from kvlatent.workflows import streamed_training
-from kvlatent.workflows.train_checkpoint import train
+from kvlatent.workflows.foreseen_training import foresee_training
+from kvlatent.workflows.train_checkpoint import plan_training, train
 from kvlatent_cli.main import app
 from on_disk import snapshot, write_text
 from tiny import tiny_model
@@ -247,3 +248,18 @@ def test_a_family_of_other_layers_is_refused(place, tmp_path, tiny_tokenizer):
     with pytest.raises(ValueError, match="--stream trains decoders whose layers are those of a Llama"):
         call(place, tmp_path / "out", source=tmp_path, stream=True)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_several_processes_do_not_stream(place, tmp_path):
+    plan = plan_training(place / "latent", tmp_path / "out", stage=1, overrides=SMALL, device="cpu")
+    with pytest.raises(ValueError, match="runs in one process: got 2, and it streams, as --stream says so"):
+        streamed_training.why_training_streams(
+            place / "latent", place / "original", plan, asked=True, processes=2
+        )
+
+
+def test_a_dry_run_predicts_whole_models_alone(place, tmp_path):
+    with pytest.raises(
+        ValueError, match="--dry-run predicts a stage that holds the whole model: got --stream"
+    ):
+        foresee_training(place / "latent", tmp_path / "out", stage=1, device="cpu", stream=True)

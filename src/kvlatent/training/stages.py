@@ -107,16 +107,7 @@ def train_stage(
     plan |= {} if store is None else {"teacher": store.record.fingerprint}
     place = StageDirectory(work_dir, plan)
     on_main(lambda: place.open(allow_change=allow_change))
-    nested = None
-    if isinstance(settings, Stage2) and settings.nested_kv is not None:
-        if is_sharded(args):
-            raise ValueError(
-                f"stage2.nested_kv={settings.nested_kv} needs whole models: got scale.sharding=fsdp2; pass --set "
-                "scale.sharding=none"
-            )
-        with args.main_process_first(local=False, desc="rank the channels"):
-            put_in_order(model, train_blocks, place.path, recipe.dtype)
-        nested = NestedWidths(model, settings.nested_kv, recipe.seed)
+    nested = _nested_widths(model, settings, args, train_blocks, recipe, place.path)
     if place.final.is_file():
         return read_final(place.final, model.get_decoder())
     progress = Progress.of(progress)
@@ -140,6 +131,27 @@ def train_stage(
             model.get_decoder().get_parameter(name).data.copy_(tensor)
     on_main(lambda: write_final(place.final, trained, summary))
     return summary
+
+
+def _nested_widths(
+    model: PreTrainedModel,
+    settings: Stage,
+    args: TrainingArguments,
+    blocks: Any,
+    recipe: Recipe,
+    folder: Path,
+) -> NestedWidths | None:
+    """The widths that a stage trains, with the model's channels in order; None where it trains the model's own."""
+    if not isinstance(settings, Stage2) or settings.nested_kv is None:
+        return None
+    if is_sharded(args):
+        raise ValueError(
+            f"stage2.nested_kv={settings.nested_kv} needs whole models: got scale.sharding=fsdp2; pass --set "
+            "scale.sharding=none"
+        )
+    with args.main_process_first(local=False, desc="rank the channels"):
+        put_in_order(model, blocks, folder, recipe.dtype)
+    return NestedWidths(model, settings.nested_kv, recipe.seed)
 
 
 def _trainer(

@@ -140,11 +140,7 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
     choices = choices_from_recipe(recipe.conversion, engine, per_layer=_layers_may_differ(options))
     asked = _widths_from_options(config, choices, has_text, options)
     full = asked == (head_dim_of(config), head_dim_of(config))
-    notes: tuple[str, ...] = ()
-    if not has_text and not full:
-        notes = (NO_DATA if choices.needs_statistics else BLIND,)
-    if not is_measured and not full:
-        notes = (*notes, UNMEASURED)
+    notes = () if full else _notes(choices, has_text, is_measured)
     if not has_text or full:
         choices = without_statistics(choices)
     why = "no text" if not has_text else "the full width" if full else f"preset {recipe.conversion.preset}"
@@ -179,6 +175,12 @@ def plan_run(model: str | Path, *, has_text: bool = True, is_measured: bool = Tr
         explain=bool(options.get("explain")),
         minutes=minutes,
     )
+
+
+def _notes(choices: Choices, has_text: bool, is_measured: bool) -> tuple[str, ...]:
+    """What is to be known of narrow widths that no text was looked at for, or none is measured on."""
+    blind = () if has_text else (NO_DATA if choices.needs_statistics else BLIND,)
+    return blind if is_measured else (*blind, UNMEASURED)
 
 
 def _check_nested(recipe: Recipe, stages: tuple[int, ...], options: Mapping[str, Any]) -> None:

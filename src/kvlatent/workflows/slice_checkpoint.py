@@ -17,10 +17,10 @@ from kvlatent.model.classes import latent_config_of
 from kvlatent.model.families import attention_layers_of, key_value_heads_of
 from kvlatent.model.widths import Width, Widths
 from kvlatent.selection.choices import Choices
+from kvlatent.workflows.continued_record import describe_as_before, table_of
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.run_record import read_record
 from kvlatent.workflows.steps import describe_run, hash_sources, options_as_typed, save_run
-from kvlatent.workflows.train_checkpoint import describe_as_before, table_of
 
 __all__ = ["slice_checkpoint"]
 

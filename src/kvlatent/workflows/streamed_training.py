@@ -36,17 +36,26 @@ __all__ = ["StreamedRun", "why_training_streams"]
 
 
 def why_training_streams(
-    model: str | Path, teacher: str | Path | None, plan: Plan, *, asked: bool
+    model: str | Path, teacher: str | Path | None, plan: Plan, *, asked: bool, processes: int = 1
 ) -> str | None:
     """Why a stage streams its checkpoints, in words; None where it does not.
 
     Args:
         model: the latent checkpoint; teacher: its original.
-        asked: users want it to.
+        asked: users want it to; processes: that the run is spread over.
 
     Raises:
-        ValueError: it is asked of stage II, which needs the whole model.
+        ValueError: it is asked of stage II, which needs the whole model, or of several processes.
     """
+    reason = _reason(model, teacher, plan, asked)
+    if reason is not None and processes > 1:
+        raise ValueError(
+            f"a streamed stage 1 runs in one process: got {processes}, and it streams, as {reason}; start it without torchrun"
+        )
+    return reason
+
+
+def _reason(model: str | Path, teacher: str | Path | None, plan: Plan, asked: bool) -> str | None:
     if plan.stages != (1,):
         if asked:
             raise ValueError(

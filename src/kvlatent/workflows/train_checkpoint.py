@@ -25,17 +25,17 @@ from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import joined_metrics
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.model.classes import latent_config_of
-from kvlatent.model.config import LatentConfig, table_scope
 from kvlatent.model.families import attention_layers_of, key_value_heads_of
 from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.model.time_estimate import estimate_seconds, layer_size
-from kvlatent.selection.choices import BLIND, BY_PAIRS, PRESETS, UNMEASURED, Choices
+from kvlatent.selection.choices import Choices
 from kvlatent.text.parts import TextReader
 from kvlatent.training.placement import check_teacher, view_of_teacher
 from kvlatent.training.resume import JOURNAL, RunDirectory
 from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.teacher_store import RECORD, TeacherStore, check_takes_store, is_store
 from kvlatent.training.trainable import merged_copy, prepare_for_training
+from kvlatent.workflows.continued_record import continue_history, table_of
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.run_record import read_record
 from kvlatent.workflows.settings import check_target, check_trackers, recipe_overrides
@@ -50,9 +50,7 @@ from kvlatent.workflows.steps import (
 )
 from kvlatent.workflows.streamed_training import StreamedRun, why_training_streams
 
-__all__ = ["describe_as_before", "plan_training", "table_of", "train"]
-
-_UNTRAINED = (BLIND, UNMEASURED)  # notes that training makes void
+__all__ = ["plan_training", "train"]
 
 
 def plan_training(
@@ -102,11 +100,6 @@ def plan_training(
         stored_dtype=config.dtype,
         seconds=estimate_seconds(recipe, (stage,), *layer_size(config), config.num_hidden_layers, device),
     )
-
-
-def table_of(latent: LatentConfig) -> str:
-    """Who shares kept pairs; one table where all keys keep the same channels by rule."""
-    return table_scope(latent) if latent.keys in BY_PAIRS else "model"
 
 
 def train(
@@ -162,12 +155,8 @@ def train(
     plan = plan_training(model, out, stage=stage, recipe=recipe, overrides=settings, device=device)
     check_texts(data)
     store = _check_teacher(model, teacher, plan)
-    reason = why_training_streams(model, teacher, plan, asked=stream)
     processes = join_processes(plan.device)
-    if reason is not None and processes > 1:
-        raise ValueError(
-            f"a streamed stage 1 runs in one process: got {processes}, and it streams, as {reason}; start it without torchrun"
-        )
+    reason = why_training_streams(model, teacher, plan, asked=stream, processes=processes)
     inputs = {"teacher": teacher, "data": data, "recipe": recipe}
     read = inputs if _is_in_place(model, out) else {"model": model, **inputs}
     place = on_main(lambda: prepare_place(out, True, read))
@@ -230,7 +219,7 @@ def _history(
     """Add what was trained to the record; the journal to write beside it, by its name."""
     (stage,) = plan.stages
     record |= {"fingerprint": fingerprint(space.plan), "seed": plan.recipe.seed}
-    record |= _continue_history(read_record(Path(model) / "run.json") or {}, plan, summary)
+    record |= continue_history(read_record(Path(model) / "run.json") or {}, plan, summary)
     return {JOURNAL: _join_journals(model, stage, space.path / f"stage{stage}" / JOURNAL)}
 
 
@@ -316,43 +305,6 @@ def _finished(space: WorkDirectory, out: Path, replaced: bool) -> dict[str, Any]
 def _is_in_place(model: str | Path, out: str | Path) -> bool:
     """Whether the output replaces its own source."""
     return Path(out).resolve() == Path(model).resolve()
-
-
-def _continue_history(previous: Mapping[str, Any], plan: Plan, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What `describe_as_before` says, with this stage's summary."""
-    training = {**previous.get("training", {}), f"stage{summary['stage']}": dict(summary)}
-    described = describe_as_before(previous, plan, training)
-    kept = [note for note in described["plan"]["notes"] if note not in _UNTRAINED]
-    return described | {"plan": described["plan"] | {"notes": kept}}
-
-
-def describe_as_before(
-    previous: Mapping[str, Any], plan: Plan, training: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Plan, training and figures (none: they were the source's) of a record that goes on from `previous`, and that."""
-    before = previous.get("plan", {})
-    conversion = ("preset", "choices", "engine", "calibration_blocks")
-    described = plan.summary() | {"preset": _preset(plan.choices), "calibration_blocks": 0}
-    described |= {name: before[name] for name in conversion if name in before}
-    described["notes"] = list(before.get("notes", ()))
-    described["tokens"] = {name: training[name]["tokens"] for name in sorted(training)}
-    kept = ("command", "sha256", "calibration", "conversion", "training", "figures")
-    earlier = [{name: previous[name] for name in kept if name in previous}] if previous else []
-    return {
-        "plan": described,
-        "training": dict(training),
-        "figures": {},
-        "earlier": [*previous.get("earlier", []), *earlier],
-    }
-
-
-def _preset(choices: Choices) -> str:
-    """The preset that a latent config looks like: of the choices it knows keys, frequencies, values and scale."""
-
-    def known(one: Choices) -> tuple[str, ...]:
-        return one.keys, one.frequencies, one.values, one.scale
-
-    return next((name for name, preset in PRESETS.items() if known(preset) == known(choices)), "custom")
 
 
 def _join_journals(model: str | Path, stage: int, journal: Path) -> str:
