@@ -234,11 +234,14 @@ def _check(model: PreTrainedModel, train_blocks: Any) -> None:
 
 
 def _run(trainer: StageTrainer, work_dir: Path) -> None:
-    """Train to the end from the newest complete checkpoint; one process at a time looks for it."""
-    with trainer.args.main_process_first(local=False, desc="look for a checkpoint"):
+    """Train to the end from the newest complete checkpoint, which one process looks for."""
+
+    def look() -> Path | None:
         for cut in work_dir.glob(".*.tmp-*"):  # a kill in the middle of an atomic write
             cut.unlink(missing_ok=True)
-        checkpoint = last_complete_checkpoint(work_dir, trainer.args.world_size)
+        return last_complete_checkpoint(work_dir, trainer.args.world_size)
+
+    checkpoint = on_main(look)  # by another, later, it would take away what this one is writing
     with forward_put_back(trainer.decoder):
         trainer.resume(checkpoint)
 
