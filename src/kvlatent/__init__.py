@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvlatent.workflows.teach_checkpoint import teach
     from kvlatent.workflows.train_checkpoint import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LatentConfig",
