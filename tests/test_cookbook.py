@@ -79,6 +79,7 @@ def ingredients(monkeypatch, place):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_runs_on_a_toy(ingredients, place, name, monkeypatch, capsys):
     words = ("--model", place / "MODEL", "--folder", place / "work", *SMALL, *MORE[name])

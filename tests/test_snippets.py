@@ -30,7 +30,7 @@ FEWER = {"--blocks": "2", "--align": "1", "--global-steps": "1"}
 SMALL = ("data.block_size=64", "lora.rank=2", "stage1.batch_size=2", "stage2.batch_size=2")
 CHECKED = {"text", "math", ""}  # math by the site's build; no language: README alone
 COMMANDS = typer.main.get_command(app).commands
-PROGRAMS = {"docker", "llama-server", "make", "mlx_lm.generate", "pip", "python"}
+PROGRAMS = {"docker", "llama-server", "make", "mlx_lm.generate", "pip", "python", "torchrun"}
 RUN = [page for page in PAGES if any(one.language in ("bash", "python", "yaml") for one in snippets_of(page))]
 
 

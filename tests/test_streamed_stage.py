@@ -85,6 +85,7 @@ def difference(one, other):
     return max(float((one[n] - other[n]).abs().max() / one[n].abs().max()) for n in one)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["llama-tied", "phi3-window"])
 def test_families_are_those_in_memory(name, place, tmp_path, tiny_tokenizer):
     write_models(tmp_path, tiny_tokenizer, name)

@@ -46,7 +46,7 @@ def main() -> None:
         say(f"> {QUESTION}\n{(answer.choices[0].message.content or '').strip()}")
     finally:
         os.killpg(server.pid, signal.SIGINT)
-        server.wait(timeout=60)
+        server.wait(timeout=180)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ class LatentAttention(Projections):
 
     def __init__(self, config: Any, latent: LatentConfig, layer_idx: int) -> None:
         super().__init__(config, latent, layer_idx)
-        self.config = config
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.head_dim = self.d_qk
         family = family_of(config)
@@ -116,6 +115,4 @@ class LatentAttention(Projections):
             output = output.reshape(*hidden_states.shape[:-1], self.num_heads, width)[..., : self.d_vo]
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         output = self.read_out(output, gate)
-        if self.training and self.output_dropout:
-            output = dropout(output, self.output_dropout)
-        return output, weights
+        return dropout(output, self.output_dropout, self.training), weights
