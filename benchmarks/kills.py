@@ -11,6 +11,7 @@ have to have every step once. One JSON document goes to stdout; exit code 1 wher
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -50,6 +51,7 @@ COMMANDS = {
 _RECORDS = ("run.json", "README.md")  # with the seconds that it took
 _JOURNAL = "metrics.jsonl"
 _WRITE_S = 0.02
+_HANGS_S = 120.0  # then it says where, and ends
 _OLD = {"old.txt": "an older output"}
 
 
@@ -72,6 +74,7 @@ class Command:
     found: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     runs: int = 0
+    attempts: int = 0
 
     def start(self) -> int:
         """The process id of a fork that runs it."""
@@ -82,6 +85,7 @@ class Command:
         os.dup2(null, 1)
         os.dup2(os.open(self.out.with_name("stderr.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         code = 1
+        faulthandler.dump_traceback_later(_HANGS_S, exit=True)
         try:
             app(self.words + ["--out", str(self.out)], standalone_mode=False)
             code = 0
@@ -109,7 +113,8 @@ class Command:
         ended = False
         while not ended:
             child = self.start()
-            in_write = sum(self.kills.values()) % 2 == 1
+            self.attempts += 1
+            in_write = self.attempts % 2 == 0
             if left > 0 and self._kill(child, in_write):
                 self.kills["a write" if in_write else "any moment"] += 1
                 left -= 1
@@ -118,7 +123,9 @@ class Command:
                 self._end(child)
                 ended = True
         if content_of(self.out) != self.expected:
-            self.faults.append(f"run {self.runs}: other bits in {differing(content_of(self.out), self.expected)}")
+            self.faults.append(
+                f"run {self.runs}: other bits in {differing(content_of(self.out), self.expected)}"
+            )
         self.faults += lost_steps(self.out)
         self.faults += [f"run {self.runs}: {name} was left behind" for name in self._beside()]
         self.runs += 1
@@ -131,7 +138,7 @@ class Command:
         while time.monotonic() < moment or in_write:
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 return False
-            if in_write and any(".tmp-" in name for name in self._beside()):
+            if in_write and self._is_writing():
                 time.sleep(self.chance.uniform(0.0, _WRITE_S))
                 break
             time.sleep(0.001)
@@ -156,6 +163,11 @@ class Command:
             self.faults.append(f"half an output: {sorted(names)}")
         # Finished but for what it removes beside it: repeated as it is, as a user would.
         return whole and not self._beside()
+
+    def _is_writing(self) -> bool:
+        """Whether files of the output are there that are not in their place yet."""
+        shards = self.out.with_name(f"{self.out.name}.partial") / self.out.name  # a streamed conversion's
+        return any(".tmp-" in name for name in self._beside()) or any(shards.glob("*"))
 
     def _beside(self) -> list[str]:
         """What the command keeps beside its output."""
@@ -201,10 +213,10 @@ def lost_steps(out: Path) -> list[str]:
         return []
     rows = [json.loads(line) for line in (out / _JOURNAL).read_text().splitlines()]
     sentences = []
-    for stage in ("stage1", "stage2"):
+    for stage in (1, 2):
         steps = [row["step"] for row in rows if row["stage"] == stage and "loss" in row]
         if steps != list(range(1, _STEPS + 1)):
-            sentences.append(f"{stage} has the steps {steps} instead of 1 to {_STEPS}")
+            sentences.append(f"stage {stage} has the steps {steps} instead of 1 to {_STEPS}")
     return sentences
 
 
@@ -228,7 +240,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, fail where anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--number", type=int, default=30, help="of kills, of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))

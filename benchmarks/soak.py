@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import soak_clients
 from openai import OpenAI
 
-import soak_clients
 from kvlatent.jobs.record import environment
 from kvlatent.text.standard_library import model_path
 
