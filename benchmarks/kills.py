@@ -87,7 +87,7 @@ class Command:
         code = 1
         faulthandler.dump_traceback_later(_HANGS_S, exit=True)
         try:
-            app(self.words + ["--out", str(self.out)], standalone_mode=False)
+            app([*self.words, "--out", str(self.out)], standalone_mode=False)
             code = 0
         except BaseException as error:  # noqa: BLE001 - whatever it was, the fork ends here
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
