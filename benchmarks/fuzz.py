@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from fuzz_cases import KINDS, Place
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -107,7 +108,12 @@ class Fuzz:
 
     def _judge(self, error: Exception) -> str:
         sentence = None if isinstance(error, AssertionError) else sentence_of(error)
-        if sentence is not None and 0 < len(sentence.split()) and len(sentence) < _LONGEST:
+        if (
+            sentence is not None
+            and len(sentence.split()) > 0
+            and len(sentence) < _LONGEST
+            and _is_raised(error)
+        ):
             return "a sentence"
         cause = error.__cause__ or error
         where = _place_of(cause)
@@ -116,6 +122,14 @@ class Fuzz:
     def _fault(self, what: str) -> str:
         self.faults[what] += 1
         return "a fault"
+
+
+def _is_raised(error: Exception) -> bool:
+    """Whether a line of ours raises it, or the system: a ValueError of Python's own is no sentence for users."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return isinstance(error, OSError) or (
+        "kvlatent" in last.filename and (last.line or "").startswith("raise")
+    )
 
 
 def _place_of(error: BaseException | None) -> str:
@@ -164,6 +178,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     since = time.monotonic()
     found = measure(args.cases, args.seed, args.kinds, since + 60 * args.minutes)
     document = {
