@@ -178,7 +178,7 @@ class Command:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
             said = self.out.with_name("stderr.txt").read_text()
-            raise SystemExit(f"{shlex.join(self.words)} ended with {code}: {said[-400:]}")
+            raise SystemExit(f"{shlex.join(self.words)} ended with {code}: {said[-4000:]}")
 
     def result(self) -> dict[str, Any]:
         """All that was counted."""
