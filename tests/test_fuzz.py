@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
@@ -121,11 +122,15 @@ def test_fields_that_only_break_when_they_are_used(tmp_path, tiny_tokenizer, fie
         load_model(tmp_path)
 
 
-def test_a_damaged_tokenizer_does_not_load(tmp_path, tiny_tokenizer, tiny_llama):
+def test_a_damaged_tokenizer_does_not_load(tmp_path, tiny_tokenizer, tiny_llama, monkeypatch):
+    """The tokenizers library raises bare exceptions for some damage."""
     tiny_tokenizer.save_pretrained(tmp_path)
-    text = (tmp_path / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text(text[: len(text) // 2] + "x")
-    with pytest.raises(FileNotFoundError, match="has no tokenizer that loads"):
+
+    def fail(*_, **__):
+        raise Exception("expected `,` or `}` at line 2 column 12")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer that loads: expected `,`"):
         load_tokenizer(tmp_path, tiny_llama.config)
 
 
