@@ -127,7 +127,7 @@ def test_a_damaged_tokenizer_does_not_load(tmp_path, tiny_tokenizer, tiny_llama,
     tiny_tokenizer.save_pretrained(tmp_path)
 
     def fail(*_, **__):
-        raise Exception("expected `,` or `}` at line 2 column 12")
+        raise Exception("expected `,` or `}` at line 2 column 12")  # noqa: TRY002 - as that library does
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(FileNotFoundError, match="has no tokenizer that loads: expected `,`"):
