@@ -74,7 +74,6 @@ class Command:
     found: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     runs: int = 0
-    attempts: int = 0
 
     def start(self) -> int:
         """The process id of a fork that runs it."""
@@ -113,8 +112,7 @@ class Command:
         ended = False
         while not ended:
             child = self.start()
-            self.attempts += 1
-            in_write = self.attempts % 2 == 0
+            in_write = self.kills["a write"] < self.kills["any moment"]
             if left > 0 and self._kill(child, in_write):
                 self.kills["a write" if in_write else "any moment"] += 1
                 left -= 1
