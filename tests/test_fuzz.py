@@ -113,7 +113,7 @@ def test_a_header_without_offsets_is_damaged(tmp_path, tiny_tokenizer):
     [
         ("transformers_weights", 3, "transformers_weights in .* is the name of a file: got 3"),
         ("dtype", 0.5, "dtype in the config.json of .* is a type of numbers such as float32: got 0.5"),
-        ("dtype", ["float32"], "dtype in the config.json of .* is a type of numbers"),
+        ("dtype", {"a": 1}, "(dtype in the|cannot use).*"),
         ("rope_parameters", {"rope_type": "default", "rope_theta": [1]}, "cannot (load|use) .*"),
     ],
 )

@@ -123,7 +123,7 @@ def load_config(path: str) -> Any:
     if config.dtype is None:
         config.dtype = weights_dtype(path, config) or torch.float32
     if not isinstance(config.dtype, torch.dtype):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004 - a sentence for users
             f"dtype in the config.json of {path} is a type of numbers such as float32: got {config.dtype!r}; download it again"
         )
     return config
