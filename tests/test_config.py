@@ -128,7 +128,7 @@ def test_a_config_that_does_not_fit_the_model_is_refused(changes, message):
 def test_damaged_json_is_refused():
     data = make().to_dict()
     del data["widths"]
-    with pytest.raises(ValueError, match=r"damaged \(KeyError: 'widths'\); convert the model again"):
+    with pytest.raises(ValueError, match=r"damaged \(widths: Field required\); convert the model again"):
         LatentConfig.from_dict(data)
     data = make().to_dict()
     data["widths"]["d_qk"] = "16"

@@ -93,6 +93,8 @@ def _check_refusals(url):
         assert status == 400 and str(CONTEXT) in answer["error"]["message"], answer
     status, answer = ask(url, "/v1/chat/completions", model="toy", max_tokens=4)
     assert 400 <= status <= 500 and "messages" in answer["error"]["message"]
+    status, answer = ask(url, "/v1/chat/completions", model="toy", max_tokens=4, messages="hello")
+    assert status == 400 and "messages" in answer["error"]["message"]
     status, answer = ask(url, "/v1/completions", model="toy", prompt=PROMPT, max_tokens=100 * CONTEXT)
     usage = answer["usage"]  # as far as the context goes
     assert status == 200 and usage["prompt_tokens"] + usage["completion_tokens"] <= CONTEXT

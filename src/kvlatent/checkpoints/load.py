@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from kvlatent.checkpoints.gguf_files import Gguf, check_tensors_read, gguf_config, open_gguf
@@ -85,7 +84,11 @@ def _read_weights(path: str, gguf: Gguf | None, config: Any, dtype: Any) -> tupl
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
+    except ValueError:
+        raise
+    except (
+        Exception
+    ) as error:  # of a config that says nonsense, transformers makes a model until something breaks
         raise ValueError(
             f"cannot load the weights of {path}: {first_line(error)}; download the checkpoint again"
         ) from error
@@ -119,6 +122,10 @@ def load_config(path: str) -> Any:
         ) from error
     if config.dtype is None:
         config.dtype = weights_dtype(path, config) or torch.float32
+    if not isinstance(config.dtype, torch.dtype):
+        raise ValueError(  # noqa: TRY004 - a sentence for users
+            f"dtype in the config.json of {path} is a type of numbers such as float32: got {config.dtype!r}; download it again"
+        )
     return config
 
 

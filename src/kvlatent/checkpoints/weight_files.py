@@ -49,7 +49,7 @@ def read_header(shard: Path) -> tuple[dict[str, TensorInfo], int]:
             begin = 8 + int.from_bytes(file.read(8), "little")
         tensors = parse_local_safetensors_file_metadata(shard).tensors
         end = begin + max((info.data_offsets[1] for info in tensors.values()), default=0)
-    except (SafetensorsParsingError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # the parser takes whatever JSON the header is for a header
         raise ValueError(
             f"{shard} is truncated or damaged ({first_line(error)}); download it again"
         ) from error
@@ -93,7 +93,7 @@ def weight_files(path: Path, config: Any) -> list[Path]:
     Raises:
         ValueError: there are none, or pickled ones only, or the index is damaged.
     """
-    named = getattr(config, "transformers_weights", None)
+    named = _named_weights(path, config)
     name = named or next((each for each in (_SINGLE, _INDEX) if (path / each).is_file()), None)
     if name is None:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
@@ -108,13 +108,23 @@ def weight_files(path: Path, config: Any) -> list[Path]:
     return [path / shard for shard in sorted(set(_read_index(path / name).values()))]
 
 
+def _named_weights(path: Path, config: Any) -> str | None:
+    """The file that the config names instead of the usual ones."""
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and not isinstance(named, str):
+        raise ValueError(
+            f"transformers_weights in {path}/config.json is the name of a file: got {named!r}; download it again"
+        )
+    return named
+
+
 def index_map(path: Path, config: Any) -> dict[str, str] | None:
     """The shard of every tensor as the index says it; None where upstream reads no index.
 
     Raises:
         ValueError: the index is damaged.
     """
-    named = getattr(config, "transformers_weights", None)
+    named = _named_weights(path, config)
     name = named or (_SINGLE if (path / _SINGLE).is_file() else _INDEX)
     return _read_index(path / name) if str(name).endswith(".index.json") else None
 

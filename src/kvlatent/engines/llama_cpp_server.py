@@ -68,6 +68,9 @@ def _load(settings: EngineSettings, *, slots: int) -> tuple[Any, dict[str, Any]]
     kind = settings.kv_dtype or _DEFAULT_CACHE
     params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{kind.upper()}")
     params.warmup, params.verbosity = False, _VERBOSITY
+    params.cache_ram_mib = (
+        0  # else it keeps caches of earlier prompts, up to 8 GiB of them beside the one it tells of
+    )
     server, log = _logged(lambda: xllamacpp.Server(params))
     size, cells = 0.0, 0
     for one in _CACHE_SIZE.finditer(log):  # one for layers with windows, one for those without

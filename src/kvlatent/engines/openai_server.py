@@ -156,6 +156,7 @@ def _ending(handler: Any, tokenizer: Any) -> Any:
         async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
             if "messages" in body and tokenizer.chat_template is None:
                 raise HTTPException(400, "this model has no chat template; ask /v1/completions with a prompt")
+            _check_messages(body)
             return await super().handle_request(body, request_id)
 
         def _build_generation_config(self, body: dict[str, Any], *a: Any, **k: Any) -> Any:
@@ -165,6 +166,16 @@ def _ending(handler: Any, tokenizer: Any) -> Any:
             return config
 
     return Ending
+
+
+def _check_messages(body: dict[str, Any]) -> None:
+    from fastapi import HTTPException
+
+    messages = body.get("messages", [])
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+        raise HTTPException(
+            400, f"messages is a list of objects with role and content: got {messages!r:.80}; send a list"
+        )
 
 
 async def _with_end(stream: AsyncIterator[Any]) -> AsyncIterator[Any]:

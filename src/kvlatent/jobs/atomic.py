@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ __all__ = [
     "write_atomically",
     "write_text",
 ]
+
+_HALF = re.compile(r"\..+\.tmp-\d+")
 
 
 def prepare_output(
@@ -104,6 +107,8 @@ def atomic_directory(
 def put_in_place(folder: Path, out: Path) -> None:
     """Flush a finished directory and rename it to `out`, a resolved path beside it; what stood there goes, or is put back."""
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    for half in _half_files(folder):
+        half.unlink()
     try:
         for path in folder.rglob("*"):
             _flush(path)
@@ -116,6 +121,11 @@ def put_in_place(folder: Path, out: Path) -> None:
         if old.exists() and not out.exists():
             old.rename(out)
         raise
+
+
+def _half_files(folder: Path) -> list[Path]:
+    """What processes that were killed in `write_atomically` left below a folder that nobody writes in any more."""
+    return [path for path in folder.rglob(".*.tmp-*") if path.is_file() and _HALF.fullmatch(path.name)]
 
 
 def _remove_stale(out: Path) -> None:
@@ -149,8 +159,10 @@ def _flush(path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary sibling, flush it to the disk, then rename it to `path`.
 
-    After a failure neither the sibling nor a half-written `path` is left.
+    After a failure neither the sibling nor a half-written `path` is left; what a killed process left goes with the next call.
     """
+    for _, half in _leftovers(path):
+        half.unlink(missing_ok=True)
     sibling = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         write(sibling)

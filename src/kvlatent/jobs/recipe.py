@@ -38,6 +38,9 @@ def _whole(value: Any) -> Any:
         return value
 
 
+_NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What a text that is none ends in: dates that do not exist and bytes of no text too, and nests too deep to be read."""
+
 OPTION = object()
 """Marks a key that runs take as an option of its own: `--table layer` and `table="layer"`, as well as an override."""
 
@@ -219,7 +222,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NO_YAML as error:
         line = str(error).replace("\n", " ")
         raise ValueError(f"the recipe {path} is not YAML: {line}") from None
     if values is None or isinstance(values, dict):
@@ -244,7 +247,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ValueError(
             f"{section} in the override {override!r} is a value, not a section of the recipe"
         ) from None
-    except yaml.YAMLError:
+    except _NO_YAML:
         raise ValueError(
             f"the value of the override {override!r} is not YAML; quote it if it is text"
         ) from None

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvlatent.model.table import RotaryTable
 from kvlatent.model.widths import Widths, width_per_layer
@@ -75,11 +77,7 @@ class LatentConfig:
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.version > FORMAT_VERSION:
-            raise ValueError(
-                f"the checkpoint has kv_latent version {self.version} but this kvlatent reads up to "
-                f"{FORMAT_VERSION}; update kvlatent"
-            )
+        _check_version(self.version)
         for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -87,7 +85,7 @@ class LatentConfig:
                 )
         for name, width in Widths.check(self.d_qk, self.d_vo, self.original_head_dim)._asdict().items():
             object.__setattr__(self, name, width)  # a list becomes a tuple
-        if len(self.tables) != len(self.channels):
+        if not len(self.tables) == len(self.channels) > 0:
             raise ValueError(
                 f"rotary tables and kept channels must be listed for the same layers: got {len(self.tables)} and "
                 f"{len(self.channels)}; the config was edited by hand or is damaged"
@@ -207,8 +205,10 @@ class LatentConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LatentConfig:
-        """Inverse of `to_dict`; raises `ValueError` when a field is missing."""
+        """Inverse of `to_dict`; raises `ValueError` when a field is missing or of another type, or the format is newer."""
+        _check_version(data.get("version") if isinstance(data, dict) else None)
         try:
+            _Saved.model_validate(data)
             widths, selection = data["widths"], data["selection"]
             return cls(
                 d_qk=widths["d_qk"],
@@ -226,10 +226,58 @@ class LatentConfig:
                 layers=None if data.get("layers") is None else tuple(data["layers"]),
                 version=data["version"],
             )
-        except (KeyError, TypeError) as error:
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
             raise ValueError(
-                f"kv_latent in config.json is damaged ({type(error).__name__}: {error}); convert the model again"
+                f"kv_latent in config.json is damaged ({place}: {first['msg']}); convert the model again"
             ) from error
+
+
+def _check_version(version: Any) -> None:
+    """Raise `ValueError` for a format of a later kvlatent, whatever else has changed in it."""
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"the checkpoint has kv_latent version {version} but this kvlatent reads up to {FORMAT_VERSION}; update kvlatent"
+        )
+
+
+class _Strict(BaseModel):
+    """Types of what is saved; what a value may be is checked where it is used."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _SavedTable(_Strict):
+    short: list[float]
+    long: list[float] | None = None
+    switch: int | None = None
+    attention_factor: float = 1.0
+
+
+class _SavedSelection(_Strict):
+    keys: str
+    values: str
+    frequencies: str
+    scale: str
+    qk_norm: str
+    unrotated: str = "selected"
+    channels: list[list[list[int]]]
+
+
+class _SavedWidths(_Strict):
+    d_qk: Any
+    d_vo: Any
+
+
+class _Saved(_Strict):
+    version: int
+    widths: _SavedWidths
+    tables: list[list[_SavedTable]]
+    selection: _SavedSelection
+    layers: Annotated[list[int], Field(min_length=1)] | None = None
+    original_head_dim: Annotated[int, Field(gt=0)]
+    original_model_type: str
 
 
 def table_scope(config: LatentConfig) -> str:
