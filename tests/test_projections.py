@@ -24,7 +24,7 @@ from kvlatent.model.classes import latent_config_of
 from kvlatent.model.families import effective_table
 from kvlatent.model.rotary import apply_rotary
 from kvlatent.selection.calibrate import calibrate
-from kvlatent.selection.choices import PRESETS
+from kvlatent.selection.choices import resolve_choices
 from kvlatent.selection.pair_search import pair_gains
 from kvlatent.selection.pairs import choose_pairs
 from kvlatent.selection.paper_rules import pairs_to_channels, stride_channels
@@ -82,8 +82,7 @@ OTHER_CHOICES = [
 def test_logits_are_gains_times_kept_pairs_at_the_original_scale(name, choices):
     model, statistics = source(name)
     named = {**CLOSED_FORM, **choices}
-    preset = PRESETS[named.pop("preset", "calibrated")]
-    chosen = replace(preset, unrotated="selected", **named)
+    chosen = replace(resolve_choices(named.pop("preset", "calibrated"), **named), unrotated="selected")
     latent = convert(model, d_qk=16, statistics=statistics, choices=chosen)
     config, table = latent_config_of(latent.config), effective_table(model.config)
     layer, groups = 1, model.config.num_attention_heads // model.config.num_key_value_heads
