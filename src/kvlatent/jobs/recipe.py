@@ -258,7 +258,7 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"recipe key {key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+        return f"recipe key {key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r:.100}"
     section: Any = Recipe()
     for part in first["loc"][:-1]:
         section = getattr(section, str(part))
