@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +26,28 @@ def prepared(*overrides: str):
     return teacher, student, config
 
 
+alone = pytest.mark.skipif("KVLATENT_TEST_ALONE" not in os.environ, reason="runs in a process of its own")
+"""A library that another test has loaded into this process may take the signal, and ends it."""
+
+
+def test_sigterm_in_a_process_of_its_own():
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "sigterm and not own",
+    ]
+    environment = {**os.environ, "KVLATENT_TEST_ALONE": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
+
+
+@alone
 @pytest.mark.parametrize("stage", [1, 2])
 def test_sigterm_saves_and_the_same_call_goes_on_to_the_same_weights(stage, tmp_path):
     teacher, student, config = prepared("lora.dropout=0.1")
@@ -50,6 +74,7 @@ def test_sigterm_saves_and_the_same_call_goes_on_to_the_same_weights(stage, tmp_
     assert hashes(student) == whole
 
 
+@alone
 def test_sigterm_in_the_last_step_is_no_early_end(tmp_path):
     teacher, student, config = prepared()
 
