@@ -146,7 +146,11 @@ class Command:
                 break
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        if ended is None or ended.si_code != os.CLD_KILLED:  # it came to its end first, which `_end` looks at
+            return False
+        os.waitpid(child, 0)
+        return True
 
     def _look(self, older: bool) -> bool:
         """Note what a kill left; whether that is the finished output."""

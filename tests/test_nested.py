@@ -30,7 +30,7 @@ from tiny import logits, tiny_model, tokens
 from tolerances import ROUNDING, assert_close_to_scale
 from training_setup import blocks, hashes, original, recipe, run, student_of
 
-FAMILIES = ("llama", "phi3-longrope", "qwen3", "olmo2", "gpt-neox-sequential", "qwen3.5")
+FAMILIES = ("llama", "phi3-longrope", "qwen3", "olmo2", "gpt-neox-sequential", "qwen3.5", "lfm2-moe")
 """Biases; a fused projection; a QK-norm over heads, and over all; fused by head, partly rotated; gated, layers without."""
 
 

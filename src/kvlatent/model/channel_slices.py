@@ -59,7 +59,7 @@ def widths_at_share(latent: LatentConfig, num_layers: int, kv: float) -> Widths:
         ValueError: the share is wider than the model, or leaves a layer without a pair of keys and a direction of values.
     """
     own = latent.widths.per_layer(num_layers)
-    share = sum(map(sum, own)) / (2 * latent.original_head_dim * num_layers)
+    share = latent.widths.share(latent.original_head_dim, num_layers)
     if not 0 < kv <= 1:
         raise ValueError(
             f"the share of the cache to keep is in (0, 1]: got --kv {kv:g}; try --kv {share / 2:.4g}"
@@ -70,8 +70,8 @@ def widths_at_share(latent: LatentConfig, num_layers: int, kv: float) -> Widths:
             f"original's cache; give --kv {share:.4g} or less, or convert the original anew"
         )
     kept = [_shrunk(pair, kv / share) for pair in own]
-    for layer, (pair, least) in enumerate(zip(kept, [_LEAST] * num_layers, strict=True)):
-        if pair[0] < least[0] or pair[1] < least[1]:
+    for layer, pair in enumerate(kept):
+        if not _is_enough(pair):
             smallest = max(_smallest_factor(each) for each in own) * share
             raise ValueError(
                 f"a head needs a pair of key channels and a value direction: got --kv {kv:g}, which leaves "
@@ -91,12 +91,12 @@ def _shrunk(own: tuple[int, int], factor: float) -> tuple[int, int]:
 def _smallest_factor(own: tuple[int, int]) -> float:
     """The least share of a layer's channels that `_shrunk` can keep, to a channel."""
     total = sum(own)
-    fitting = (
-        n
-        for n in range(3, total + 1)
-        if all(a >= b for a, b in zip(_shrunk(own, n / total), _LEAST, strict=True))
-    )
-    return next(fitting) / total + 1e-4
+    return next(n for n in range(3, total + 1) if _is_enough(_shrunk(own, n / total))) / total + 1e-4
+
+
+def _is_enough(widths: tuple[int, int]) -> bool:
+    """Whether a head has a pair of key channels and a value direction."""
+    return widths[0] >= _LEAST[0] and widths[1] >= _LEAST[1]
 
 
 def widths_within(latent: LatentConfig, num_layers: int, d_qk: Any, d_vo: Any) -> Widths:

@@ -59,6 +59,10 @@ class Widths(NamedTuple):
         sides = (width_per_layer(width, num_layers) for width in self)
         return list(zip(*sides, strict=True))
 
+    def share(self, head_dim: int, num_layers: int) -> float:
+        """Of the cache of as many layers of whole heads."""
+        return sum(map(sum, self.per_layer(num_layers))) / (2 * head_dim * num_layers)
+
 
 def width_per_layer(width: Width, num_layers: int = 1) -> tuple[int, ...]:
     """One width for each of so many layers; a list stays what it is, whatever its length."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from kvlatent.model.channel_slices import check_sliceable, projection_rows
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import attention_layers_of
-from kvlatent.model.layer_parts import parts_of
+from kvlatent.model.families import attention_layers_of, family_of
+from kvlatent.model.layer_parts import parts_of, rotary_of_decoder
 from kvlatent.model.projection import Projected
 from kvlatent.model.rotary import LatentRotary, apply_rotary
 from kvlatent.selection.attention_rows import allowed, masked_logits, recorded_projections, rotary_of
@@ -87,7 +87,8 @@ def rank_channels(model: Any, blocks: Any) -> list[dict[str, Any]]:
         with ExitStack() as watching:
             recorded = [watching.enter_context(recorded_projections(attention)) for attention in attentions]
             for attention, each in zip(attentions, sums, strict=True):
-                watching.callback(_watch_averages(attention, each).remove)
+                _watch_averages(attention, each)
+                watching.callback(delattr, attention, "read_out")
             decoder(input_ids=ids, position_ids=positions, use_cache=False)
         for attention, each, (projected,) in zip(attentions, sums, recorded, strict=True):
             _add_keys(each, attention, decoder, projected, positions, rows)
@@ -111,7 +112,7 @@ def _check_ordered(latent: LatentConfig, attentions: list[Any]) -> None:
 
 
 def _rotary(attention: Any, decoder: Any) -> LatentRotary:
-    return decoder.rotary_emb if attention.rotary is None else attention.rotary
+    return rotary_of_decoder(decoder) if attention.rotary is None else attention.rotary
 
 
 def _empty_sums(attention: Any, decoder: Any) -> _Sums:
@@ -125,20 +126,15 @@ def _empty_sums(attention: Any, decoder: Any) -> _Sums:
     )
 
 
-def _watch_averages(attention: Any, sums: _Sums) -> Any:
-    """Have every forward add the moments of what its heads average; returns what ends that."""
+def _watch_averages(attention: Any, sums: _Sums) -> None:
+    """Have every forward add the moments of what its heads average, until the attention's own `read_out` is deleted."""
 
     def read_out(averaged: Tensor, gate: Tensor | None) -> Tensor:
         heads = averaged.double().flatten(0, -2).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1)
         sums.averaged += heads.transpose(1, 2) @ heads
         return type(attention).read_out(attention, averaged, gate)
 
-    class Watch:
-        def remove(self) -> None:
-            del attention.read_out
-
     attention.read_out = read_out
-    return Watch()
 
 
 def _add_keys(
@@ -254,8 +250,10 @@ def _set_config(model: Any, latent: LatentConfig) -> None:
     """Write a latent config with other tables into the model: its transformers config and what was built from the tables."""
     decoder = model.get_decoder()
     model.config.kv_latent = decoder.config.kv_latent = latent.to_dict()
-    if latent.one_table:
-        decoder.rotary_emb = LatentRotary(latent.tables_at(0), in_float32=decoder.rotary_emb.in_float32)
+    family = family_of(model.config)
+    if latent.one_table and family.rotary:
+        shared = LatentRotary(latent.tables_at(0), in_float32=family.rotates_in_float32)
+        setattr(decoder, family.rotary, shared)
     for layer in attention_layers_of(model.config):
         attention = parts_of(decoder, layer).attention
         if attention.rotary is not None:

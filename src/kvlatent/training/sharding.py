@@ -6,6 +6,8 @@ trained at the end. So an export knows nothing of shards, and no process ever ne
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +59,7 @@ def check_scale(scale: Scale, device: str, *, is_spread: bool) -> None:
 
 
 def _check_deepspeed(path: Path) -> None:
-    import importlib.util
-    import json
-
-    if importlib.util.find_spec("deepspeed") is None:
+    if find_spec("deepspeed") is None:
         raise ValueError(
             f"scale.deepspeed={path} needs DeepSpeed, which is not installed; pip install deepspeed"
         )

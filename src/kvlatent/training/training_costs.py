@@ -16,13 +16,17 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from kvlatent.jobs.recipe import Recipe, Stage2
+from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
-from kvlatent.model.families import family_of, head_dim_of, key_value_heads_of
+from kvlatent.model.families import attention_layers_of, family_of, head_dim_of, key_value_heads_of
 from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.training.stages import settings_of
 from kvlatent.training.trainable import trainable_names
 
 __all__ = ["Card", "StageCost", "predict_stage"]
+
+_LOGITS_AT_ONCE = 4  # student's and teacher's logits of a chunk, their softmax, and the slope
+_COPIES = 3.0  # of what learns, in float32, beside itself: its gradient, and two moments of Adam
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,6 @@ def predict_stage(
     return StageCost(stage, cards, settings.tokens, parts, flops, seconds / 3600)
 
 
-_LOGITS_AT_ONCE = 4  # student's and teacher's logits of a chunk, their softmax, and the slope
-
-_COPIES = 3.0  # of what learns, in float32, beside itself: its gradient, and two moments of Adam
-
-
 def _weights(sizes: _Sizes, width: int, shards: int, *, teacher: bool) -> dict[str, float]:
     """Bytes of weights and of what belongs to them, on one card."""
     trained = sizes.latent_attention + sizes.lora
@@ -166,14 +165,11 @@ def _sizes(config: PretrainedConfig, kv: float, rank: int) -> _Sizes:
 
 
 def _latent_of(config: PretrainedConfig) -> LatentConfig | None:
-    from kvlatent.model.classes import latent_config_of
-
     return latent_config_of(config) if getattr(config, "kv_latent", None) else None
 
 
 def _share(latent: LatentConfig, config: PretrainedConfig) -> float:
-    pairs = latent.widths.per_layer(config.num_hidden_layers)
-    return sum(sum(pair) for pair in pairs) / (2 * latent.original_head_dim * len(pairs))
+    return latent.widths.share(latent.original_head_dim, len(attention_layers_of(config)))
 
 
 def _elements(config: PretrainedConfig, kv: float, settings: Any, stage: int) -> float:

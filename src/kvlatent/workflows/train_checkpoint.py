@@ -85,8 +85,7 @@ def plan_training(
     latent = latent_config_of(config)
     check_trackers(recipe)
     num_layers = len(attention_layers_of(config))
-    pairs = latent.widths.per_layer(num_layers)
-    check_target(recipe, config, sum(map(sum, pairs)) / (2 * latent.original_head_dim * num_layers))
+    check_target(recipe, config, latent.widths.share(latent.original_head_dim, num_layers))
     return Plan(
         choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, table_of(latent)),
         kv=1.0,
