@@ -30,6 +30,7 @@ import transformers
 from fuzz_cases import KINDS, Place
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from json_document import write_document
 
 from kvlatent.jobs.fingerprints import file_sha256
 from kvlatent.jobs.record import environment
@@ -190,10 +191,7 @@ def main() -> None:
         **found,
         **environment("cpu"),
     }
-    text = json.dumps(document, indent=1) + "\n"
-    print(text, end="")
-    if args.out is not None:
-        args.out.write_text(text, encoding="utf-8")
+    write_document(document, args.out)
     sys.exit(1 if found["faults"] or not found["input_unchanged"] else 0)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import peft  # before the forks, as it takes seconds
 import torch
+from json_document import write_document
 from toy import make_toy
 
 import kvlatent.evaluation.recall
@@ -268,10 +269,7 @@ def main() -> None:
         **found,
         **environment("cpu"),
     }
-    text = json.dumps(document, indent=1) + "\n"
-    print(text, end="")
-    if args.out is not None:
-        args.out.write_text(text, encoding="utf-8")
+    write_document(document, args.out)
     sys.exit(0 if nothing_lost else 1)
 
 

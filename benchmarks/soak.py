@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 import soak_clients
+from json_document import write_document
 from openai import OpenAI
 
 from kvlatent.jobs.record import environment
@@ -249,10 +250,7 @@ def main() -> None:
         **found,
         **environment("cpu"),
     }
-    text = json.dumps(document, indent=1) + "\n"
-    print(text, end="")
-    if args.out is not None:
-        args.out.write_text(text, encoding="utf-8")
+    write_document(document, args.out)
     sys.exit(0 if flawless else 1)
 
 

@@ -11,7 +11,6 @@ One JSON document goes to stdout.
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 import peft  # before the forks, it takes seconds
 import safetensors.torch
 import torch
+from json_document import write_document
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvlatent.training.checkpointing
@@ -169,10 +169,7 @@ def main() -> None:
     assert peft
     torch.set_num_threads(1)
     document = measure(args.number, args.seed)
-    text = json.dumps(document, indent=1) + "\n"
-    print(text, end="")
-    if args.out is not None:
-        args.out.write_text(text, encoding="utf-8")
+    write_document(document, args.out)
     sys.exit(0 if document["same_weights"] and document["every_step_once"] else 1)
 
 

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from kvlatent.checkpoints.load import load_config, load_model
+from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import resolve_precision
@@ -14,11 +14,9 @@ from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe
 from kvlatent.model.channel_slices import check_sliceable, slice_model, widths_at_share, widths_within
 from kvlatent.model.classes import latent_config_of
-from kvlatent.model.families import attention_layers_of, key_value_heads_of
+from kvlatent.model.families import attention_layers_of
 from kvlatent.model.widths import Width, Widths
-from kvlatent.selection.choices import Choices
-from kvlatent.workflows.continued_record import describe_as_before, table_of
-from kvlatent.workflows.run_plan import Plan
+from kvlatent.workflows.continued_record import describe_as_before, load_latent_config, plan_of_latent
 from kvlatent.workflows.run_record import read_record
 from kvlatent.workflows.steps import describe_run, hash_sources, options_as_typed, save_run
 
@@ -63,9 +61,7 @@ def slice_checkpoint(
     Raises:
         ValueError, FileNotFoundError, FileExistsError: one sentence naming what is wrong and what to do.
     """
-    config, report = load_config(str(model)), Progress.of(progress)
-    if not getattr(config, "kv_latent", None):
-        raise ValueError(f"{model} is not a latent checkpoint; make one with kvlatent convert first")
+    config, report = load_latent_config(model), Progress.of(progress)
     widths = _resolve(config, kv, d_qk, d_vo)
     place = prepare_output(out, overwrite, {"model": model})
     previous = read_record(Path(model) / "run.json") or {}
@@ -77,7 +73,8 @@ def slice_checkpoint(
     report.report("cut")
     saved = Path(model) / "recipe.yaml"
     recipe = Recipe.load(saved if saved.is_file() else None)
-    record |= describe_as_before(previous, _plan(config, recipe, widths), dict(previous.get("training", {})))
+    plan = plan_of_latent(config, resolve_precision(recipe, config, "cpu"), widths)
+    record |= describe_as_before(previous, plan, dict(previous.get("training", {})))
     record["warnings"] = _judge(previous, config, widths)
     save_run(slice_model(whole, widths), place, record, recipe, tokenizer, overwrite=overwrite)
     for warning in record["warnings"]:
@@ -100,24 +97,6 @@ def _resolve(config: Any, kv: float | None, d_qk: Width | None, d_vo: Width | No
             f"--kv {kv:g} and widths say the same thing: got both; give --kv, or --d-qk and --d-vo"
         )
     return widths_within(latent, layers, d_qk, d_vo) if kv is None else widths_at_share(latent, layers, kv)
-
-
-def _plan(config: Any, recipe: Recipe, widths: Widths) -> Plan:
-    """What the record says of the slice's widths and bytes."""
-    latent = latent_config_of(config)
-    return Plan(
-        choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, table_of(latent)),
-        kv=1.0,
-        widths=widths,
-        head_dim=latent.original_head_dim,
-        num_layers=len(attention_layers_of(config)),
-        num_key_value_heads=key_value_heads_of(config),
-        recipe=resolve_precision(recipe, config, "cpu"),
-        stages=(),
-        device="cpu",
-        stored_dtype=config.dtype,
-        seconds=0.0,
-    )
 
 
 def _judge(previous: dict[str, Any], config: Any, widths: Widths) -> list[str]:

@@ -25,17 +25,16 @@ from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import joined_metrics
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.model.classes import latent_config_of
-from kvlatent.model.families import attention_layers_of, key_value_heads_of
+from kvlatent.model.families import attention_layers_of
 from kvlatent.model.logit_loss import needs_teacher
 from kvlatent.model.time_estimate import estimate_seconds, layer_size
-from kvlatent.selection.choices import Choices
 from kvlatent.text.parts import TextReader
 from kvlatent.training.placement import check_teacher, view_of_teacher
 from kvlatent.training.resume import JOURNAL, RunDirectory
 from kvlatent.training.stages import settings_of, train_stage
 from kvlatent.training.teacher_store import RECORD, TeacherStore, check_takes_store, is_store
 from kvlatent.training.trainable import merged_copy, prepare_for_training
-from kvlatent.workflows.continued_record import continue_history, table_of
+from kvlatent.workflows.continued_record import continue_history, load_latent_config, plan_of_latent
 from kvlatent.workflows.run_plan import Plan
 from kvlatent.workflows.run_record import read_record
 from kvlatent.workflows.settings import check_target, check_trackers, recipe_overrides
@@ -77,28 +76,15 @@ def plan_training(
         raise ValueError(
             f"{model} is no local directory, so it cannot be trained in place; check its name, or give --out DIR"
         )
-    config = load_config(str(model))
-    if not getattr(config, "kv_latent", None):
-        raise ValueError(f"{model} is not a latent checkpoint; make one with kvlatent convert first")
+    config = load_latent_config(model)
     recipe = resolve_precision(recipe, config, device)
     check_block_size(config, recipe.data.block_size)
     latent = latent_config_of(config)
     check_trackers(recipe)
     num_layers = len(attention_layers_of(config))
     check_target(recipe, config, latent.widths.share(latent.original_head_dim, num_layers))
-    return Plan(
-        choices=Choices(latent.keys, latent.frequencies, latent.values, latent.scale, table_of(latent)),
-        kv=1.0,
-        widths=latent.widths,
-        head_dim=latent.original_head_dim,
-        num_layers=num_layers,
-        num_key_value_heads=key_value_heads_of(config),
-        recipe=recipe,
-        stages=(stage,),
-        device=device,
-        stored_dtype=config.dtype,
-        seconds=estimate_seconds(recipe, (stage,), *layer_size(config), config.num_hidden_layers, device),
-    )
+    seconds = estimate_seconds(recipe, (stage,), *layer_size(config), config.num_hidden_layers, device)
+    return plan_of_latent(config, recipe, stages=(stage,), device=device, seconds=seconds)
 
 
 def train(
