@@ -132,7 +132,7 @@ def test_deepspeed_configurations_that_cannot_be_are_one_sentence(text, sentence
     scale = Scale(deepspeed=str(tmp_path / "ds.json"))
     with pytest.raises(ValueError, match="needs DeepSpeed, which is not installed; pip install deepspeed"):
         check_scale(scale, "cuda", is_spread=True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("kvlatent.training.sharding.find_spec", lambda name: True)
     if text is not None:
         (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ValueError, match=sentence) as caught:
