@@ -9,8 +9,10 @@ import torch
 from calibration_setup import digest, divergence, realistic_model, short_descent, text
 from kvlatent.conversion import refit as refit_module
 from kvlatent.conversion import tuning
+from kvlatent.conversion.alignment import TunedLayer, copy_for_tuning
 from kvlatent.conversion.convert_model import convert
 from kvlatent.model.classes import latent_config_of
+from kvlatent.model.hidden_states import HiddenStateTensor
 from kvlatent.selection.calibrate import calibrate
 from tiny import HEAD_DIM, logits, tokens
 from tolerances import assert_close_to_scale
@@ -61,21 +63,27 @@ def seen_by(decoder, layer, batch=BATCH):
     return [torch.cat(blocks).flatten(0, 1).double() for blocks in caught.values()]
 
 
-def refit_problem(model, latent, layer, batch=BATCH):
-    """y and the target o + h - h' (less the output bias) of the refit of a layer of the *finished* conversion."""
+def refit_problem(model, latent, start, layer, batch=BATCH):
+    """y and the target o + h - h' (less the output bias) of the refit of a layer of the *finished* conversion.
+
+    Both, token by token, over the larger of the root mean squares of o + h and of what the layer of `start` makes of it.
+    """
     h, o, _ = seen_by(model.model, layer, batch)
     h_new, _, y = seen_by(latent.model, layer, batch)
-    bias = latent.model.layers[layer].self_attn.o_proj.bias
-    return y, o + h - h_new - (0 if bias is None else bias.detach().double())
+    module = start.model.layers[layer].self_attn.o_proj
+    bias = 0 if module.bias is None else module.bias.detach().double()
+    given = h_new + y @ module.weight.detach().double().T + bias
+    size = torch.maximum(*(each.square().mean(-1, keepdim=True).sqrt() for each in (o + h, given)))
+    return y / size, (o + h - h_new - bias) / size
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2-window", "qwen3", "phi3-longrope"])
 def test_without_a_ridge_every_layer_is_least_squares_on_the_converted_stream(name, monkeypatch):
     only_ridge(monkeypatch, 1e-13)
     model, _ = source(name)
-    latent = converted(name)
+    latent, start = converted(name), converted(name, refit=False)
     for layer in range(3):
-        y, target = refit_problem(model, latent, layer)
+        y, target = refit_problem(model, latent, start, layer)
         weight = latent.model.layers[layer].self_attn.o_proj.weight.double()
         best = torch.linalg.lstsq(y, target).solution.T
         ours, least = ((target - y @ w.T).square().sum() for w in (weight, best))
@@ -87,7 +95,7 @@ def test_the_ridge_pulls_towards_the_factored_outputs(name, monkeypatch):
     only_ridge(monkeypatch, 1e-3)
     model, _ = source(name)
     start, latent = converted(name, refit=False), converted(name)
-    y, target = refit_problem(model, latent, 0)
+    y, target = refit_problem(model, latent, start, 0)
     w_0 = start.model.layers[0].self_attn.o_proj.weight.double()
     moments = y.T @ y
     ridge = 1e-3 * moments.diagonal().mean() * torch.eye(len(moments))
@@ -110,7 +118,7 @@ def test_the_ridge_is_the_one_that_does_best_on_held_out_blocks(monkeypatch):
     model, more = source("llama")[0], text(blocks=16, length=128)
     given = {"d_qk": 16, "d_vo": 4, "align": 0, "values": "svd", "statistics": calibrate(model, more)}
     start = convert(model, **given, refit=False)
-    y, target = (each.detach() for each in refit_problem(model, start, 0, more))
+    y, target = (each.detach() for each in refit_problem(model, start, start, 0, more))
     w_0 = start.model.layers[0].self_attn.o_proj.weight.detach().double()
     learnt, held = slice(0, 15 * 128), slice(15 * 128, None)
 
@@ -144,6 +152,37 @@ def test_the_refit_changes_output_weights_only_and_helps(name, monkeypatch):
     assert {key.split(".")[-2] for key in ours if ours[key] != theirs[key]} == {"o_proj"}
     assert not any("bias" in key for key in ours if ours[key] != theirs[key])
     assert divergence(model, latent, BATCH) < divergence(model, start, BATCH)
+
+
+@pytest.mark.parametrize("side", ["wanted", "latent"])
+def test_a_token_of_massive_activation_does_not_rule_the_refit(side, monkeypatch):
+    """One in every block, a thousand times the others in one channel, in one of the two models only."""
+    only_ridge(monkeypatch, 1e-3)
+    latent = converted("llama", refit=False)
+    stream, given, y = (each.unflatten(0, (6, -1)).float() for each in seen_by(latent.model, 1))
+    noise = torch.randn(stream.shape, generator=torch.Generator().manual_seed(0)) / 10
+    plain = {"latent": stream, "wanted": stream + given + noise}
+    massive = plain[side].clone()
+    massive[:, 0, 3] += torch.tensor([1e3, -1e3, 2e3, -2e3, 3e3, 1e3])
+    old = latent.model.layers[1].self_attn.o_proj.weight.detach()
+    errors = []
+    for streams in (plain, {**plain, side: massive}):
+        tuned = TunedLayer(
+            1, None, latent.model, copy_for_tuning(latent.model.layers[1].self_attn),
+            {name: held_in_memory(blocks) for name, blocks in streams.items()}, BATCH["position_ids"], [],
+        )  # fmt: skip
+        refit_module.refit_outputs(tuned)
+        moved = y @ (tuned.attention.o_proj.weight - old).T
+        errors.append(float((noise - moved)[:, 1:].square().sum()))
+    assert (
+        errors[1] < 1.3 * errors[0]
+    )  # the tokens behind a massive one see it, so they are not quite the same
+
+
+def held_in_memory(stream):
+    states = HiddenStateTensor(stream.dtype, stream.device)
+    states.write(stream.split(1))
+    return states
 
 
 @pytest.mark.parametrize("refit", [False, True])

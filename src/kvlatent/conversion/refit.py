@@ -19,6 +19,7 @@ from kvlatent.model.layer_parts import carried_share, parts_of
 
 __all__ = ["refit_outputs"]
 
+_SMALLEST = torch.finfo(torch.float32).tiny
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal; the last resort is no change at all
 
 
@@ -50,8 +51,11 @@ def refit_outputs(tuned: TunedLayer) -> float | None:
 
     y is what enters the converted W_O on the converted stream h', r what is then missing from o + c (h - h') (c = 1, see `carried_share`), so that the
     layer also takes back what those below it left (method: closed-form refit; towards the factored W_O, as a ridge
-    towards zero would move a full-width one). The ridge is the one of four that does best on the held-out blocks, and
-    W_O stays as it is where none helps there: little text fits itself only.
+    towards zero would move a full-width one). Both are divided by their token's root mean square, as the
+    next norm does, in o + c h or in what the converted model has in its place, whichever is larger: otherwise the few tokens
+    of massive activation that most models have rule the sums, those above all that only one of the two makes massive. The
+    ridge is the one of four that does best on the held-out blocks, and W_O stays as it is where none helps there: little
+    text fits itself only.
 
     Args:
         tuned: with `latent` holding what was tuned so far; its stream "wanted" is o + c h.
@@ -86,19 +90,28 @@ def _empty(module: Any) -> _Moments:
 
 
 def _missing(tuned: TunedLayer, module: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For every block: its number, y [T, F] and r [T, D] in float32."""
+    """For every block: its number, y [T, F] and r [T, D] in float32, each token over its size."""
     seen: list[Tensor] = []
     hook = module.register_forward_hook(lambda m, args, output: seen.extend((args[0], output)))
     layer = isolate_layer(tuned.latent, tuned.index, attention_only=True)
-    size = blocks_at_once(tuned.latent, tuned.positions.shape[1])
+    together = blocks_at_once(tuned.latent, tuned.positions.shape[1])
     try:
-        for blocks in torch.arange(len(tuned.positions)).split(size):
+        for blocks in torch.arange(len(tuned.positions)).split(together):
             hidden, wanted = (tuned.streams[name].read(blocks.tolist()) for name in ("latent", "wanted"))
             with precision(hidden.device, tuned.dtype):
                 layer(inputs_embeds=hidden, position_ids=tuned.positions[blocks], use_cache=False)
             y, given = (t.float() for t in seen)
             seen.clear()
-            missing = wanted.float() - carried_share(tuned.latent.config) * hidden.float() - given
-            yield from zip(blocks.tolist(), y, missing, strict=True)
+            given = given + carried_share(tuned.latent.config) * hidden.float()
+            size = torch.maximum(_root_mean_square(wanted.float()), _root_mean_square(given)).clamp(
+                min=_SMALLEST
+            )
+            missing = wanted.float() - given
+            yield from zip(blocks.tolist(), y / size, missing / size, strict=True)
     finally:
         hook.remove()
+
+
+def _root_mean_square(tokens: Tensor) -> Tensor:
+    """Over the channels, kept as one [..., T, 1]."""
+    return tokens.square().mean(-1, keepdim=True).sqrt()
