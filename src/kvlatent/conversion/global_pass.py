@@ -9,7 +9,6 @@ Shapes: B blocks, T positions, D model width.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from kvlatent.conversion.tuning import BLOCKS, TunableRows, tune
 from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.recipe import Stage2
+from kvlatent.jobs.scratch import scratch_folder
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import attention_layers_of
 from kvlatent.model.head import Head
@@ -65,9 +65,9 @@ def tune_all_layers(
     head, goal_head = Head.of_model(latent), Head.of_model(original)
     stored, dtype = latent.dtype, _product_dtype(latent, dtype)
     goal = Stage2(objective="kl")
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
+    with scratch_folder() as folder:
         told = progress.step("tune all layers", steps)
-        states = _final_states(original.get_decoder(), ids, positions, Path(folder), dtype)
+        states = _final_states(original.get_decoder(), ids, positions, folder, dtype)
 
         def loss(blocks: list[int], rows: Tensor) -> Tensor:
             with precision(latent.device, dtype):

@@ -8,7 +8,6 @@ Shapes: D model width, N query heads, T positions.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from kvlatent.conversion.alignment import TunedLayer, align_attention, align_out
 from kvlatent.conversion.refit import refit_outputs
 from kvlatent.jobs.devices import precision
 from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.scratch import scratch_folder
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import attention_layers_of
 from kvlatent.model.hidden_states import (
@@ -70,8 +70,8 @@ def refine(
     attending = attention_layers_of(twin.config)[:layers]
     each = 2 * choices.align + 1
     steps = progress.step("refine layers", each * len(attending))
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
-        streams = layer_streams(Path(folder), twin, blocks, size, dtype)
+    with scratch_folder() as folder:
+        streams = layer_streams(folder, twin, blocks, size, dtype)
         for name in ("inputs", "latent"):
             streams[name].write(embed(twin.get_decoder(), ids[b, None]) for b in range(blocks))
         held = held_out_blocks(blocks)

@@ -7,7 +7,6 @@ before anything is measured: an hour's work must not end at a bad option.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from kvlatent.evaluation.scored_text import ScoredText
 from kvlatent.evaluation.sequences import check_counts, shortest_context
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import environment
+from kvlatent.jobs.scratch import scratch_folder
 
 __all__ = ["evaluate", "standard_evaluation"]
 
@@ -93,8 +93,8 @@ def evaluate(
         "batch_size": batch_size,
         "max_tokens": max_tokens,
     }
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
-        documents = ScoredText(data, separator, text_field, Path(folder), tokenizer).documents
+    with scratch_folder() as folder:
+        documents = ScoredText(data, separator, text_field, folder, tokenizer).documents
 
     def measure_one(role: str, each: PreTrainedModel) -> tuple[dict[str, Any], Perplexity]:
         step = told.step(steps[role], tokens=1)  # tokens are what is counted
@@ -157,8 +157,8 @@ def standard_evaluation(
     told.report("load")
     models = _load_models(model, against, dtype, device)
     tokenizer = tokenizer or _load_tokenizer(model, models["latent"])
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
-        text = ScoredText(data, separator, text_field, Path(folder), tokenizer)
+    with scratch_folder() as folder:
+        text = ScoredText(data, separator, text_field, folder, tokenizer)
         window, limit = _choose_window(models, given["block_size"]), shortest_context(models.values())
         request = CheckRequest(models, tokenizer, text, given, window, limit, seed)
         extent = choose_extent(request, chosen, optional=checks is None)

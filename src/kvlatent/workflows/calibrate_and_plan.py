@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from kvlatent.jobs.atomic import prepare_file
 from kvlatent.jobs.devices import choose_device, resolve_precision, working_dtype
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.recipe import Recipe
+from kvlatent.jobs.scratch import scratch_folder
 from kvlatent.model.families import head_dim_of
 from kvlatent.model.widths import Width
 from kvlatent.planning.candidates import candidates_for
@@ -280,7 +280,7 @@ def _calibrate(
     model: str | Path, data: str | Path, recipe: Recipe, device: str, progress: Progress, *, learns: bool
 ) -> tuple[PreTrainedModel, Statistics, dict[str, Any]]:
     original, tokenizer = load_original(model, _working_dtype(model, recipe, device), device, progress)
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
+    with scratch_folder() as cache:
         blocks = text_to_calibrate(TextReader(recipe, tokenizer, original.config, cache), data)
         return original, *collect_statistics(original, tokenizer, blocks, recipe, progress, learns=learns)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from kvlatent.evaluation.standard import evaluate
 from kvlatent.jobs.atomic import prepare_output
 from kvlatent.jobs.devices import working_dtype
 from kvlatent.jobs.progress import Progress, Report
+from kvlatent.jobs.scratch import scratch_folder
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import TextReader, Texts, check_sources, read_texts
 from kvlatent.training.trainable import merged_copy
@@ -109,7 +109,7 @@ def convert_checkpoint(
     report = Progress.of(progress)
     dtype = working_dtype(plan.recipe.dtype, plan.device, plan.stored_dtype) if plan.calibrates else None
     original, tokenizer = load_original(model, dtype, plan.device, report)
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
+    with scratch_folder() as cache:
         reader = TextReader(plan.recipe, tokenizer, original.config, cache)
         texts = read_texts(reader, data, eval_data, eval_tokens=eval_tokens, calibrates=plan.calibrates)
         if announce is not None:

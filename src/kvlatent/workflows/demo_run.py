@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.evaluation.copying import copy_accuracy
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import name_for_record
+from kvlatent.jobs.scratch import scratch_folder
 from kvlatent.text.library_prose import prose_documents
 from kvlatent.text.standard_library import model_path, stdlib_documents
 from kvlatent.workflows.compress_checkpoint import compress
@@ -121,11 +121,11 @@ def demo(
         name, scene = name_for_record(model), _PROSE
     target = scene.out if out is None else Path(out)
     overwrite = overwrite or (out is None and (target / "run.json").is_file())
-    with tempfile.TemporaryDirectory(prefix="kvlatent-demo-") as folder:
+    with scratch_folder() as folder:
         wanted = _TOKENS if tokens is None else tokens
         untrained = tokens is None and preset == "calibrated"
-        text = _write(Path(folder) / "train.jsonl", scene, "train", _CHARACTERS_PER_TOKEN * wanted)
-        held_out = _write(Path(folder) / "held_out.jsonl", scene, "held_out")
+        text = _write(folder / "train.jsonl", scene, "train", _CHARACTERS_PER_TOKEN * wanted)
+        held_out = _write(folder / "held_out.jsonl", scene, "held_out")
         if say is not None:
             say(f"compressing {name} to {kv:.0%} of its cache, preset {preset}, on {scene.text}")
         record = compress(

@@ -6,7 +6,6 @@ function in the same way, when an engine is named that does not load it as it is
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from kvlatent.evaluation.speed.caches import cached_widths
 from kvlatent.jobs.fingerprints import fingerprint, identity
 from kvlatent.jobs.progress import Progress
 from kvlatent.jobs.record import name_for_record
+from kvlatent.jobs.scratch import scratch_folder
 from kvlatent.model.assembly import full_width
 from kvlatent.workflows.export_checkpoint import EXPORT_RECORD, export
 
@@ -266,9 +266,9 @@ def _exported(
         if kind == "latent":
             export(source, out, to=runner.target, dtype=dtype, progress=progress)
             return out
-        with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
+        with scratch_folder() as folder:
             progress.report("full width")
-            twin = Path(folder, name_for_record(source).replace("/", "--"))
+            twin = folder / name_for_record(source).replace("/", "--")
             model = load_model(source)
             latent = full_width(model)
             latent.config._name_or_path = ""  # what is saved here is another model's twin, beside nothing

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvlatent.checkpoints.weight_files import first_line
+from kvlatent.jobs.scratch import scratch_folder
 
 __all__ = ["read_in_fresh_process"]
 
@@ -43,9 +43,9 @@ def read_in_fresh_process(
     Raises:
         ValueError: the process failed; the sentence has its last words.
     """
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as place:
-        save_file({"input_ids": input_ids}, Path(place, _INPUTS))
-        Path(place, _TEXTS).write_text(json.dumps(list(texts)), encoding="utf-8")
+    with scratch_folder() as place:
+        save_file({"input_ids": input_ids}, place / _INPUTS)
+        (place / _TEXTS).write_text(json.dumps(list(texts)), encoding="utf-8")
         # -P: nothing in the working directory takes the place of a library.
         done = subprocess.run(
             [sys.executable, "-P", "-m", __name__, module, str(export), place],
@@ -60,9 +60,9 @@ def read_in_fresh_process(
                 "what was written does not load in a fresh process, so it was removed: "
                 f"{words[-1] if words else f'it ended with code {done.returncode}'}"
             )
-        tokens = Path(place, _TOKENS)
+        tokens = place / _TOKENS
         ids = json.loads(tokens.read_text(encoding="utf-8")) if tokens.is_file() else None
-        return load_file(Path(place, _LOGITS))["logits"], ids
+        return load_file(place / _LOGITS)["logits"], ids
 
 
 def main(module: str, export: str, place: str) -> None:

@@ -6,7 +6,6 @@ the same arguments goes on with the layer that the first was at. `OUT` appears i
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,6 +24,7 @@ from kvlatent.jobs.atomic import prepare_output, put_in_place
 from kvlatent.jobs.devices import faster_dtype, free_memory, working_dtype
 from kvlatent.jobs.fingerprints import fingerprint, sampled_fingerprint
 from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.scratch import scratch_folder
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of, prepare_place
 from kvlatent.model.time_estimate import StreamCosts
 from kvlatent.selection.statistics import Statistics
@@ -171,7 +171,7 @@ def _read_text(
         seen.check_fingerprint(known, layers.dtype)
         text = StreamedText(seen.input_ids, seen.position_ids, statistics=seen)
         return text, _figures(text, seen.recall_blocks, known)
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as cache:
+    with scratch_folder() as cache:
         reader = TextReader(plan.recipe, tokenizer, layers.config, cache)
         train, _ = read_texts(reader, data, None, eval_tokens=eval_tokens, calibrates=True)
         assert train is not None

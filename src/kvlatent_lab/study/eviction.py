@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from kvlatent.checkpoints.save import save
 from kvlatent.evaluation.perplexity import Perplexity, summarise
 from kvlatent.jobs.atomic import atomic_directory
 from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.scratch import scratch_folder
 from kvlatent_lab.study.grid_cells import Cell, Grid, Scale, widths_of
 from kvlatent_lab.study.measure_cell import compare_losses, forget, train_cell
 from kvlatent_lab.study.press_worker import PRESSES
@@ -172,8 +172,8 @@ def _score(subject: Subject, checkpoint: Any, cell: Cell | None = None) -> dict[
         "threads": torch.get_num_threads(),
         **extra,
     }
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder:
-        files = {name: Path(folder) / name for name in ("job.json", "result.json", "blocks.npy")}
+    with scratch_folder() as folder:
+        files = {name: folder / name for name in ("job.json", "result.json", "blocks.npy")}
         np.save(files["blocks.npy"], blocks)
         files["job.json"].write_text(json.dumps(job | {"blocks": str(files["blocks.npy"])}))
         worker = Path(__file__).with_name("press_worker.py")

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
@@ -18,6 +17,8 @@ from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from kvlatent.jobs.scratch import scratch_folder
 
 __all__ = ["import_lm_eval", "loaded_tasks"]
 
@@ -43,7 +44,7 @@ def loaded_tasks(
     tokenizer: Any, names: Sequence[str], include_path: str | Path | None, length: int, haystack: int
 ) -> Generator[tuple[Any, list[Any]]]:
     """lm-eval's manager and the tasks with their data, while all is quiet."""
-    with tempfile.TemporaryDirectory(prefix="kvlatent-") as folder, _quiet():
+    with scratch_folder() as folder, _quiet():
         # Where synthetic tasks look for the tokenizer that they measure their haystacks with.
         path = tokenizer.name_or_path
         if not path or not Path(path).is_dir():
