@@ -2,8 +2,9 @@
 
     python benchmarks/measured_losses.py
 
-It reads the folders `benchmarks/results/real_tables*` and writes `src/kvlatent/engines/measured_losses.json`, which the package
-carries. Left out is the paper's preset, which no default makes.
+It reads the folders `benchmarks/results/real_tables*`, and of `benchmarks/results/stacking` what quantised caches of engines
+cost, the original's and a narrow model's, and writes `src/kvlatent/engines/measured_losses.json`, which the package carries.
+Left out is the paper's preset, which no default makes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "benchmarks/results"
 OUT = ROOT / "src/kvlatent/engines/measured_losses.json"
 TEXT = "fineweb"
-HEAD_DIMS = {"SmolLM2-135M-Instruct-from-4-bit-weights": 64}
+MODEL = "SmolLM2-135M-Instruct-from-4-bit-weights"
+HEAD_DIMS = {MODEL: 64}
+LOSSLESS = ("bf16", "f16", "f32")
 
 
 def collect(tables: Path = TABLES) -> list[dict[str, Any]]:
     """Rows of all tables under a folder, as `MeasuredLoss` has them."""
     folders = sorted(path for path in tables.glob("real_tables*") if path.is_dir())
-    return [row for folder in folders for row in _rows(folder)]
+    return [row for folder in folders for row in _rows(folder)] + _stacked(tables)
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -34,6 +37,27 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         for name, file in files.items()
         if (settings := file.get("settings", {})).get("preset") == "calibrated"
         and not settings.get("per_layer")
+    ]
+
+
+def _stacked(tables: Path) -> list[dict[str, Any]]:
+    """Cells of the stacking table whose cache is quantised; the narrow model's has one table for the model."""
+    model = json.loads((tables / "real_tables" / "study.json").read_text())["decides"]["model"]
+    cells = [json.loads(path.read_text()) for path in sorted((tables / "stacking").glob("*.json"))]
+    return [
+        {
+            "row": f"stacking-{cell['model']}-{cell['kv_dtype']}",
+            "model": MODEL,
+            "head_dim": HEAD_DIMS[MODEL],
+            "table": "model",
+            "engine": cell["runs_on"],
+            "tokens_trained": 0,
+            "text": TEXT,
+            "perplexity_ratio": cell["ratio"],
+            **{name: cell[name] for name in ("d_qk", "d_vo", "kv_dtype", "kl", "kl_standard_error")},
+        }
+        for cell in cells
+        if cell["kv_dtype"] not in LOSSLESS and cell["sha256"]["original"] == model
     ]
 
 

@@ -126,20 +126,19 @@ def test_what_is_refused_and_what_is_too_large_is_said(place):
 def test_known_losses_come_first_then_bytes(place):
     rows = plan(place, 1e6, context=100, engine="vllm")["options"]
     assert rows[0]["loss"] == {"is_original": True, "predicted": None, "measured": []}
-    known = [row for row in rows if row["kv_dtype"] == "bfloat16"]
+    known = [row for row in rows if row["kv_dtype"] in ("bfloat16", "fp8")]
     assert rows[: len(known)] == known  # the loss of other dtypes was not measured
-    assert [row["d_qk"] for row in known] == [
-        64,
-        56,
-        48,
-        40,
-        32,
-    ]  # wider ones lose less than 32, which was measured
+    widths = [row["d_qk"] for row in known if row["kv_dtype"] == "bfloat16"]
+    assert widths == [64, 56, 48, 40, 32]  # wider ones lose less than 32, which was measured
+    assert (known[1]["d_qk"], known[1]["kv_dtype"]) == (64, "fp8")
+    assert known[1]["loss"]["measured"][0]["row"] == "stacking-original-fp8"
     rest = [row["bytes"] for row in rows[len(known) :]]
     assert rest == sorted(rest, reverse=True) and not any(
         row["loss"]["measured"] for row in rows[len(known) :]
     )
-    half = known[-1]["loss"]["measured"]
+    half = next(row for row in known if (row["d_qk"], row["kv_dtype"]) == (32, "bfloat16"))["loss"][
+        "measured"
+    ]
     assert half and {row["table"] for row in half} == {"model"} and half[0]["head_dim"] == 64
 
 
@@ -161,7 +160,9 @@ def test_losses_are_compared_at_the_same_share_and_bounded_by_narrower_widths():
     assert not measured_at(64, 64, 128, "layer", bf16)
     untrained = min(row.kl for row in half if not row.tokens_trained)
     assert most_loss(64, 64, 128, "head", bf16) == most_loss(96, 80, 128, "head", bf16) == untrained
-    assert most_loss(128, 128, 128, "head", bf16) == 0 and most_loss(128, 128, 128, "head", fp8) is None
+    assert most_loss(128, 128, 128, "head", bf16) == 0 and 0 < most_loss(128, 128, 128, "head", fp8) < 0.1
+    assert most_loss(64, 64, 128, "head", fp8) is None
+    assert untrained < most_loss(64, 64, 128, "model", fp8) == measured_at(64, 64, 128, "model", fp8)[0].kl
     assert most_loss(64, 56, 128, "head", bf16) is None
 
 
@@ -319,7 +320,7 @@ def test_the_command_line(place):
         "model-aligned-50: SmolLM2-135M-Instruct-from-4-bit-weights at 32/32 of 64, bfloat16 on transformers, untrained",
         "not measured",
         "refused: 40, 48, 56 in int4_per_token_head, turboquant_k8v4, turboquant_4bit_nc, turboquant_3bit_nc: it takes powers of two",
-        "read in the engine's source, not run: bfloat16",
+        "read in the engine's source, not run: fp8, bfloat16",
         "the first and the last two layers stay bf16",
     ):
         assert text in done.stdout

@@ -95,7 +95,7 @@ def _comparable(table: str, kv_dtype: KVDtype) -> list[MeasuredLoss]:
     return [
         loss
         for loss in measured_losses()
-        if loss.table == table
+        if (loss.table == table or loss.d_qk == loss.head_dim)  # whole keys turn as the original's do
         and (loss.kv_dtype == kv_dtype.name or (kv_dtype.is_lossless and loss.kv_dtype in _LOSSLESS))
     ]
 
