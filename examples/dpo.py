@@ -9,6 +9,7 @@ DPOConfig is one of this script. The reference's log-probabilities are computed 
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, TrlParser
@@ -28,6 +29,7 @@ class Places:
 def main() -> None:
     """Train and save."""
     parser = TrlParser((Places, DPOConfig))
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # TRL expects a GPU unless told
     parser.set_defaults(precompute_ref_log_probs=True)
     places, settings = parser.parse_args_and_config()
     model = kvlatent.load_model(

@@ -10,6 +10,7 @@ GRPOConfig is one of this script. Generation is transformers'; TRL's vLLM backen
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, TrlParser
@@ -38,7 +39,9 @@ def answer_is_there(completions: list[Any], answer: list[str], **_: Any) -> list
 
 def main() -> None:
     """Train and save."""
-    places, settings = TrlParser((Places, GRPOConfig)).parse_args_and_config()
+    parser = TrlParser((Places, GRPOConfig))
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # TRL expects a GPU unless told
+    places, settings = parser.parse_args_and_config()
     model = kvlatent.load_model(
         places.model, dtype="float32"
     )  # steps are too small for 16 bits; --bf16 computes in them

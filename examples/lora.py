@@ -9,6 +9,7 @@ projection has fewer rows. Without `merge_and_unload` they could be kept apart: 
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
@@ -30,7 +31,9 @@ class Places:
 
 def main() -> None:
     """Train, merge and save."""
-    places, settings = TrlParser((Places, SFTConfig)).parse_args_and_config()
+    parser = TrlParser((Places, SFTConfig))
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # TRL expects a GPU unless told
+    places, settings = parser.parse_args_and_config()
     targets = places.targets if places.targets == "all-linear" else places.targets.split(",")
     trainer = SFTTrainer(
         model=kvlatent.load_model(places.model),  # frozen, so its own dtype does; the adapters are float32

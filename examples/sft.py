@@ -9,6 +9,7 @@ is one of this script. All weights learn; examples/lora.py trains adapters inste
 
 from dataclasses import dataclass, field
 
+import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
@@ -27,7 +28,9 @@ class Places:
 
 def main() -> None:
     """Train and save."""
-    places, settings = TrlParser((Places, SFTConfig)).parse_args_and_config()
+    parser = TrlParser((Places, SFTConfig))
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # TRL expects a GPU unless told
+    places, settings = parser.parse_args_and_config()
     model = kvlatent.load_model(
         places.model, dtype="float32"
     )  # steps are too small for 16 bits; --bf16 computes in them

@@ -68,7 +68,7 @@ def ingredients(monkeypatch, place):
                 assert done.exit_code == 0, done.stderr
                 return SimpleNamespace(stdout=done.stdout, returncode=0)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", [*words[1:], "--max_steps", "2", "--use_cpu"])
+                patch.setattr(sys, "argv", [*words[1:], "--max_steps", "2"])
                 runpy.run_path(words[1], run_name="__main__")
             return SimpleNamespace(stdout="", returncode=0)
         finally:

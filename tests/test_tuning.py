@@ -21,7 +21,7 @@ from tiny import FAMILIES, MORE_FAMILIES, tiny_model, tokens
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2}
-COMMON = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--learning_rate", "0.01", "--use_cpu")
+COMMON = ("--max_steps", "2", "--per_device_train_batch_size", "2", "--learning_rate", "0.01")
 COMMON += ("--report_to", "none", "--save_steps", "1", "--disable_tqdm", "true")
 RUNS = {
     "sft": ("chats", ()),
