@@ -17,6 +17,7 @@ import torch
 from kvlatent.checkpoints.gguf_files import open_gguf
 from kvlatent.checkpoints.load import load_config
 from kvlatent.checkpoints.sharded import ShardedWeights, open_sharded
+from kvlatent.checkpoints.wrapper_files import check_no_wrapper, wrapper_of
 from kvlatent.jobs.devices import choose_device, free_memory
 from kvlatent.jobs.work_directory import partial_of
 from kvlatent.model.families import family_of, family_of_original
@@ -54,6 +55,7 @@ def open_source(model: str | Path) -> tuple[ShardedWeights, Any]:
             f"--stream reads the safetensors of a local directory, layer by layer: got {model}; download the checkpoint, or "
             "leave --stream out"
         )
+    check_no_wrapper(model, "--stream reads the layers of", "leave --stream out")
     config = load_config(str(model))
     family_of(config)
     weights = open_sharded(path, config)
@@ -73,7 +75,7 @@ def is_streamable(model: str | Path) -> bool:
         family_of(load_config(str(model)))
     except (ValueError, OSError):  # loading it says why
         return False
-    return _is_local(model)
+    return _is_local(model) and wrapper_of(model) is None
 
 
 def _is_local(model: str | Path) -> bool:
