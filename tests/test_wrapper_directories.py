@@ -17,6 +17,7 @@ from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.self_check import SELF_CHECK, SelfCheck
 from kvlatent.workflows.calibrate_and_plan import calibrate_checkpoint, plan_checkpoint
 from kvlatent.workflows.convert_checkpoint import convert_checkpoint
+from kvlatent.workflows.engine_choice import Runner, choose_runnable
 from kvlatent.workflows.export_checkpoint import export
 from kvlatent.workflows.generate import continue_text
 from kvlatent.workflows.inspect_checkpoint import describe
@@ -153,7 +154,7 @@ def test_commands_that_read_see_the_language_model(place, converted):
     assert record["blocks"] == 4
     statistics = place / "seen.safetensors"
     plan = plan_checkpoint(place / "llava", kv=0.5, statistics=statistics)
-    assert plan["plan"]["cache_bytes_per_token"]["latent"] > 0
+    assert {"d_qk", "d_vo"} <= plan["plan"].keys()
     convert_checkpoint(place / "llava", place / "by-statistics", d_qk=16, statistics=statistics, align=1)
     assert load_config(place / "by-statistics").qk_head_dim == 16
     continued = continue_text(place / "gemma3-latent", "the cat", max_new_tokens=3, temperature=0.0)
@@ -174,6 +175,17 @@ def test_what_a_latent_wrapper_cannot_have_is_refused_before_anything_is_written
     with pytest.raises(ValueError, match=message):
         refused(place / "gemma3-latent", place / "never")
     assert snapshot(place) == before
+
+
+def test_engines_that_do_not_know_the_wrapper_are_refused(place, converted, monkeypatch):
+    monkeypatch.setattr(Runner, "missing", [])
+    with pytest.raises(
+        ValueError, match="engine vllm runs a language model alone.*use --engine transformers"
+    ):
+        choose_runnable(place / "gemma3-latent", "vllm", place / "cache")
+    chosen = choose_runnable(place / "gemma3-latent", "transformers", place / "cache")
+    assert set(chosen.d_qk) == set(chosen.d_vo) == {16}
+    assert choose_runnable(place / "gemma3", "vllm", place / "cache").path == str(place / "gemma3")
 
 
 def test_a_wrapper_is_not_streamed(place):
@@ -215,7 +227,7 @@ def test_a_slice_and_a_training_keep_what_stands_around(place, converted):
     slice_checkpoint(latent, out["sliced"], d_qk=8)
     few = [f"stage1.{name}={value}" for name, value in {"batch_size": 4, "save_steps": 2}.items()]
     more = {"tokens": 256, "overrides": ["data.block_size=32", "lora.rank=2", *few]}
-    train(latent, place / "text.txt", stage=1, out=out["trained"], teacher=place / "llava", **more)
+    train(latent, data=place / "text.txt", stage=1, out=out["trained"], teacher=place / "llava", **more)
     theirs = outside(AutoModelForImageTextToText.from_pretrained(place / "llava"))
     for name, folder in out.items():
         ours = outside(AutoModelForImageTextToText.from_pretrained(folder))

@@ -48,7 +48,7 @@ def save(
         OSError: the disk is full or not writable; nothing is left behind.
     """
     out = Path(out)
-    wrapper = None if inside is None else wrapper_of(Path(inside) if Path(inside).exists() else str(inside))
+    wrapper = None if inside is None else wrapper_of(str(inside))
     whole = model if wrapper is None else wrapper.with_language_model(model)
     with atomic_directory(out, overwrite=overwrite, inputs=_loaded_from(model, out)) as folder:
         try:
