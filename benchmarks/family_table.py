@@ -36,7 +36,7 @@ _MULTIMODAL = (
     "is written is the whole again, towers and projectors as the original's files have them, with processors and templates. At full",
     "width text and images give the original's bits. It loads by",
     "`AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)`, and by `kvlatent.load_model` as the language model",
-    "inside. `export`, `--stream` and engines other than transformers take language models alone: `kvlatent.save` writes one.",
+    "inside. `export`, engines other than transformers and a streamed `train` take language models alone: `kvlatent.save` writes one.",
     "Positions with several axes (Qwen-VL, Qwen3.5 with images) are refused: a latent attention turns keys by one.",
 )
 _OPENVINO_FIRST = "test_every_family_computes_the_same"

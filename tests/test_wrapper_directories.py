@@ -188,13 +188,48 @@ def test_engines_that_do_not_know_the_wrapper_are_refused(place, converted, monk
     assert choose_runnable(place / "gemma3", "vllm", place / "cache").path == str(place / "gemma3")
 
 
-def test_a_wrapper_is_not_streamed(place):
-    before = snapshot(place)
-    with pytest.raises(
-        ValueError, match=r"--stream reads the layers of a language model alone.*leave --stream out"
-    ):
-        convert_checkpoint(place / "gemma3", place / "never", d_qk=16, stream=True)
-    assert snapshot(place) == before
+_TEXT = {"align": 1, "overrides": ["data.block_size=32", "calibration.blocks=4"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "allowed"),
+    [
+        ("gemma3", _TEXT, 1e-2),  # bfloat16
+        ("llava", {"preset": "own-frequency"}, 0),
+        ("lfm2-vl", {"preset": "own-frequency"}, 0),
+    ],
+)
+def test_streamed_is_as_in_memory(place, name, options, allowed):
+    """Bit for bit without text, and close with it."""
+    given = {"d_qk": 16, "d_vo": 16, **options}
+    if options is _TEXT:
+        given["data"] = place / "text.txt"
+    for stream, more in ((False, {"global_steps": 0}), (True, {})):
+        convert_checkpoint(place / name, place / f"{name}-{stream}", stream=stream, **given, **more)
+    ours, theirs = (
+        AutoModelForImageTextToText.from_pretrained(place / f"{name}-{stream}").state_dict()
+        for stream in (False, True)
+    )
+    assert ours.keys() == theirs.keys()
+    for tensor, found in ours.items():
+        torch.testing.assert_close(theirs[tensor], found, rtol=allowed, atol=allowed, msg=tensor)
+    for file, content in CARRIED.items():
+        assert (place / f"{name}-True" / file).read_text() == content
+
+
+def test_a_streamed_training_is_refused(place, converted):
+    with pytest.raises(ValueError, match=r"--stream trains a language model alone.*leave --stream out"):
+        train(
+            place / "llava-latent",
+            data=place / "text.txt",
+            stage=1,
+            out=place / "never",
+            teacher=place / "llava",
+            overrides=["data.block_size=32"],
+            tokens=256,
+            stream=True,
+        )
+    assert not (place / "never").exists()
 
 
 def test_the_language_model_alone_is_written_and_exported(place, converted, tiny_tokenizer):

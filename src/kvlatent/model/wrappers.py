@@ -20,11 +20,13 @@ from kvlatent.model.families import LATENT_PREFIX, family_of, family_of_original
 from kvlatent.model.wrapper_classes import wrapper_classes
 
 __all__ = [
+    "empty_wrapper",
     "is_wrapper",
     "language_model_of",
     "register_wrapper",
     "text_config_of",
     "text_model_of",
+    "text_places",
     "upstream_wrapper",
     "with_text_model",
 ]
@@ -105,8 +107,8 @@ def language_model_of(model: Any) -> Any:
     return text.train(model.training)
 
 
-def with_text_model(model: Any, latent: Any) -> Any:
-    """The wrapper `model` around a latent language model, made from `text_model_of(model)`."""
+def empty_wrapper(model: Any, latent: Any) -> Any:
+    """As `with_text_model`, without weights."""
     model_name = str(model.config.model_type).removeprefix(LATENT_PREFIX)
     config_type, model_type = wrapper_classes(upstream_wrapper(model_name))
     fields = model.config.to_dict() | {"text_config": latent.config.to_dict()}
@@ -115,18 +117,38 @@ def with_text_model(model: Any, latent: Any) -> Any:
         fields.pop(name, None)
     config = config_type(**fields)
     config._attn_implementation = model.config._attn_implementation
-    kept, ours = model.state_dict(), {}
-    for old, new in (
-        (model.get_decoder(), latent.get_decoder()),
-        (model.get_output_embeddings(), latent.get_output_embeddings()),
-    ):
-        place = next(name for name, each in model.named_modules() if each is old)
-        kept = {n: t for n, t in kept.items() if not n.startswith(f"{place}.")}
-        ours |= {f"{place}.{n}": t for n, t in new.state_dict().items()}
     with torch.device("meta"):
         whole = model_type(config)
+    whole.generation_config = copy.deepcopy(model.generation_config)
+    return whole.train(model.training)
+
+
+def text_places(model: Any, text: Any) -> dict[str, str]:
+    """Where the decoder and the head of a wrapper's language model lie in the wrapper, by where they lie in `text`, that alone."""
+    return {
+        _place_of(text, ours): _place_of(model, theirs)
+        for ours, theirs in (
+            (text.get_decoder(), model.get_decoder()),
+            (text.get_output_embeddings(), model.get_output_embeddings()),
+        )
+    }
+
+
+def _place_of(model: Any, module: Any) -> str:
+    return next(name for name, each in model.named_modules() if each is module)
+
+
+def with_text_model(model: Any, latent: Any) -> Any:
+    """The wrapper `model` around a latent language model, made from `text_model_of(model)`."""
+    whole, places = empty_wrapper(model, latent), text_places(model, latent)
+    inside = tuple(f"{place}." for place in places.values())
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    ours = {
+        f"{place}.{name}": tensor
+        for own, place in places.items()
+        for name, tensor in latent.get_submodule(own).state_dict().items()
+    }
     whole.load_state_dict(kept | ours, assign=True)
     share_buffers(model, whole)
     whole.tie_weights()
-    whole.generation_config = copy.deepcopy(model.generation_config)
-    return whole.train(model.training)
+    return whole

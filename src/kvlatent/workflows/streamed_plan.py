@@ -17,7 +17,7 @@ import torch
 from kvlatent.checkpoints.gguf_files import open_gguf
 from kvlatent.checkpoints.load import load_config
 from kvlatent.checkpoints.sharded import ShardedWeights, open_sharded
-from kvlatent.checkpoints.wrapper_files import check_no_wrapper, wrapper_of
+from kvlatent.checkpoints.wrapper_files import wrapper_of
 from kvlatent.jobs.devices import choose_device, free_memory
 from kvlatent.jobs.work_directory import partial_of
 from kvlatent.model.families import family_of, family_of_original
@@ -55,10 +55,9 @@ def open_source(model: str | Path) -> tuple[ShardedWeights, Any]:
             f"--stream reads the safetensors of a local directory, layer by layer: got {model}; download the checkpoint, or "
             "leave --stream out"
         )
-    check_no_wrapper(model, "--stream reads the layers of", "leave --stream out")
     config = load_config(str(model))
     family_of(config)
-    weights = open_sharded(path, config)
+    weights = _open_language_model(model, config)
     if len(weights.dtypes) > 1:
         found = ", ".join(sorted(str(dtype)[6:] for dtype in weights.dtypes))
         warnings.warn(
@@ -69,13 +68,19 @@ def open_source(model: str | Path) -> tuple[ShardedWeights, Any]:
     return weights, config
 
 
+def _open_language_model(model: str | Path, config: Any) -> ShardedWeights:
+    """Tensors of the language model, also where it lies inside a multimodal checkpoint."""
+    wrapper = wrapper_of(model)
+    return open_sharded(Path(model), config) if wrapper is None else wrapper.open_language_model()
+
+
 def is_streamable(model: str | Path) -> bool:
     """Whether it is a local directory of safetensors, of a family whose layers can be read one at a time."""
     try:
         family_of(load_config(str(model)))
     except (ValueError, OSError):  # loading it says why
         return False
-    return _is_local(model) and wrapper_of(model) is None
+    return _is_local(model)
 
 
 def _is_local(model: str | Path) -> bool:
@@ -96,7 +101,7 @@ def why_streamed(model: str | Path, *, asked: bool, calibrates: bool, device: st
     try:
         config = load_config(str(model))
         family_of_original(config)
-        weights = open_sharded(Path(model), config)
+        weights = _open_language_model(model, config)
     except (ValueError, OSError):  # loading it says why
         return None
     for place in sorted({"cpu", choose_device(device or "auto")}):
