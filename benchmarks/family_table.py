@@ -30,10 +30,13 @@ FILES = {
 _MULTIMODAL = (
     "## Inside multimodal models",
     "",
-    "`kvlatent.calibrate` and `kvlatent.convert` take a loaded `...ForConditionalGeneration` whose language model is of a family",
-    "above (tried: Gemma-3, Mistral-3, LLaVA, LFM2-VL). Its language model is converted, and towers and projectors are shared with",
-    "the original; at full width text and images give the original's bits. What `kvlatent.save` writes loads by",
-    "`AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)`. The command line takes language models alone.",
+    "`convert`, `calibrate`, `plan`, `compress`, `train`, `slice`, `eval`, `inspect` and `generate` take the directory of a",
+    "`...ForConditionalGeneration` whose language model is of a family above (tried: Gemma-3, Mistral-3, LLaVA, LFM2-VL), and so do",
+    "`kvlatent.calibrate` and `kvlatent.convert` the loaded model. They work on the language model inside and measure it on text; what",
+    "is written is the whole again, towers and projectors as the original's files have them, with processors and templates. At full",
+    "width text and images give the original's bits. It loads by",
+    "`AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)`, and by `kvlatent.load_model` as the language model",
+    "inside. `export`, engines other than transformers and a streamed `train` take language models alone: `kvlatent.save` writes one.",
     "Positions with several axes (Qwen-VL, Qwen3.5 with images) are refused: a latent attention turns keys by one.",
 )
 _OPENVINO_FIRST = "test_every_family_computes_the_same"

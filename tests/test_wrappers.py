@@ -72,10 +72,10 @@ IMAGES = {"gemma3": 4, "llava": 16, "mistral3": 4}
 """Tokens of an image of 16 x 16."""
 
 
-def tiny_wrapper(name):
+def tiny_wrapper(name, **more):
     """A random wrapper around a toy of tests/tiny.py."""
     config_type, model_type, inner, fields = WRAPPERS[name]
-    toy = tiny_model(inner)
+    toy = tiny_model(inner, **more)
     fields = {key: dict(value) if isinstance(value, dict) else value for key, value in fields.items()}
     model = model_type(config_type(text_config=toy.config.to_dict(), **fields)).eval()
     model.get_decoder().load_state_dict(toy.get_decoder().state_dict())
@@ -191,9 +191,7 @@ def test_positions_with_axes_are_refused():
     inner = tiny_model("qwen3.5").config.to_dict()
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
     model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=inner, vision_config=vision)).eval()
-    with pytest.raises(
-        ValueError, match=r"the images of a Qwen3_5ForConditionalGeneration have 3 \(time, height"
-    ):
+    with pytest.raises(ValueError, match=r"the images of a model of type 'qwen3_5' have 3 \(time, height"):
         convert(model, d_qk=16, preset="own-frequency")
 
 

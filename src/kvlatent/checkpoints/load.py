@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from kvlatent.checkpoints.gguf_files import Gguf, check_tensors_read, gguf_config, open_gguf
 from kvlatent.checkpoints.registration import register
@@ -20,8 +27,9 @@ from kvlatent.checkpoints.weight_files import check_weights, first_line, weights
 from kvlatent.model.assembly import has_tied_head
 from kvlatent.model.families import FAMILIES, family_of
 from kvlatent.model.finite import check_finite_weights
+from kvlatent.model.wrappers import is_wrapper, language_model_of, register_wrapper, text_config_of
 
-__all__ = ["check_block_size", "load_config", "load_model", "load_tokenizer"]
+__all__ = ["check_block_size", "load_config", "load_model", "load_tokenizer", "load_whole_config"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -29,7 +37,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def load_model(
     path_or_id: str | os.PathLike[str], *, dtype: str | torch.dtype | None = None, device: str = "cpu"
 ) -> PreTrainedModel:
-    """Load an original or latent causal language model of a supported family, in eval mode.
+    """Load an original or latent causal language model of a supported family, in eval mode; of a multimodal checkpoint, the one inside.
 
     Args:
         path_or_id: a local directory, a hub id, or a GGUF file, or a directory that holds one and no safetensors.
@@ -45,8 +53,8 @@ def load_model(
     path = str(path_or_id)
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
-    config = load_config(path)
-    family_of(config)
+    config = load_whole_config(path)
+    family_of(text_config_of(config))
     gguf = open_gguf(path)
     if gguf is None and Path(path).is_dir():
         check_weights(Path(path), config)
@@ -61,6 +69,7 @@ def load_model(
     if gguf is not None:
         check_tensors_read(gguf, model)
         model.config._name_or_path = path
+    model = _language_model(model, path)
     check_finite_weights(model, path)
     # What is saved from it later must be tied or not as it was loaded, whatever the file said.
     model.config.tie_word_embeddings = has_tied_head(model)
@@ -75,7 +84,8 @@ def _read_weights(path: str, gguf: Gguf | None, config: Any, dtype: Any) -> tupl
         # Without it what is loaded counts as quantised, although it is not, and cannot be saved.
         more = {"gguf_file": name, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForImageTextToText if is_wrapper(config) else AutoModelForCausalLM
+        loaded: Any = auto.from_pretrained(
             place,
             **more,
             config=config,
@@ -95,8 +105,31 @@ def _read_weights(path: str, gguf: Gguf | None, config: Any, dtype: Any) -> tupl
     return loaded
 
 
+def _language_model(model: Any, path: str) -> Any:
+    """The language model inside, with what else its config says of where it is from; of no multimodal one the model itself."""
+    text = language_model_of(model)
+    if text is not model:
+        text.config.dtype, text.config._name_or_path = model.dtype, path
+    return text
+
+
 def load_config(path: str) -> Any:
-    """The transformers config of a model (see `load_model`); where it names no dtype, with the weights' own."""
+    """The transformers config of a model (see `load_model`), of a multimodal one that of the language model inside.
+
+    Where it names no dtype, with the weights' own.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`, of what the config says.
+    """
+    whole = load_whole_config(path)
+    config = text_config_of(whole)
+    if config is not whole:
+        config.dtype, config._name_or_path = whole.dtype, path
+    return config
+
+
+def load_whole_config(path: str) -> Any:
+    """As `load_config`, of a multimodal model with all its parts."""
     local, gguf = Path(path), open_gguf(path)
     if gguf is not None:
         return gguf_config(gguf)
@@ -105,6 +138,7 @@ def load_config(path: str) -> Any:
             f"{path} holds no config.json and no .gguf file, so it is no model directory; give a checkpoint's directory"
         )
     try:
+        register_wrapper(str(PreTrainedConfig.get_config_dict(path)[0].get("model_type", "")))
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, json.JSONDecodeError) as error:
         if local.is_dir():

@@ -98,6 +98,14 @@ class NamedWeights:
             return None
         return (*rows.shape[:-1], width)
 
+    def names_from(self, prefix: str) -> list[str]:
+        """Tensors of the model that the checkpoint has and whose names start so."""
+        return [name for name in self._sources if name.startswith(prefix)]
+
+    def stored_name(self, name: str) -> str | None:
+        """What the checkpoint calls a tensor of the model; None where it is made of others."""
+        return self._source(name) if self._is_stored(name) else None
+
     def _is_stored(self, name: str) -> bool:
         """Whether the checkpoint has this tensor as it is, under whatever name."""
         return self._sources[name][0][0] is None

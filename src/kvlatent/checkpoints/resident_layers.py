@@ -99,6 +99,10 @@ class NamedLayers:
         """What a tensor is in a model of that dtype: its own where upstream gives it one (biases of a router, say)."""
         return self._pinned.get(name, dtype)
 
+    def written_name(self, name: str) -> str:
+        """What a checkpoint that is made of this one calls a tensor of its model."""
+        return self.weights.weights.written_name(name)
+
     def _read(self, name: str) -> Tensor:
         return self.weights.read(name, self.dtype_of(name, self.dtype), self.device)
 

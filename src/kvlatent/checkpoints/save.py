@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.self_check import SELF_CHECK, SelfCheck
 from kvlatent.checkpoints.tokenizer_files import write_tokenizer
 from kvlatent.checkpoints.weight_files import first_line
+from kvlatent.checkpoints.wrapper_files import wrapper_of
 from kvlatent.jobs.atomic import atomic_directory
 
 __all__ = ["save"]
@@ -25,6 +26,7 @@ def save(
     tokenizer: Any = None,
     card: str | None = None,
     files: dict[str, str] | None = None,
+    inside: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
 ) -> Path:
@@ -34,6 +36,10 @@ def save(
     chat template, the self-contained modelling file named by `auto_map`, what the model says to one prompt
     (`self_check`), a model card, and `files` (name -> text).
 
+    Args:
+        inside: the checkpoint that `model` was loaded from or made of; where that is multimodal, `model` is the language model
+            inside, and all else of it (towers, projectors, processors) is carried over. None writes `model` alone.
+
     A latent model may replace the directory that it was loaded from; an original is never written to.
 
     Raises:
@@ -42,15 +48,19 @@ def save(
         OSError: the disk is full or not writable; nothing is left behind.
     """
     out = Path(out)
+    wrapper = None if inside is None else wrapper_of(str(inside))
+    whole = model if wrapper is None else wrapper.with_language_model(model)
     with atomic_directory(out, overwrite=overwrite, inputs=_loaded_from(model, out)) as folder:
         try:
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            whole.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # safetensors reports a full disk as its own error
             raise OSError(f"cannot write the weights to {out}: {first_line(error)}") from error
         if getattr(model.config, "kv_latent", None) and (check := SelfCheck.of(model)) is not None:
             (folder / SELF_CHECK).write_text(json.dumps(check.to_dict()) + "\n")
         if tokenizer is not None:
             write_tokenizer(tokenizer, folder)
+        if wrapper is not None:
+            wrapper.carry_files(folder)
         for name, text in {**({} if card is None else {"README.md": card}), **(files or {})}.items():
             (folder / name).write_text(text)
     return out

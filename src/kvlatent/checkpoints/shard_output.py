@@ -21,7 +21,7 @@ from kvlatent.checkpoints.tokenizer_files import write_tokenizer
 from kvlatent.checkpoints.weight_files import first_line, read_header
 from kvlatent.jobs.atomic import write_atomically
 
-__all__ = ["finish_checkpoint", "shard_name", "write_shard"]
+__all__ = ["carry_files", "finish_checkpoint", "shard_name", "write_shard"]
 
 # Not carried: weights in any form, what is written anew, and code, which would be another model's.
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -64,12 +64,12 @@ def finish_checkpoint(
     model.generation_config.save_pretrained(folder)
     model.add_code(folder, model.config)
     write_tokenizer(tokenizer, folder)
-    _carry_files(source, folder)
+    carry_files(source, folder)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _carry_files(source: Path, folder: Path) -> None:
+def carry_files(source: Path, folder: Path) -> None:
     """Copy what lies beside the weights of a checkpoint (licences, templates, processors) and is not in `folder` yet."""
     for file in sorted(source.iterdir()):
         known = file.name in _ANEW or file.name.startswith(".") or (folder / file.name).exists()

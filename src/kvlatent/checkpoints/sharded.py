@@ -50,6 +50,19 @@ class ShardedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
+    def written_name(self, name: str) -> str:
+        """What a checkpoint that is made of this one calls a tensor of its model."""
+        return name
+
+    def renamed(self, names: Mapping[str, str], places: Mapping[str, str]) -> ShardedWeights:
+        """Some of the tensors, under other names.
+
+        Args:
+            names: new name -> name here.
+            places: what new names start with -> what it is called instead in what is made of them.
+        """
+        return _Renamed(self.path, {new: self._places[old] for new, old in names.items()}, places)
+
     @property
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -123,6 +136,18 @@ class ShardedWeights:
                         "was read, so download it again"
                     )
                 read += more
+
+
+class _Renamed(ShardedWeights):
+    """Tensors that have other names where they are written."""
+
+    def __init__(self, path: Path, places: Mapping[str, _Place], prefixes: Mapping[str, str]) -> None:
+        super().__init__(path, places)
+        self._prefixes = dict(prefixes)
+
+    def written_name(self, name: str) -> str:
+        start = next(prefix for prefix in self._prefixes if name.startswith(f"{prefix}."))
+        return self._prefixes[start] + name.removeprefix(start)
 
 
 def open_sharded(path: Path, config: Any) -> ShardedWeights:

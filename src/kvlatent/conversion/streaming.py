@@ -146,7 +146,8 @@ class Streaming:
     def _write(self, tensors: dict[str, Tensor], number: int) -> None:
         """Write a shard, in the dtype that is stored."""
         layers, kind = self.layers, self.stored
-        stored = {n: t.to("cpu", layers.dtype_of(n, kind)).contiguous() for n, t in tensors.items()}
+        named = {layers.written_name(n): t.to("cpu", layers.dtype_of(n, kind)) for n, t in tensors.items()}
+        stored = {n: t.contiguous() for n, t in named.items()}
         write_shard(stored, self.folder / shard_name(number, self.layers.count + 2))
 
     def _config(self) -> LatentConfig:

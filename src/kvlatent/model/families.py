@@ -78,8 +78,9 @@ def _obstacle(config: Any, model_type: str) -> str | None:
     inner = str(getattr(getattr(config, "text_config", None), "model_type", ""))
     if inner in FAMILIES:
         return (
-            f"it holds a language model of type {inner!r} beside other parts; in Python, kvlatent.convert converts that inside of "
-            "the loaded model; or load it alone with transformers' AutoModelForCausalLM, save it, and convert what was saved"
+            f"it holds a language model of type {inner!r} beside other parts; of what transformers' AutoModelForImageTextToText "
+            "loads, the directory is converted whole; of any other, load the language model alone with AutoModelForCausalLM, save it, "
+            "and convert what was saved"
         )
     if model_type not in FAMILIES:
         causal = any(

@@ -65,6 +65,7 @@ class CompressRun:
     ) -> None:
         self.store = store  # to train stage II from, without the original
         self.plan, self.workspace, self.progress, self.budget = plan, workspace, progress, budget
+        self.source = model
         self.allow_change = allow_change  # of the stages, in the middle
         self.searches = searches  # the rate of stage II, within a budget
         self.checked: Dataset | None = None  # blocks to decide on
@@ -256,7 +257,8 @@ class CompressRun:
         names = [f"stage{stage}" for stage in self.plan.stages]
         journals = [(name, self.workspace.path / name / JOURNAL) for name in names]
         files = {JOURNAL: joined_metrics(journals)} if journals else {}
-        save_run(exported, out, record, self.plan.recipe, self.tokenizer, overwrite=overwrite, files=files)
+        more: dict[str, Any] = {"source": self.source, "overwrite": overwrite, "files": files}
+        save_run(exported, out, record, self.plan.recipe, self.tokenizer, **more)
 
 
 def _public(figures: dict[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def convert_checkpoint(
     if budget is not None:
         record["minutes"] = budget.summary(record["conversion"])
     record["warnings"] = judge_losses("convert", record["figures"], plan, options, replan)
-    save_run(exported, place, record, plan.recipe, tokenizer, overwrite=overwrite)
+    save_run(exported, place, record, plan.recipe, tokenizer, source=model, overwrite=overwrite)
     warn_of_losses(record)
     return record
 

@@ -17,6 +17,7 @@ from filelock import FileLock
 from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.save import save
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.checkpoints.wrapper_files import check_no_wrapper
 from kvlatent.engines.kv_dtypes import check_kv_dtype
 from kvlatent.evaluation.speed.caches import cached_widths
 from kvlatent.jobs.fingerprints import fingerprint, identity
@@ -28,6 +29,7 @@ from kvlatent.workflows.export_checkpoint import EXPORT_RECORD, export
 
 __all__ = ["RUNNERS", "Runnable", "Runner", "choose_runnable", "runner_named"]
 
+_OURS = "transformers"
 _CHECKPOINTS = ("latent", "original", "stock")
 _KINDS = {
     "latent": "a latent checkpoint",
@@ -86,7 +88,7 @@ RUNNERS = {
             ("openvino",),
             "openvino",
         ),
-        Runner("transformers", "latent_server", _SERVER, "pip install 'transformers[serving]'", _CHECKPOINTS),
+        Runner(_OURS, "latent_server", _SERVER, "pip install 'transformers[serving]'", _CHECKPOINTS),
     )
 }
 """In the order in which they are chosen."""
@@ -206,6 +208,10 @@ def _runnable(
     elif dtype is not None:
         raise ValueError(
             f"{source} is run by {runner.name} as it is: got --dtype {dtype}, which is for what has to be exported; leave it out"
+        )
+    elif kind == "latent" and runner.name != _OURS:
+        check_no_wrapper(
+            source, f"engine {runner.name} runs", f"use --engine {_OURS}, which reads and writes text"
         )
     context, keys, values = _gguf_sizes(Path(place)) if place.endswith(".gguf") else _sizes(place)
     return Runnable(runner, place, name_for_record(source), exports, context, keys, values)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from kvlatent.checkpoints.lineage import lineage
 from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.tokenizer_files import HARD_STRINGS, load_tokenizer
+from kvlatent.checkpoints.wrapper_files import check_no_wrapper
 from kvlatent.engines.export_options import Exporter, ExportFacts, ExportOptions
 from kvlatent.jobs.atomic import atomic_directory, prepare_output
 from kvlatent.jobs.fingerprints import identity
@@ -164,6 +165,7 @@ def _check_latent(source: str | Path) -> str:
         raise ValueError(
             f"{source} is an export already; export the latent checkpoint that it was made from once more"
         )
+    check_no_wrapper(source, "an export is of")
     config = load_config(str(source))
     if not getattr(config, "kv_latent", None):
         raise ValueError(

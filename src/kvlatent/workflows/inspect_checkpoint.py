@@ -7,6 +7,7 @@ from typing import Any
 
 from kvlatent.checkpoints.gguf_files import describe_weights
 from kvlatent.checkpoints.load import load_config
+from kvlatent.checkpoints.wrapper_files import wrapper_of
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import table_scope
 from kvlatent.model.families import attention_layers_of, family_of, key_value_heads_of
@@ -20,6 +21,7 @@ def describe(model: str | Path) -> dict[str, Any]:
 
     Args:
         model: directory or hub id of a latent checkpoint, or of a supported original; or its GGUF file.
+            Of a multimodal one the language model inside is described, and "wrapper" is the type of the whole.
 
     Returns:
         A JSON-able dict. `cache_bytes_per_token` is for the checkpoint's own dtype. "figures" is there when a local
@@ -39,6 +41,8 @@ def describe(model: str | Path) -> dict[str, Any]:
         "family": family.model_type,
         "is_latent": saved is not None,
     }
+    if (wrapper := wrapper_of(model)) is not None:
+        document["wrapper"] = wrapper.config.model_type
     if (weights := describe_weights(model)) is not None:
         document["weights"] = weights
     document |= {

@@ -76,7 +76,7 @@ def slice_checkpoint(
     plan = plan_of_latent(config, resolve_precision(recipe, config, "cpu"), widths)
     record |= describe_as_before(previous, plan, dict(previous.get("training", {})))
     record["warnings"] = _judge(previous, config, widths)
-    save_run(slice_model(whole, widths), place, record, recipe, tokenizer, overwrite=overwrite)
+    save_run(slice_model(whole, widths), place, record, recipe, tokenizer, source=model, overwrite=overwrite)
     for warning in record["warnings"]:
         warnings.warn(warning, stacklevel=2)
     return record

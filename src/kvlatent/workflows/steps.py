@@ -282,12 +282,17 @@ def save_run(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    source: str | Path,
     overwrite: bool,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the checkpoint with its card, the recipe and the record of the run, and `files`: all at once or none."""
+    """Write the checkpoint with its card, the recipe and the record of the run, and `files`: all at once or none.
+
+    Args:
+        source: what it was made of; what is multimodal in there comes along (see `save`).
+    """
     written = files_of_run(record, recipe) | dict(files or {})
-    save(model, out, tokenizer=tokenizer, overwrite=overwrite, files=written)
+    save(model, out, tokenizer=tokenizer, overwrite=overwrite, files=written, inside=source)
 
 
 def files_of_run(record: dict[str, Any], recipe: Recipe) -> dict[str, str]:

@@ -18,6 +18,7 @@ from kvlatent.checkpoints.resident_layers import ResidentLayers
 from kvlatent.checkpoints.shard_output import finish_checkpoint
 from kvlatent.checkpoints.sharded import ShardedWeights
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.checkpoints.wrapper_files import wrapper_of
 from kvlatent.conversion.stream_costs import stream_costs
 from kvlatent.conversion.streaming import StreamedText, Streaming
 from kvlatent.jobs.atomic import prepare_output, put_in_place
@@ -84,7 +85,9 @@ def convert_streamed(
     if not dry_run and (finished := finished_record(place, work)) is not None:
         return finished
     prepare_output(place, overwrite)
-    costs = _predict(layers, plan)
+    wrapper, costs = wrapper_of(model), _predict(layers, plan)
+    if wrapper is not None:
+        costs = replace(costs, disk_bytes=costs.disk_bytes + wrapper.outside_bytes())
     check_space(place, costs)
     shown = replace(plan, notes=(*plan.notes, costs.sentence())).summary()
     if dry_run:
@@ -103,7 +106,8 @@ def convert_streamed(
         latent, conversion = _stream(plan, layers, text, work, progress)
         record |= {"plan": plan.summary(), "conversion": conversion, "figures": {}, "warnings": []}
         written = files_of_run(record, plan.recipe)
-        finish_checkpoint(work.path / "out", latent, Path(model), tokenizer, written)
+        whole = latent if wrapper is None else wrapper.write_outside(work.path / "out", latent)
+        finish_checkpoint(work.path / "out", whole, Path(model), tokenizer, written)
         put_in_place(work.path / "out", place.resolve())
     except BaseException as error:
         # Of a bad input nothing is worth going on from.

@@ -17,6 +17,7 @@ import torch
 from kvlatent.checkpoints.gguf_files import open_gguf
 from kvlatent.checkpoints.load import load_config
 from kvlatent.checkpoints.sharded import ShardedWeights, open_sharded
+from kvlatent.checkpoints.wrapper_files import wrapper_of
 from kvlatent.jobs.devices import choose_device, free_memory
 from kvlatent.jobs.work_directory import partial_of
 from kvlatent.model.families import family_of, family_of_original
@@ -56,7 +57,7 @@ def open_source(model: str | Path) -> tuple[ShardedWeights, Any]:
         )
     config = load_config(str(model))
     family_of(config)
-    weights = open_sharded(path, config)
+    weights = _open_language_model(model, config)
     if len(weights.dtypes) > 1:
         found = ", ".join(sorted(str(dtype)[6:] for dtype in weights.dtypes))
         warnings.warn(
@@ -65,6 +66,12 @@ def open_source(model: str | Path) -> tuple[ShardedWeights, Any]:
             stacklevel=2,
         )
     return weights, config
+
+
+def _open_language_model(model: str | Path, config: Any) -> ShardedWeights:
+    """Tensors of the language model, also where it lies inside a multimodal checkpoint."""
+    wrapper = wrapper_of(model)
+    return open_sharded(Path(model), config) if wrapper is None else wrapper.open_language_model()
 
 
 def is_streamable(model: str | Path) -> bool:
@@ -94,7 +101,7 @@ def why_streamed(model: str | Path, *, asked: bool, calibrates: bool, device: st
     try:
         config = load_config(str(model))
         family_of_original(config)
-        weights = open_sharded(Path(model), config)
+        weights = _open_language_model(model, config)
     except (ValueError, OSError):  # loading it says why
         return None
     for place in sorted({"cpu", choose_device(device or "auto")}):

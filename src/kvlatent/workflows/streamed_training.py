@@ -18,6 +18,7 @@ from kvlatent.checkpoints.resident_layers import LatentLayers, ResidentLayers
 from kvlatent.checkpoints.shard_output import finish_checkpoint
 from kvlatent.checkpoints.sharded import open_sharded
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
+from kvlatent.checkpoints.wrapper_files import check_no_wrapper, wrapper_of
 from kvlatent.jobs.atomic import put_in_place, write_text
 from kvlatent.jobs.devices import free_memory
 from kvlatent.jobs.progress import Progress
@@ -65,7 +66,9 @@ def _reason(model: str | Path, teacher: str | Path | None, plan: Plan, asked: bo
         return None
     if asked:
         return "--stream says so"
-    if teacher is None or not (is_streamable(model) and is_streamable(teacher)):
+    if teacher is None or not all(
+        is_streamable(path) and wrapper_of(path) is None for path in (model, teacher)
+    ):
         return None
     if family_of(load_config(str(model))).besides:
         return None
@@ -93,6 +96,8 @@ class StreamedRun:
     def __init__(self, model: str | Path, teacher: str | Path, plan: Plan, place: Path) -> None:
         self.model, self.recipe, self.stored = Path(model), plan.recipe, plan.stored_dtype
         # As in memory: the student as it is stored, for `prepare_for_training` to cast, the original as it is compared.
+        for path in (model, teacher):
+            check_no_wrapper(path, "--stream trains", "leave --stream out")
         weights, config = open_source(model)
         if besides := family_of(config).besides:
             raise ValueError(

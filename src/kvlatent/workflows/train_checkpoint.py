@@ -195,7 +195,8 @@ def _save(
     """Write the checkpoint with its history."""
     student, tokenizer, summary = trained
     files = _history(record, space, plan, model, summary)
-    save_run(merged_copy(student), place, record, plan.recipe, tokenizer, overwrite=overwrite, files=files)
+    more: dict[str, Any] = {"source": model, "overwrite": overwrite, "files": files}
+    save_run(merged_copy(student), place, record, plan.recipe, tokenizer, **more)
 
 
 def _history(
