@@ -29,19 +29,19 @@ from kvlatent.workflows.export_card import export_card
 from kvlatent.workflows.read_export import read_in_fresh_process
 from kvlatent.workflows.run_record import read_record
 
-__all__ = ["EXPORT_RECORD", "TARGETS", "ExportRecord", "export"]
+__all__ = ["EXPORT_RECORD", "ROUNDINGS", "TARGETS", "ExportRecord", "export"]
 
 TARGETS = {"stock": "stock_checkpoint", "gguf": "gguf_export", "openvino": "openvino_ir"}
 """Modules of `kvlatent.engines` by what `--to` calls them; see `export_options` for what such a module has."""
+
+ROUNDINGS = 2.0
+"""Times what rounding the matrices costs in our class, by which an engine may differ; docs/compatibility.md has what they do."""
 
 EXPORT_RECORD = "export.json"
 _TAKEN = {"dtype": ("gguf", "openvino"), "pad": ("stock", "gguf"), "experimental": ("gguf",)}
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
 # Composed already, which tokenizers may do first, and engines do not.
 _TEXTS = [normalize("NFC", text) for text in HARD_STRINGS]
-_ROUNDINGS = (
-    2.0  # engines gave 0.9 to 1.3 times what our class does with the same matrices, see docs/compatibility.md
-)
 _CHECK_TOKENS = 128  # far enough that a wrong frequency shows, short enough for any context
 
 
@@ -211,7 +211,7 @@ def _compare(to: str, theirs: Tensor, ours: Tensor, rounded: Tensor, facts: dict
         kind, ours, rounded = "log-probabilities", ours.log_softmax(-1), rounded.log_softmax(-1)
     relative, rounding = (relative_difference(found, ours) for found in (theirs, rounded))
     exact = facts.get("tolerance", ExportFacts.model_fields["tolerance"].default)
-    tolerance = max(exact, _ROUNDINGS * rounding)
+    tolerance = max(exact, ROUNDINGS * rounding)
     if not relative <= tolerance:  # a NaN is no match either
         raise ValueError(
             f"the export to {to} was removed, since {facts['engine']} computes something else than our class: {kind} differ "
