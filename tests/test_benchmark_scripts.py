@@ -171,3 +171,16 @@ def test_a_coarser_file_beside_the_same_of_the_original(place, tmp_path, monkeyp
     off = 1.0
     with pytest.raises(SystemExit, match=r"more than 2.0 times what rounding costs: original in q8_0 by 1, .* by rounding; latent in"):  # fmt: skip
         call(*words)
+
+
+def test_answers_are_judged_by_words_and_caches_by_answers(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("served_chat")
+    assert script.is_right("It is PARIS.", ("Paris",)) and script.is_right("7 days", ("seven", "7"))
+    assert not script.is_right("Parisian, 17", ("Paris", "7")) and not script.is_right("", ("Paris",))
+    servers = [
+        {"model": name, "right": right, "cache_bytes_per_token": size}
+        for name, right, size in (("original", 10, 100), ("most", 8, 75), ("half", 7, 50))
+    ]
+    found = script.verdict(servers)
+    assert (found["right_needed"], found["answering"], found["smallest"]) == (8.0, ["original", "most"], "most")  # fmt: skip
