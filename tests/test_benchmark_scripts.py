@@ -184,3 +184,16 @@ def test_answers_are_judged_by_words_and_caches_by_answers(monkeypatch):
     ]
     found = script.verdict(servers)
     assert (found["right_needed"], found["answering"], found["smallest"]) == (8.0, ["original", "most"], "most")  # fmt: skip
+
+
+def test_the_committed_transcript_is_what_its_answers_give(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("served_chat")
+    file = FOLDER / "results" / "served_chat.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == script.render(document)
+    words = dict(script.QUESTIONS)
+    for server in document["servers"]:
+        for one in server["answers"]:
+            assert one["is_right"] == script.is_right(one["answer"], words[one["question"]])
+    assert {key: document[key] for key in ("right_needed", "answering", "smallest")} == script.verdict(document["servers"])  # fmt: skip
