@@ -35,6 +35,14 @@ In float32 with a cache in float32 (`python benchmarks/engine_agreement.py`): lo
 [log](log.md), "smol" SmolLM2-135M-Instruct from 4-bit weights; one rotary table for the model. A difference is beside the
 largest logit, since float32 rounds in proportion to it.
 """
+_TYPES = """## GGUF files in coarser types
+
+Trained models, cache in float32 (`python benchmarks/gguf_types.py`). *Latent* and *original* are root mean square differences of
+llama.cpp's logits from those of our class in float32, over their standard deviation, in brackets the largest: of the latent
+checkpoint, and of the original that it was made from, at full width in the same type, which is what a user has without us.
+*Rounding* is the same of our class with matrices, and what is multiplied by them, rounded to the type; `kvlatent export` refuses
+to keep a file whose logits differ by more than {allowed:g} times that. *Same token* is how often the likeliest one is the same.
+"""
 _COLUMNS = (
     "model",
     "d_qk/d_vo of width",
@@ -91,6 +99,25 @@ def trained(folder: Path) -> str:
     return "\n".join([_TRAINED, *lines, ""])
 
 
+def coarser(folder: Path) -> str:
+    """What `gguf_types.py` measured."""
+    lines = [
+        "| model | d_qk/d_vo of width | weights | latent | original | rounding, latent | rounding, original | same token, latent | original |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    allowed = set()
+    for path in sorted(folder.glob("*.json")):
+        one = json.loads(path.read_text(encoding="utf-8"))
+        allowed.add(one["allowed"])
+        for row in one["rows"]:
+            both = [row[role] for role in ("latent", "original")]
+            cells = [one["model"], f"{one['d_qk']} / {one['d_vo']} of {one['head_dim']}", row["dtype"]]
+            cells += [f"{of['relative']:.1e} ({of['difference']:.2g})" for of in both]
+            cells += [f"{of['rounding']:.1e}" for of in both] + [f"{of['same_argmax']:.1%}" for of in both]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([_TYPES.format(allowed=max(allowed)), *lines, ""]) if allowed else ""
+
+
 def _machine(record: dict[str, Any]) -> str:
     versions = record["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name))
@@ -112,6 +139,7 @@ def render(folder: Path) -> str:
         table = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|", *map(_row, rows)]
         parts.append("\n".join(table) + "\n")
     parts.append(trained(folder.parent / "engine_agreement"))
+    parts.append(coarser(folder.parent / "gguf_types"))
     parts.append("## What is refused\n\nIn the words that users see, from the tests of refusals.\n")
     for engine, sentences in sorted(refused.items()):
         modules = ", ".join(f"`{module}`" for module in sorted(set(sentences.values())))

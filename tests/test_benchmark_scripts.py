@@ -10,7 +10,10 @@ import pytest
 
 from kvlatent.checkpoints.load import load_model
 from kvlatent.checkpoints.save import save
+from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.conversion.convert_model import convert
+from kvlatent.engines.matrix_rounding import MatrixRounding
+from kvlatent.selection.choices import Choices
 from on_disk import write_checkpoint, write_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -136,3 +139,61 @@ def test_training_from_a_store_beside_the_original(place, call, tmp_path):
     assert runs["top-2"]["perplexity"] != runs["top-64"]["perplexity"]
     assert [runs[name]["store"]["bytes_per_token"] for name in ("top-2", "top-64")] == [12, 260]
     assert str(place) not in out.read_text()
+
+
+def test_a_coarser_file_beside_the_same_of_the_original(place, tmp_path, monkeypatch, call):
+    """The engine is one that rounds as ours does, and then one that computes something else."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("gguf_types")
+    one_table = tmp_path / "latent"
+    model = load_model(place / "model", dtype="float32")
+    save(convert(model, d_qk=8, d_vo=8, choices=Choices(keys="weights", table="model")), one_table)
+    load_tokenizer(place / "model", model.config).save_pretrained(one_table)
+    asked, off = [], 0.0
+
+    def engine(args, path, kv_dtype, ids, vocabulary):
+        asked.append((Path(path).name, kv_dtype, ids.shape))
+        given = script.loaded(str(place / "model" if len(asked) % 2 else one_table))
+        with MatrixRounding("q8_0", inputs=True).applied(given):
+            found = script.logits_of(given, ids)
+        return {"logits": (found + off * found.std()).numpy()}
+
+    monkeypatch.setattr(script, "run_engine", engine)
+    words = ["gguf_types", "--original", place / "model", "--latent", one_table, "--data", place / "text.txt"]
+    words += ["--out", tmp_path / "out", "--work", tmp_path / "work", "--dtypes", "q8_0", "--tokens", 32]
+    call(*words)
+    found = json.loads((tmp_path / "out" / "latent.json").read_text())
+    assert asked == [("model-q8_0.gguf", "f32", (1, 32))] * 2
+    for role in ("original", "latent"):
+        assert found["rows"][0][role]["relative"] == pytest.approx(found["rows"][0][role]["rounding"])
+    assert (found["d_qk"], found["d_vo"], found["head_dim"]) == (8, 8, 16)
+    assert str(tmp_path) not in json.dumps(found)
+    off = 1.0
+    with pytest.raises(SystemExit, match=r"more than 2.0 times what rounding costs: original in q8_0 by 1, .* by rounding; latent in"):  # fmt: skip
+        call(*words)
+
+
+def test_answers_are_judged_by_words_and_caches_by_answers(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("served_chat")
+    assert script.is_right("It is PARIS.", ("Paris",)) and script.is_right("7 days", ("seven", "7"))
+    assert not script.is_right("Parisian, 17", ("Paris", "7")) and not script.is_right("", ("Paris",))
+    servers = [
+        {"model": name, "right": right, "cache_bytes_per_token": size}
+        for name, right, size in (("original", 10, 100), ("most", 8, 75), ("half", 7, 50))
+    ]
+    found = script.verdict(servers)
+    assert (found["right_needed"], found["answering"], found["smallest"]) == (8.0, ["original", "most"], "most")  # fmt: skip
+
+
+def test_the_committed_transcript_is_what_its_answers_give(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("served_chat")
+    file = FOLDER / "results" / "served_chat.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == script.render(document)
+    words = dict(script.QUESTIONS)
+    for server in document["servers"]:
+        for one in server["answers"]:
+            assert one["is_right"] == script.is_right(one["answer"], words[one["question"]])
+    assert {key: document[key] for key in ("right_needed", "answering", "smallest")} == script.verdict(document["servers"])  # fmt: skip

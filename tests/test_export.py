@@ -78,6 +78,23 @@ def test_another_model_is_removed(to, place, tmp_path, read_here, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
+def test_a_coarser_type_may_differ_by_twice_what_it_costs_this_model(
+    dtype, place, tmp_path, read_here, monkeypatch
+):
+    check = export(place / "latent", tmp_path / "out", to="gguf", dtype=dtype)["check"]
+    assert check["tolerance"] == 2 * check["rounding"]
+    assert 0.5 < check["relative"] / check["rounding"] < 1.5
+    factors = gguf_export.frequency_factors
+    off = {"f16": 1.02, "bf16": 1.2, "q8_0": 1.5}[dtype]
+    monkeypatch.setattr(
+        gguf_export, "frequency_factors", lambda frequencies: [off * one for one in factors(frequencies)]
+    )
+    with pytest.raises(ValueError, match="computes something else than our class: log-prob"):
+        export(place / "latent", tmp_path / "wrong", to="gguf", dtype=dtype)
+    assert not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.parametrize("to", ["stock", "gguf"])
 def test_a_model_that_the_exporter_changes_is_another_model(to, place, tmp_path, read_here, monkeypatch):
     """What went out is what the exporter left of it, so ours has to be from before."""

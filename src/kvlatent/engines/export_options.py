@@ -3,6 +3,7 @@
 An exporter is a module of this package with these functions; `workflows/export_checkpoint.py` lists them by target.
 - `check_exportable(latent, options)`: the tokens for which the export will be the same model; raises `ValueError`, one sentence
   with the nearest profile that works, before anything is written.
+- `matrix_rounding(options)`: how what is written rounds matrices, `MatrixRounding`, or None where it keeps them as they are.
 - `write_export(latent, source, out, options)`: writes into the folder `out` and returns JSON-able facts, `ExportFacts`.
 - `read_logits(out, input_ids)`: what the engine makes of the written files, in a process of its own; input_ids [B, T] to
   [B, T, V], or fewer positions, the last ones; logits, or log-probabilities where the engine gives no logits.
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from pydantic import Field
 from torch import Tensor
 
+from kvlatent.engines.matrix_rounding import MatrixRounding
 from kvlatent.jobs.record import Result
 
 __all__ = ["ExportFacts", "ExportOptions", "Exporter", "check_installed"]
@@ -53,7 +55,8 @@ class ExportFacts(Result):
         context: tokens for which it is the same model; None: all that the checkpoint takes.
         changes: sentences on what is not as it was in the latent checkpoint.
         run_with: commands that run it; DIR stands for its directory.
-        tolerance: of the logits' root mean square difference from ours, over their standard deviation.
+        tolerance: of the logits' root mean square difference from ours, over their standard deviation, beside what
+            `matrix_rounding` makes of them.
     """
 
     engine: str
@@ -69,6 +72,7 @@ class Exporter(Protocol):
     """A module that exports; see above."""
 
     def check_exportable(self, latent: Any, options: ExportOptions) -> int: ...
+    def matrix_rounding(self, options: ExportOptions) -> MatrixRounding | None: ...
     def write_export(
         self, latent: Any, source: Path, out: Path, options: ExportOptions
     ) -> dict[str, Any]: ...

@@ -20,11 +20,12 @@ from kvlatent.checkpoints.lineage import lineage
 from kvlatent.engines import llama_cpp_reading
 from kvlatent.engines.export_options import ExportOptions
 from kvlatent.engines.gguf_tokens import Vocabulary, add_vocabulary, read_vocabulary
+from kvlatent.engines.matrix_rounding import MatrixRounding
 from kvlatent.engines.plain_weights import PlainShape, plain_shape, plain_weights, recipe_of
 from kvlatent.engines.shared_table import BASE, frequency_factors
 from kvlatent.model.families import family_of
 
-__all__ = ["check_exportable", "read_logits", "write_export"]
+__all__ = ["check_exportable", "matrix_rounding", "read_logits", "read_token_ids", "write_export"]
 
 _TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -33,8 +34,6 @@ _TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 _STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-# The engine rounds activations to the type of the weights, too: twice what SmolLM2-135M gave.
-_TOLERANCES = {"f32": 1e-4, "f16": 5e-3, "bf16": 2.5e-2, "q8_0": 1.8e-1}
 _TARGET = "llama.cpp"
 _FFN_BIASES = ("gate_proj.bias", "up_proj.bias", "down_proj.bias")
 _WINDOW = 128  # of the empty layer; any does
@@ -45,6 +44,16 @@ def check_exportable(latent: Any, options: ExportOptions) -> int:
     shape = _shape(latent, options)
     llama_cpp_reading.engine_installed()
     return shape.context
+
+
+def matrix_rounding(options: ExportOptions) -> MatrixRounding | None:
+    """llama.cpp rounds what is multiplied by a matrix, too."""
+    kind = _file_type(options)
+    return None if kind == "f32" else MatrixRounding(kind, inputs=True)
+
+
+def _file_type(options: ExportOptions) -> str:
+    return options.dtype or _STORED[options.stored_dtype]
 
 
 def _shape(latent: Any, options: ExportOptions) -> PlainShape:
@@ -79,7 +88,7 @@ def write_export(latent: Any, source: Path, out: Path, options: ExportOptions) -
     """
     shape, config = _shape(latent, options), latent.config
     vocabulary = read_vocabulary(source, config)
-    kind = options.dtype or _STORED[options.stored_dtype]
+    kind = _file_type(options)
     is_llama = shape.key_width == shape.value_width
     writer = GGUFWriter(out / f"model-{kind}.gguf", "llama" if is_llama else "step35")
     _add_description(writer, source, kind)
@@ -208,7 +217,6 @@ def _facts(
         "context": shape.context,
         "changes": changes,
         "run_with": [f"llama-server -m {file}", f"llama-cli -m {file}"],
-        "tolerance": _TOLERANCES[kind],
         "architecture": "llama" if shape.key_width == shape.value_width else "step35",
         "file_type": kind,
         "tokenizer": f"{vocabulary.model}, split as {vocabulary.splitting}",

@@ -18,13 +18,14 @@ from torch import Tensor
 from kvlatent.checkpoints.tokenizer_files import HARD_STRINGS, has_tokenizer, load_tokenizer, write_tokenizer
 from kvlatent.checkpoints.weight_files import first_line
 from kvlatent.engines.export_options import ExportOptions
+from kvlatent.engines.matrix_rounding import MatrixRounding
 from kvlatent.engines.plain_weights import context_of
 from kvlatent.model.classes import latent_config_of
 from kvlatent.model.config import LatentConfig
 from kvlatent.model.families import family_of
 from kvlatent.model.layer_parts import windows_of
 
-__all__ = ["check_exportable", "read_logits", "write_export"]
+__all__ = ["check_exportable", "matrix_rounding", "read_logits", "write_export"]
 
 # openvino, tokenizers and genai load each other's binaries, so they go together. The versions are those that the tests ran with.
 _PACKAGES = {
@@ -66,6 +67,11 @@ def check_exportable(latent: Any, options: ExportOptions) -> int:
     if _dtype(options) == "f16":
         _check_fits_half(latent)
     return context_of(latent.config, "openvino")[0]
+
+
+def matrix_rounding(options: ExportOptions) -> MatrixRounding | None:
+    """OpenVINO computes in float32 with matrices of float16, as it is read back."""
+    return MatrixRounding("f16", inputs=False) if _rounds(options) else None
 
 
 def _check_value_widths(config: LatentConfig, layers: int) -> None:
@@ -142,7 +148,6 @@ def write_export(latent: Any, source: Path, out: Path, options: ExportOptions) -
         "v_head_size": _of_all(cache["v_head_sizes"]),
         "changes": changes,
         "run_with": [f'python -c "import openvino_genai; print({_RUN})"'],
-        "tolerance": 2e-2 if _rounds(options) else 1e-4,
     }
 
 

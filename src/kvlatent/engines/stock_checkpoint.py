@@ -35,7 +35,7 @@ from kvlatent.engines.plain_weights import PlainShape, plain_shape, plain_weight
 from kvlatent.engines.shared_table import BASE, frequency_factors
 from kvlatent.model.families import family_of
 
-__all__ = ["check_exportable", "read_logits", "write_export"]
+__all__ = ["check_exportable", "matrix_rounding", "read_logits", "write_export"]
 
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -74,6 +74,10 @@ def check_exportable(latent: Any, options: ExportOptions) -> int:
 
 def _shape(latent: Any, options: ExportOptions) -> PlainShape:
     return plain_shape(latent, "a plain checkpoint", _ENGINE, pad=options.pad)
+
+
+def matrix_rounding(options: ExportOptions) -> None:
+    """Matrices keep the type that they are stored in; see "tolerance" of the facts for what is folded into them."""
 
 
 def write_export(latent: Any, source: Path, out: Path, options: ExportOptions) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from kvlatent.checkpoints.load import load_config, load_model
 from kvlatent.checkpoints.tokenizer_files import HARD_STRINGS, load_tokenizer
 from kvlatent.checkpoints.wrapper_files import check_no_wrapper
 from kvlatent.engines.export_options import Exporter, ExportFacts, ExportOptions
+from kvlatent.engines.matrix_rounding import MatrixRounding, relative_difference
 from kvlatent.jobs.atomic import atomic_directory, prepare_output
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.progress import Progress, Report
@@ -29,10 +30,13 @@ from kvlatent.workflows.export_card import export_card
 from kvlatent.workflows.read_export import read_in_fresh_process
 from kvlatent.workflows.run_record import read_record
 
-__all__ = ["EXPORT_RECORD", "TARGETS", "ExportRecord", "export"]
+__all__ = ["EXPORT_RECORD", "ROUNDINGS", "TARGETS", "ExportRecord", "export"]
 
 TARGETS = {"stock": "stock_checkpoint", "gguf": "gguf_export", "openvino": "openvino_ir"}
 """Modules of `kvlatent.engines` by what `--to` calls them; see `export_options` for what such a module has."""
+
+ROUNDINGS = 2.0
+"""Times what rounding the matrices costs in our class, by which an engine may differ; docs/compatibility.md has what they do."""
 
 EXPORT_RECORD = "export.json"
 _TAKEN = {"dtype": ("gguf", "openvino"), "pad": ("stock", "gguf"), "experimental": ("gguf",)}
@@ -46,6 +50,8 @@ class LogitCheck(Result):
     """How far what the engine computes is from what our class computes.
 
     `difference` is the largest, `relative` the root of the mean square over the standard deviation, which is what decides.
+    `rounding` is the same of our class with matrices as coarse as they are written, 0 where they are exact: what the type costs
+    this model anyway. `tolerance` is twice that, or what the exporter allows where nothing is rounded.
     """
 
     compared: str
@@ -53,6 +59,7 @@ class LogitCheck(Result):
     difference: float
     standard_deviation: float
     relative: float
+    rounding: float
     tolerance: float
     same_argmax: float
 
@@ -111,7 +118,8 @@ def export(
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
     context = exporter.check_exportable(model, options)
     # Before the exporter has had the model: what it did to it would be in both, and be equal.
-    input_ids, ours = _our_logits(model, context)
+    input_ids = _check_tokens(model.config.vocab_size, context)
+    ours, rounded = _our_logits(model, input_ids, exporter.matrix_rounding(options))
     latent = latent_config_of(model.config)
     with atomic_directory(place, overwrite=overwrite, inputs={"model": source}) as written:
         report.report(f"write {to}")
@@ -119,7 +127,7 @@ def export(
         del model  # the process that reads back needs the memory
         report.report("read back")
         theirs, token_ids = read_in_fresh_process(TARGETS[to], written, input_ids, _TEXTS)
-        check = _compare(to, theirs, ours, facts)
+        check = _compare(to, theirs, ours, rounded, facts)
         if token_ids is not None:
             _compare_tokens(to, token_ids, folder, facts)
         record = ExportRecord.checked(
@@ -175,46 +183,53 @@ def _check_latent(source: str | Path) -> str:
     return str(config.dtype).removeprefix("torch.")
 
 
-@torch.no_grad()
-def _our_logits(model: PreTrainedModel, context: int) -> tuple[Tensor, Tensor]:
-    """Random tokens [1, T], the same for every call and within the context, and our logits [1, T, V] for them."""
-    config: Any = model.config
+def _check_tokens(vocab_size: int, context: int) -> Tensor:
+    """Random tokens [1, T], the same for every call and within the context."""
     length = min(_CHECK_TOKENS, context - 1)  # a server wants room for the next
-    random = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(config.vocab_size, (1, length), generator=random)
-    return input_ids, model(input_ids, use_cache=False).logits.float()
+    return torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def _compare(to: str, theirs: Tensor, ours: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
+@torch.no_grad()
+def _our_logits(
+    model: PreTrainedModel, input_ids: Tensor, rounding: MatrixRounding | None
+) -> tuple[Tensor, Tensor]:
+    """Our logits [1, T, V], and those with matrices as they are written, the same where that is exact."""
+    ours = model(input_ids, use_cache=False).logits.float()
+    if rounding is None:
+        return ours, ours
+    with rounding.applied(model):
+        return ours, model(input_ids, use_cache=False).logits.float()
+
+
+def _compare(to: str, theirs: Tensor, ours: Tensor, rounded: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
     """`LogitCheck` of what the engine gave for the last positions.
 
     Raises:
         ValueError: it is not what our class computes.
     """
-    ours = ours[:, -theirs.shape[1] :]
+    ours, rounded = (logits[:, -theirs.shape[1] :] for logits in (ours, rounded))
     kind = "logits"
     if theirs.logsumexp(-1).abs().max() < 1e-3:
-        kind, ours = "log-probabilities", ours.log_softmax(-1)
-    spread = float(ours.std())
-    off = theirs - ours
-    relative = float(off.square().mean().sqrt()) / spread
-    tolerance = facts.get("tolerance", ExportFacts.model_fields["tolerance"].default)
-    check = {
-        "compared": kind,
-        "positions": theirs.shape[1],
-        "difference": float(off.abs().max()),
-        "standard_deviation": spread,
-        "relative": relative,
-        "tolerance": tolerance,
-        "same_argmax": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()),
-    }
+        kind, ours, rounded = "log-probabilities", ours.log_softmax(-1), rounded.log_softmax(-1)
+    relative, rounding = (relative_difference(found, ours) for found in (theirs, rounded))
+    exact = facts.get("tolerance", ExportFacts.model_fields["tolerance"].default)
+    tolerance = max(exact, ROUNDINGS * rounding)
     if not relative <= tolerance:  # a NaN is no match either
         raise ValueError(
             f"the export to {to} was removed, since {facts['engine']} computes something else than our class: {kind} differ "
-            f"by {relative:.2g} of their standard deviation where {tolerance:g} is allowed; use another version of the engine, "
+            f"by {relative:.2g} of their standard deviation where {tolerance:.2g} is allowed; use another version of the engine, "
             "and report it"
         )
-    return check
+    return {
+        "compared": kind,
+        "positions": theirs.shape[1],
+        "difference": float((theirs - ours).abs().max()),
+        "standard_deviation": float(ours.std()),
+        "relative": relative,
+        "rounding": rounding,
+        "tolerance": tolerance,
+        "same_argmax": float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()),
+    }
 
 
 def _compare_tokens(to: str, theirs: list[list[int]], source: Path, facts: dict[str, Any]) -> None:
