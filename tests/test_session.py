@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from kvlatent_cli import session as module
+from kvlatent_cli.listings import list_pairs
 from kvlatent_cli.session import Session, session
 
 
@@ -94,3 +95,23 @@ def test_a_quick_command_says_nothing(lines):
     with session() as run:
         run.report("a forward pass", 0, 0, "")
     assert lines() == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "yes"),
+        (False, "no"),
+        (None, "-"),
+        (0, "0"),
+        (65_536, "65,536"),
+        (6.3960125756707145, "6.39601"),
+        (0.0004041408537887037, "0.000404141"),
+        ([50, 200], "50, 200"),
+        ((64, 32), "64, 32"),
+        ({"original": 4096, "dtype": "float32"}, "original 4,096, dtype float32"),
+        ([{"d_qk": 2, "d_vo": [4, 2]}, {"d_qk": 4, "d_vo": 4}], "d_qk 2, d_vo 4, 2; d_qk 4, d_vo 4"),
+    ],
+)
+def test_a_value_is_listed_in_words(value, text):
+    assert list(list_pairs({"name": value}).columns[1].cells) == [text]
