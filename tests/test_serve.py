@@ -64,6 +64,8 @@ def _check_completions(url, latent, tokenizer):
     text = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer["choices"][0]["text"] == text
     assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+    least = ask(url, "/v1/completions", **{**greedy, "temperature": 1e-40})[1]
+    assert least["choices"][0]["text"] == text  # float32 has no logits over that
     status, lines = ask(url, "/v1/completions", **greedy, stream=True)
     assert status == 200 and lines[-1] == "[DONE]"
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == text

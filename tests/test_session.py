@@ -1,13 +1,16 @@
 """What people see while a command works: how far it is, and the time left, however silent the work."""
 
 import io
+import subprocess
+import sys
 import time
 
 import pytest
 from rich.console import Console
 
+from kvlatent.jobs.record import with_error
 from kvlatent_cli import session as module
-from kvlatent_cli.listings import list_pairs
+from kvlatent_cli.listings import list_pairs, plus_minus
 from kvlatent_cli.session import Session, session
 
 
@@ -115,3 +118,23 @@ def test_a_quick_command_says_nothing(lines):
 )
 def test_a_value_is_listed_in_words(value, text):
     assert list(list_pairs({"name": value}).columns[1].cells) == [text]
+
+
+@pytest.mark.parametrize("show", [plus_minus, with_error])
+def test_a_rounding_error_has_no_sign(show):
+    assert show(-1e-9, 1e-9, 4) == "0.0000 ± 0.0000"
+    assert (show(-1e-9, None, 4), show(-0.5, None, 4)) == ("0.0000", "-0.5000")
+
+
+def test_bars_of_libraries_stay_out_of_sight():
+    """transformers' reader of GGUF makes its bar by tqdm itself, which no switch of a library turns off."""
+    script = (
+        "from kvlatent_cli.session import session\n"
+        "with session():\n"
+        "    import transformers.modeling_gguf_pytorch_utils as reader\n"
+        "    list(reader.tqdm(range(3), desc='dequantise'))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "dequantise" not in ran.stderr + ran.stdout

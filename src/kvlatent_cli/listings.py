@@ -63,7 +63,7 @@ def duration(seconds: float) -> str:
 
 def plus_minus(value: float, error: float | None, digits: int = 3) -> str:
     """A figure with its standard error."""
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{value:z.{digits}f}" if error is None else f"{value:z.{digits}f} ± {error:.{digits}f}"
 
 
 def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
