@@ -176,9 +176,10 @@ def test_an_unknown_engine_lists_the_known(latent, tmp_path):
     ],
 )
 @pytest.mark.refused_by("kvlatent serve")
-def test_settings_that_the_engine_does_not_take(options, sentence, latent, cache):
+def test_settings_that_the_engine_does_not_take(options, sentence, latent, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        start_server(latent, engine="llama.cpp", port=0, cache=cache, **options)
+        start_server(latent, engine="llama.cpp", port=0, cache=tmp_path, **options)
+    assert not list(tmp_path.iterdir())  # refused before an export, which can take minutes
 
 
 @pytest.mark.refused_by("kvlatent serve")
