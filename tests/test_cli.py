@@ -204,6 +204,7 @@ def test_generate_and_inspect(place):
     first, second = answer(*words), answer(*words)
     assert first == second and first["continuation"]
     assert call(*words).stdout == "The cat" + first["continuation"] + "\n"
+    assert answer(*words, "--temperature", 1e-40) == first  # float32 has no logits over that
     document = answer("inspect", place / "latent")
     assert document["cache_bytes_per_token"] == {"original": 512, "latent": 256, "share": 0.5}
     assert (document["family"], document["d_qk"], document["is_latent"]) == ("llama", 8, True)
@@ -442,7 +443,8 @@ def test_mistakes_in_generation(place):
     assert "0 tokens" in mistake(*words, "")
     assert "must fit the context of 128" in mistake(*words, "A cat", "--max-new-tokens", 500)
     assert "max_new_tokens=0" in mistake(*words, "A cat", "--max-new-tokens", 0)
-    assert "temperature" in mistake(*words, "A cat", "--temperature", -1)
+    for temperature in (-1, "nan", "inf"):
+        assert "temperature is 0 or more" in mistake(*words, "A cat", "--temperature", temperature)
     assert "unknown dtype 'abc'" in mistake(*words, "A cat", "--dtype", "abc")
     assert "unknown dtype 'abc'" in mistake(
         "eval", place / "latent", "--data", place / "text.txt", "--dtype", "abc"

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from corpora import SEPARATOR, flat, stories
+from kvlatent.evaluation.scored_text import read_documents
 from kvlatent.text import documents as text_module
 from kvlatent.text.packing import Documents, hold_out
 
@@ -138,6 +139,13 @@ def test_a_full_disk_leaves_nothing(corpus_file, tiny_tokenizer, tmp_path):
             "record 2 of .* is not valid Unicode .*character 3",
         ),
         ("broken.json", b'[{"text": "a"},\n', "not valid JSON at line"),
+        ("split.json", b'{\n"text":\n"a",,\n}', "not valid JSON at line 3"),
+        (
+            "long.jsonl",
+            b'{"text": "a"}\n{"n": ' + b"1" * 5000 + b"}\n",
+            "long.jsonl is not valid JSON at line 2",
+        ),
+        ("nest.json", b'{\n"data": [{"text": "a"}]\n}', "'text': record 1 of .* has data"),
         (
             "fields.jsonl",
             b'{"body": "a", "id": 1}\n',
@@ -209,3 +217,18 @@ def test_repeated_text_that_cannot_be_parted_is_refused(make_corpus, tmp_path):
         ValueError, match="few leaves it 5 tokens beside the held-out documents, block_size=30"
     ):
         hold_out(documents, 0.0875, 30, "few")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{\n  "text": "one two"\n}\n',
+        '\n[\n  {"text": "one two"}\n]\n',
+        '[{"text": "one two"}]',
+        '{"text": "one"}\n{"text": "two"}\n',
+        '{"text": "one two"}',
+    ],
+)
+def test_a_json_file_is_an_array_a_record_or_a_record_a_line(tmp_path, content):
+    (tmp_path / "text.json").write_text(content)
+    assert " ".join(read_documents(tmp_path / "text.json")) == "one two"

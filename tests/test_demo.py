@@ -75,6 +75,21 @@ def test_demo_touches_no_stranger(small):
         demo_module.demo(tokens=TOKENS, overrides=SETTINGS)
 
 
+def test_demo_refuses_before_it_gathers_text(small, monkeypatch):
+    """That takes a minute on a busy machine."""
+    monkeypatch.setattr(demo_module, "stdlib_documents", lambda split: pytest.fail("it read the library"))
+    (small / "taken").mkdir()
+    (small / "taken" / "thesis.txt").write_text("mine")
+    for options, sentence in (
+        ({"kv": 2.0}, "lies in .0, 1.: got 2"),
+        ({"model": small / "nowhere"}, "nowhere"),
+        ({"out": small / "taken"}, "already holds something"),
+        ({"minutes": 2.0, "tokens": 512}, "got --minutes 2 and --tokens 512"),
+    ):
+        with pytest.raises((ValueError, OSError), match=sentence):
+            demo_module.demo(**options)
+
+
 def test_demo_needs_the_library(small, monkeypatch):
     monkeypatch.setattr(demo_module, "stdlib_documents", lambda split: [])
     with pytest.raises(ValueError, match="no standard library text"):

@@ -344,7 +344,10 @@ def test_a_share_wider_than_the_model_is_refused_before_anything_is_written(tmp_
     teacher, settings = original(), recipe("stage2.nested_kv=[0.75]")
     latent = student_of(teacher)
     prepare_for_training(latent, settings)
-    with pytest.raises(ValueError, match=r"got --kv 0\.75 of one that keeps 0\.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"got stage2\.nested_kv 0\.75 of one that keeps 0\.5 .*; give stage2\.nested_kv 0\.5 or less",
+    ):
         run(latent, teacher, 2, tmp_path / "work", settings)
     assert not (tmp_path / "work").exists()
     assert training_setup.SIZES["num_hidden_layers"] == 3
@@ -366,3 +369,17 @@ def test_a_run_that_cannot_train_several_widths_says_so_before_it_starts(folder,
     with pytest.raises(ValueError, match=sentence):
         compress(folder / "original", **asked, **options)
     assert not (folder / "run.partial").exists()
+
+
+def test_the_share_that_was_asked_for_is_trained_at_the_widths_that_it_gave(folder):
+    """30 % of heads of 16 channels are 4 and 4, which is 25 %: no reason to end a run behind its conversion."""
+    small = ["data.block_size=32", "stage2.batch_size=4", "calibration.recall=0"]
+    record = compress(
+        folder / "original", folder / "text.txt", folder / "run",
+        kv=0.3, preset="own-frequency", stages="2", tokens=128,
+        overrides=["stage2.nested_kv=[0.2, 0.3]", *small],
+    )  # fmt: skip
+    narrow, own = record["training"]["stage2"]["nested_widths"]
+    assert own == {"d_qk": record["plan"]["d_qk"], "d_vo": record["plan"]["d_vo"]} == {"d_qk": 4, "d_vo": 4}
+    assert sum(narrow.values()) < 8
+    assert Recipe.load(folder / "run" / "recipe.yaml").stage2.nested_kv == [0.2, 0.25]

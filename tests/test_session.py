@@ -1,12 +1,16 @@
 """What people see while a command works: how far it is, and the time left, however silent the work."""
 
 import io
+import subprocess
+import sys
 import time
 
 import pytest
 from rich.console import Console
 
+from kvlatent.jobs.record import with_error
 from kvlatent_cli import session as module
+from kvlatent_cli.listings import list_pairs, plus_minus
 from kvlatent_cli.session import Session, session
 
 
@@ -94,3 +98,43 @@ def test_a_quick_command_says_nothing(lines):
     with session() as run:
         run.report("a forward pass", 0, 0, "")
     assert lines() == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "yes"),
+        (False, "no"),
+        (None, "-"),
+        (0, "0"),
+        (65_536, "65,536"),
+        (6.3960125756707145, "6.39601"),
+        (0.0004041408537887037, "0.000404141"),
+        ([50, 200], "50, 200"),
+        ((64, 32), "64, 32"),
+        ({"original": 4096, "dtype": "float32"}, "original 4,096, dtype float32"),
+        ([{"d_qk": 2, "d_vo": [4, 2]}, {"d_qk": 4, "d_vo": 4}], "d_qk 2, d_vo 4, 2; d_qk 4, d_vo 4"),
+    ],
+)
+def test_a_value_is_listed_in_words(value, text):
+    assert list(list_pairs({"name": value}).columns[1].cells) == [text]
+
+
+@pytest.mark.parametrize("show", [plus_minus, with_error])
+def test_a_rounding_error_has_no_sign(show):
+    assert show(-1e-9, 1e-9, 4) == "0.0000 ± 0.0000"
+    assert (show(-1e-9, None, 4), show(-0.5, None, 4)) == ("0.0000", "-0.5000")
+
+
+def test_bars_of_libraries_stay_out_of_sight():
+    """transformers' reader of GGUF makes its bar by tqdm itself, which no switch of a library turns off."""
+    script = (
+        "from kvlatent_cli.session import session\n"
+        "with session():\n"
+        "    import transformers.modeling_gguf_pytorch_utils as reader\n"
+        "    list(reader.tqdm(range(3), desc='dequantise'))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "dequantise" not in ran.stderr + ran.stdout

@@ -153,6 +153,10 @@ def test_dry_run_of_train_predicts_and_writes_nothing(latent):
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 2
     assert "got --cards 3 and stage2.batch_size=8; try --cards 2" in refused.stderr
+    words.remove("--dry-run")
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "got --cards 3 without --dry-run; add that, or start the command by torchrun" in refused.stderr
     assert sorted(latent.parent.rglob("*")) == before
 
 

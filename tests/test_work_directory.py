@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from kvlatent.jobs.atomic import atomic_directory, write_atomically
 from kvlatent.jobs.work_directory import WorkDirectory, partial_of
 from kvlatent.training.resume import StageDirectory
 from kvlatent_lab.study.folder import StudyFolder
@@ -148,3 +152,23 @@ def test_a_step_is_claimed_once(tmp_path):
         assert (first, second, third) == (True, False, True)
     with other.claim("cell") as second:
         assert second
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_an_output_is_said_by_the_umask(tmp_path, mask, mode):
+    """safetensors leaves its files to their owner alone, and a server in a container is another user."""
+
+    def write(path):
+        save_file({"weight": torch.zeros(2)}, path)
+
+    before = os.umask(mask)
+    try:
+        with atomic_directory(tmp_path / "out") as folder:
+            write(folder / "model.safetensors")
+            (folder / "sub").mkdir()
+            write(folder / "sub" / "other.safetensors")
+        write_atomically(tmp_path / "statistics.safetensors", write)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {mode}

@@ -63,7 +63,7 @@ def duration(seconds: float) -> str:
 
 def plus_minus(value: float, error: float | None, digits: int = 3) -> str:
     """A figure with its standard error."""
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{value:z.{digits}f}" if error is None else f"{value:z.{digits}f} ± {error:.{digits}f}"
 
 
 def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -159,8 +159,22 @@ def list_pairs(pairs: Mapping[str, Any]) -> Table:
     listing.add_column()
     listing.add_column()
     for name, value in pairs.items():
-        listing.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+        listing.add_row(name, _value_text(value))
     return listing
+
+
+def _value_text(value: Any) -> str:
+    """A value in the words of people, not of Python."""
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value_text(each)}" for name, each in value.items())
+    if isinstance(value, list | tuple):
+        apart = "; " if any(isinstance(each, Mapping) for each in value) else ", "
+        return apart.join(map(_value_text, value))
+    return str(value)
 
 
 def demo_listing(report: Mapping[str, Any]) -> list[Any]:

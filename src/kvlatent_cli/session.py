@@ -247,6 +247,7 @@ def _one_line(error: BaseException) -> str:
 def _silence() -> None:
     """Turn off the chatter and the bars of the libraries (called where torch may be imported)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # which has to be there when tqdm is first imported
     import datasets
     import huggingface_hub.utils
     import transformers

@@ -66,13 +66,18 @@ def train(run: Session, given: dict[str, Any]) -> None:
     from kvlatent.workflows.train_checkpoint import train
 
     given.setdefault("out", Path(given["model"]))
-    cards = given.pop("cards", 1)
+    cards = given.pop("cards", None)
     if given.pop("dry_run"):
         from kvlatent.workflows.foreseen_training import foresee_training
 
-        foreseen = foresee_training(**given, cards=cards)
+        foreseen = foresee_training(**given, cards=1 if cards is None else cards)
         run.show(foreseen, *cost_lines(foreseen["costs"]))
         return
+    if cards is not None:
+        raise ValueError(
+            f"--cards predicts, and trains on none: got --cards {cards} without --dry-run; add that, or start the command by "
+            f"torchrun --nproc-per-node {cards}"
+        )
     keep_boards(given["out"])
     summary = train(
         **given,

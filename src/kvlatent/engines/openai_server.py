@@ -16,6 +16,7 @@ from typing import Any
 
 from kvlatent.checkpoints.weight_files import first_line
 from kvlatent.engines.engine_process import EngineSettings
+from kvlatent.model.sampling import sampling_options
 
 __all__ = ["serve_model"]
 
@@ -162,7 +163,7 @@ def _ending(handler: Any, tokenizer: Any) -> Any:
         def _build_generation_config(self, body: dict[str, Any], *a: Any, **k: Any) -> Any:
             config = super()._build_generation_config(body, *a, **k)
             if body.get("temperature"):
-                config.do_sample = True
+                config.update(**sampling_options(float(body["temperature"])))
             return config
 
     return Ending

@@ -110,7 +110,9 @@ def put_in_place(folder: Path, out: Path) -> None:
     for half in _half_files(folder):
         half.unlink()
     try:
+        mode = folder.stat().st_mode
         for path in folder.rglob("*"):
+            _let_read(path, mode)
             _flush(path)
         if out.exists():
             out.rename(old)
@@ -147,6 +149,16 @@ def _leftovers(out: Path) -> list[tuple[str, Path]]:
     return found
 
 
+def _let_read(path: Path, mode: int) -> None:
+    """Let those read a file who may read what this process makes, by the mode of something that it made.
+
+    safetensors leaves its files to their owner alone (mode 600), and a server is often another user.
+    """
+    if path.is_file() and not path.is_symlink():
+        with suppress(OSError):  # a file system without modes
+            path.chmod(path.stat().st_mode | (mode & 0o444))
+
+
 def _flush(path: Path) -> None:
     with suppress(PermissionError):
         descriptor = os.open(path, os.O_RDONLY)
@@ -165,7 +177,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         half.unlink(missing_ok=True)
     sibling = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        sibling.touch()
+        mode = sibling.stat().st_mode
         write(sibling)
+        _let_read(sibling, mode)
         with sibling.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(sibling, path)

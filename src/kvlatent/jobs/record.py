@@ -171,4 +171,4 @@ def joined_metrics(files: Iterable[tuple[str, Path]]) -> str:
 
 def with_error(value: float, error: float | None, digits: int = 3) -> str:
     """A figure, and its standard error if there is one (a single block has none)."""
-    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{value:z.{digits}f}" if error is None else f"{value:z.{digits}f} ± {error:.{digits}f}"

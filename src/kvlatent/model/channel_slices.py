@@ -45,7 +45,7 @@ def check_sliceable(latent: LatentConfig) -> None:
         )
 
 
-def widths_at_share(latent: LatentConfig, num_layers: int, kv: float) -> Widths:
+def widths_at_share(latent: LatentConfig, num_layers: int, kv: float, name: str = "--kv") -> Widths:
     """The widths of at most a share of the original's cache that lie within a latent model's own.
 
     Every layer keeps the same share of its channels, split between keys and values as they are now; keys have whole
@@ -53,7 +53,7 @@ def widths_at_share(latent: LatentConfig, num_layers: int, kv: float) -> Widths:
 
     Args:
         num_layers: how many have attention.
-        kv: share of the original's cache, in (0, 1].
+        kv: share of the original's cache, in (0, 1]; name: what its user calls it.
 
     Raises:
         ValueError: the share is wider than the model, or leaves a layer without a pair of keys and a direction of values.
@@ -62,20 +62,20 @@ def widths_at_share(latent: LatentConfig, num_layers: int, kv: float) -> Widths:
     share = latent.widths.share(latent.original_head_dim, num_layers)
     if not 0 < kv <= 1:
         raise ValueError(
-            f"the share of the cache to keep is in (0, 1]: got --kv {kv:g}; try --kv {share / 2:.4g}"
+            f"the share of the cache to keep is in (0, 1]: got {name} {kv:g}; try {name} {share / 2:.4g}"
         )
     if kv > share + _SLACK:
         raise ValueError(
-            f"a slice cannot be wider than its checkpoint: got --kv {kv:g} of one that keeps {share:.4g} of the "
-            f"original's cache; give --kv {share:.4g} or less, or convert the original anew"
+            f"a slice cannot be wider than its checkpoint: got {name} {kv:g} of one that keeps {share:.4g} of the "
+            f"original's cache; give {name} {share:.4g} or less, or convert the original anew"
         )
     kept = [_shrunk(pair, kv / share) for pair in own]
     for layer, pair in enumerate(kept):
         if not _is_enough(pair):
             smallest = max(_smallest_factor(each) for each in own) * share
             raise ValueError(
-                f"a head needs a pair of key channels and a value direction: got --kv {kv:g}, which leaves "
-                f"{pair[0]} and {pair[1]} channels in layer {layer}; give --kv {smallest:.4g} or more"
+                f"a head needs a pair of key channels and a value direction: got {name} {kv:g}, which leaves "
+                f"{pair[0]} and {pair[1]} channels in layer {layer}; give {name} {smallest:.4g} or more"
             )
     return Widths.check(*zip(*kept, strict=True), latent.original_head_dim, num_layers)
 

@@ -189,25 +189,37 @@ def _cut(texts: Iterable[Document]) -> Iterator[Piece]:
 
 
 def _json_records(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
-    """Yield numbered records of JSON lines, or of a `.json` file that is one array."""
+    """Yield numbered records of JSON lines, or of a `.json` file that is one array, or one record over several lines."""
     del text_field
     with _utf8(path) as file:
-        is_array = path.suffix == ".json" and file.read(_READ_CHARACTERS).lstrip().startswith("[")
+        is_whole = path.suffix == ".json" and not _is_record(
+            next((line for line in file if line.strip()), "")
+        )
         file.seek(0)
         number = 0
         try:
-            if is_array:
-                yield from enumerate(json.load(file), 1)
+            if is_whole:
+                document = json.load(file)
+                yield from enumerate(document if isinstance(document, list) else [document], 1)
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} is not valid JSON at line {number or error.lineno}: {error.msg}"
-            ) from error
-        except RecursionError as error:
-            raise ValueError(f"{path} is not valid JSON at line {number or 1}: nested too deeply") from error
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            line, reason = number or getattr(error, "lineno", 1), getattr(error, "msg", str(error))
+            if isinstance(error, RecursionError):
+                reason = "nested too deeply"
+            raise ValueError(f"{path} is not valid JSON at line {line}: {reason}") from error
+
+
+def _is_record(line: str) -> bool:
+    """Whether a file that begins with this line holds a record a line: it is JSON by itself, and no array."""
+    try:
+        return not isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parquet_records(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:

@@ -47,7 +47,7 @@ class NestedWidths:
     def __init__(self, model: PreTrainedModel, shares: list[float], seed: int) -> None:
         latent, self.layers = latent_config_of(model.config), attention_layers_of(model.config)
         self.turning = [latent.tables_at(layer)[0].rotary_dim for layer in self.layers]
-        self.widths = [widths_at_share(latent, len(self.layers), kv) for kv in shares]
+        self.widths = [widths_at_share(latent, len(self.layers), kv, "stage2.nested_kv") for kv in shares]
         self.decoder, self.seed = model.get_decoder(), seed
 
     def index_at(self, step: int) -> int:

@@ -27,7 +27,7 @@ from kvlatent.evaluation.speed.variants import MeasuredCell, Run, interleaved, r
 from kvlatent.jobs.fingerprints import identity
 from kvlatent.jobs.progress import Progress, Report
 from kvlatent.jobs.record import environment, name_for_record
-from kvlatent.workflows.engine_choice import Runnable, choose_runnable, runner_named
+from kvlatent.workflows.engine_choice import Runnable, choose_runnable, foresee_runnable, runner_named
 
 __all__ = ["BENCH_ENGINES", "bench_engine"]
 
@@ -78,6 +78,7 @@ def bench_engine(
     runner_named(engine)
     given = {"original": original, "latent": model} if original is not None else {"latent": model}
     sources = {role: source for role, source in given.items() if source is not None}
+    _check_before_exports(sources, engine, contexts, new_tokens, kv_dtypes)
     models = {
         role: choose_runnable(source, engine, cache, dtype=dtype, progress=told)
         for role, source in sources.items()
@@ -132,6 +133,23 @@ def _figures(
         "ratios": ratio_rows(cells, read),
         "stacked": stacked_rows(cells, read),
     }
+
+
+def _check_before_exports(
+    sources: Mapping[str, str | Path],
+    engine: str,
+    contexts: Sequence[int] | None,
+    new_tokens: int | None,
+    kv_dtypes: Sequence[str] | None,
+) -> None:
+    """Refuse by the configs of checkpoints what would be refused of their exports."""
+    foreseen = {role: foresee_runnable(source, engine) for role, source in sources.items()}
+    known = {role: one for role, one in foreseen.items() if one is not None}
+    if not known:
+        return
+    if contexts:
+        check_context(contexts, (new_tokens or NEW_TOKENS) + 1, min(one.context for one in known.values()))
+    _types(known, kv_dtypes)
 
 
 def _types(models: Mapping[str, Runnable], kv_dtypes: Sequence[str] | None) -> list[str | None]:

@@ -17,9 +17,11 @@ from kvlatent.evaluation.quality import compare, measure
 from kvlatent.evaluation.recall import compare_recall
 from kvlatent.jobs.devices import precision, working_dtype
 from kvlatent.jobs.progress import Progress
+from kvlatent.jobs.recipe import Recipe
 from kvlatent.jobs.record import joined_metrics
 from kvlatent.jobs.work_directory import WorkDirectory
 from kvlatent.model.classes import latent_config_of
+from kvlatent.model.families import attention_layers_of
 from kvlatent.selection.statistics import Statistics
 from kvlatent.text.parts import TextReader, Texts, read_texts
 from kvlatent.training.resume import JOURNAL
@@ -234,6 +236,9 @@ class CompressRun:
     def _train(self, latent: PreTrainedModel, stage: int, texts: Texts) -> dict[str, Any]:
         """Run one stage, or continue it, or put back what it had trained."""
         assert texts.train is not None
+        if stage == 2:
+            recipe = _within_widths(self.plan.recipe, latent, self.plan.kv)
+            self.plan = dataclasses.replace(self.plan, recipe=recipe)
         if stage == 2 and self.store is not None:
             teacher: PreTrainedModel | TeacherStore = self.store
             del self.original  # what the latent model does not share of it leaves the memory
@@ -259,6 +264,17 @@ class CompressRun:
         files = {JOURNAL: joined_metrics(journals)} if journals else {}
         more: dict[str, Any] = {"source": self.source, "overwrite": overwrite, "files": files}
         save_run(exported, out, record, self.plan.recipe, self.tokenizer, **more)
+
+
+def _within_widths(recipe: Recipe, latent: PreTrainedModel, kv: float) -> Recipe:
+    """The recipe, whose shares to train of at most `kv`, which was asked for, are no wider than the widths that it gave."""
+    config, layers = latent_config_of(latent.config), len(attention_layers_of(latent.config))
+    own = config.widths.share(config.original_head_dim, layers)
+    shares = recipe.stage2.nested_kv or []
+    if not any(own < share <= kv for share in shares):
+        return recipe
+    kept = sorted({min(share, own) if share <= kv else share for share in shares})
+    return Recipe.load(recipe, [f"stage2.nested_kv={kept}"])
 
 
 def _public(figures: dict[str, Any]) -> dict[str, Any]:

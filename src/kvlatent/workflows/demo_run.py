@@ -124,25 +124,24 @@ def demo(
     with scratch_folder() as folder:
         wanted = _TOKENS if tokens is None else tokens
         untrained = tokens is None and preset == "calibrated"
-        text = _write(folder / "train.jsonl", scene, "train", _CHARACTERS_PER_TOKEN * wanted)
-        held_out = _write(folder / "held_out.jsonl", scene, "held_out")
+        train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+        options: dict[str, Any] = {
+            "kv": kv,
+            "tokens": wanted if minutes is None else tokens,
+            "minutes": minutes,
+            "stages": "none" if untrained else None,
+            "eval_data": held_out,
+            "eval_tokens": scene.evaluation_tokens,
+            "overrides": [*_OVERRIDES, *overrides],
+            "preset": preset,
+            "overwrite": overwrite,
+        }
+        compress(source, train, target, dry_run=True, **options)  # refuses before a minute of gathering text
+        _write(train, scene, "train", _CHARACTERS_PER_TOKEN * wanted)
+        _write(held_out, scene, "held_out")
         if say is not None:
             say(f"compressing {name} to {kv:.0%} of its cache, preset {preset}, on {scene.text}")
-        record = compress(
-            source,
-            text,
-            target,
-            kv=kv,
-            tokens=wanted if minutes is None else tokens,
-            minutes=minutes,
-            stages="none" if untrained else None,
-            eval_data=held_out,
-            eval_tokens=scene.evaluation_tokens,
-            overrides=[*_OVERRIDES, *overrides],
-            preset=preset,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        record = compress(source, train, target, progress=progress, **options)
     report: dict[str, Any] = {
         "model": None if model is None else name,
         "weights": record.get("weights"),
@@ -175,7 +174,7 @@ def _behaviour(path: str | Path, scene: _Scene, trials: int | None) -> dict[str,
     }
 
 
-def _write(path: Path, scene: _Scene, split: Any, characters: int | None = None) -> Path:
+def _write(path: Path, scene: _Scene, split: Any, characters: int | None = None) -> None:
     """One JSON line a document, so that no separator has to be guessed; a seeded sample up to `characters`."""
     documents = scene.documents(split)
     if not documents:
@@ -189,4 +188,3 @@ def _write(path: Path, scene: _Scene, split: Any, characters: int | None = None)
             if characters is not None and written >= characters:
                 break
             written += file.write(json.dumps({"text": text}) + "\n")
-    return path

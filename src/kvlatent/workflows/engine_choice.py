@@ -27,7 +27,7 @@ from kvlatent.jobs.scratch import scratch_folder
 from kvlatent.model.assembly import full_width
 from kvlatent.workflows.export_checkpoint import EXPORT_RECORD, export
 
-__all__ = ["RUNNERS", "Runnable", "Runner", "choose_runnable", "runner_named"]
+__all__ = ["RUNNERS", "Runnable", "Runner", "choose_runnable", "foresee_runnable", "runner_named"]
 
 _OURS = "transformers"
 _CHECKPOINTS = ("latent", "original", "stock")
@@ -153,6 +153,25 @@ def runner_named(name: str) -> Runner:
         raise ValueError(f"engine {name!r} cannot be started from here; choose one of {', '.join(RUNNERS)}")
     RUNNERS[name].check_installed()
     return RUNNERS[name]
+
+
+def foresee_runnable(source: str | Path, engine: str | None) -> Runnable | None:
+    """What `choose_runnable` will make of a checkpoint, by its config, to refuse before an export that takes minutes.
+
+    Args:
+        engine: that was asked for; None stands for transformers, which takes what any engine takes.
+
+    Returns:
+        None for what is no checkpoint, and is not exported.
+
+    Raises:
+        ValueError: an engine that is unknown or not installed, or no such model.
+    """
+    kind, place = _kind(source)
+    runner = RUNNERS["transformers"] if engine is None else runner_named(engine)
+    if kind not in _CHECKPOINTS:
+        return None
+    return Runnable(runner, place, name_for_record(source), False, *_sizes(place))
 
 
 def choose_runnable(

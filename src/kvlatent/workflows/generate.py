@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvlatent.checkpoints.source import resolve_model
 from kvlatent.checkpoints.tokenizer_files import load_tokenizer
 from kvlatent.jobs.devices import choose_device
+from kvlatent.model.sampling import sampling_options
 from kvlatent.text.tokenise import check_token_ids
 
 __all__ = ["continue_text", "generate_continuation"]
@@ -51,8 +52,7 @@ def generate_continuation(
     """
     if max_new_tokens < 1:
         raise ValueError(f"at least one token has to be added: got max_new_tokens={max_new_tokens}; try 64")
-    if not temperature >= 0:
-        raise ValueError(f"a temperature is 0 or more: got {temperature}; try 0 or 0.8")
+    sampling = sampling_options(temperature)
     if not 0 <= seed < _SEEDS:
         raise ValueError(f"a seed is between 0 and {_SEEDS - 1}: got {seed}; try 0")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
@@ -66,7 +66,6 @@ def generate_continuation(
             f"prompt and continuation must fit the context of {limit} tokens: got {length} + {max_new_tokens}; "
             "shorten the prompt or lower --max-new-tokens"
         )
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

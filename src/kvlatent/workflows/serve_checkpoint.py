@@ -8,7 +8,7 @@ from typing import Any
 
 from kvlatent.engines.engine_process import EngineProcess, EngineSettings
 from kvlatent.jobs.progress import Progress, Report
-from kvlatent.workflows.engine_choice import choose_runnable
+from kvlatent.workflows.engine_choice import choose_runnable, foresee_runnable
 
 __all__ = ["start_server"]
 
@@ -42,6 +42,9 @@ def start_server(
     """
     told = Progress.of(progress)
     port = _free_port(host, port)
+    if (foreseen := foresee_runnable(source, engine)) is not None:
+        foreseen.check_context(context)
+        foreseen.check_kv_dtype(None if engine is None else kv_dtype)
     runnable = choose_runnable(source, engine, cache, dtype=dtype, progress=told)
     settings = EngineSettings(
         path=runnable.path,
