@@ -13,13 +13,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvlatent.engines.kv_dtypes import kv_dtype_named
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "benchmarks/results"
 OUT = ROOT / "src/kvlatent/engines/measured_losses.json"
 TEXT = "fineweb"
 MODEL = "SmolLM2-135M-Instruct-from-4-bit-weights"
 HEAD_DIMS = {MODEL: 64}
-LOSSLESS = ("bf16", "f16", "f32")
 
 
 def collect(tables: Path = TABLES) -> list[dict[str, Any]]:
@@ -57,7 +58,8 @@ def _stacked(tables: Path) -> list[dict[str, Any]]:
             **{name: cell[name] for name in ("d_qk", "d_vo", "kv_dtype", "kl", "kl_standard_error")},
         }
         for cell in cells
-        if cell["kv_dtype"] not in LOSSLESS and cell["sha256"]["original"] == model
+        if not kv_dtype_named(cell["kv_dtype"], cell["runs_on"]).is_lossless
+        and cell["sha256"]["original"] == model
     ]
 
 

@@ -61,14 +61,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def plus_minus(value: float, error: float | None, digits: int = 3) -> str:
-    """A figure with its standard error."""
-    return f"{value:z.{digits}f}" if error is None else f"{value:z.{digits}f} ± {error:.{digits}f}"
-
-
 def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row a step of the run: perplexity, its ratio to the original's, recall, cache bytes."""
     from kvlatent.checkpoints.card import RECALLED, recall_cell
+    from kvlatent.jobs.record import with_error  # which imports torch
 
     recalls = any(row.get("recall") for row in figures.values())
     dtypes = {row["cache_dtype"] for row in figures.values()}
@@ -80,8 +76,8 @@ def figures_listing(figures: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, label in LABELS.items():
         if name in figures:
             row = figures[name]
-            ratio = plus_minus(row["ratio"], row["ratio_standard_error"]) if "ratio" in row else ""
-            value = plus_minus(row["perplexity"], row["standard_error"])
+            ratio = with_error(row["ratio"], row["ratio_standard_error"]) if "ratio" in row else ""
+            value = with_error(row["perplexity"], row["standard_error"])
             recall = [recall_cell(row)] if recalls else []
             listing.add_row(label, value, ratio, *recall, f"{row['cache_bytes_per_token']:,.0f}")
     return listing

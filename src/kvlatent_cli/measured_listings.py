@@ -8,8 +8,6 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .listings import plus_minus
-
 Figures = Mapping[str, Any]
 
 
@@ -52,6 +50,8 @@ def _diagnosis(diagnosis: Figures) -> list[str]:
 
 def study_listing(document: Figures) -> list[Any]:
     """How far a study is, and the means of its settings over seeds."""
+    from kvlatent.jobs.record import with_error  # which imports torch
+
     lines = [f"{len(document['finished'])} of {len(document['cells'])} cells finished in {document['out']}"]
     for what in ("redone", "failed", "impossible"):
         lines += [f"{what}: {cell}: {why}" for cell, why in document.get(what, {}).items()]
@@ -74,7 +74,7 @@ def study_listing(document: Figures) -> list[Any]:
         listing.add_column(name, justify="right")
     for row in rows:
         figures = [row["figures"].get(name) for name in shown]
-        cells = ["-" if f is None else plus_minus(f["mean"], f["standard_error"], 4) for f in figures]
+        cells = ["-" if f is None else with_error(f["mean"], f["standard_error"], 4) for f in figures]
         listing.add_row(
             *(str(row["settings"].get(name, "")) for name in varying), *cells, str(len(row["seeds"]))
         )

@@ -36,11 +36,11 @@ def save(
     chat template, the self-contained modelling file named by `auto_map`, what the model says to one prompt
     (`self_check`), a model card, and `files` (name -> text).
 
+    A latent model may replace the directory that it was loaded from; an original is never written to.
+
     Args:
         inside: the checkpoint that `model` was loaded from or made of; where that is multimodal, `model` is the language model
             inside, and all else of it (towers, projectors, processors) is carried over. None writes `model` alone.
-
-    A latent model may replace the directory that it was loaded from; an original is never written to.
 
     Raises:
         FileExistsError: `out` holds something and `overwrite` is false.

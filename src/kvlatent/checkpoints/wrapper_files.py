@@ -32,8 +32,6 @@ from kvlatent.model.wrappers import (
 __all__ = ["WrapperFiles", "check_no_wrapper", "wrapper_of"]
 
 _ALONE = "in Python, write the language model inside with kvlatent.save(kvlatent.load_model(DIR), OUT, tokenizer=...), and give OUT"
-
-
 _OUTSIDE = "model-outside.safetensors"
 """The shard of what is not the language model's, where a conversion was streamed."""
 
@@ -98,6 +96,10 @@ class WrapperFiles:
         empty = self._empty()
         return self._named(empty).num_bytes(self._names_outside(empty))
 
+    def carry_files(self, folder: Path) -> None:
+        """Copy what lies beside the weights (processors, licences) and is not in `folder` yet."""
+        carry_files(self._folder(), folder)
+
     def _empty(self) -> Any:
         """The multimodal model without weights."""
         base = upstream_wrapper(str(self.config.model_type).removeprefix(LATENT_PREFIX))
@@ -124,10 +126,6 @@ class WrapperFiles:
         places = text_places(empty, language_model_of(empty)).values()
         inside = tuple(f"{place}." for place in places)
         return sorted(name for name in empty.state_dict() if not name.startswith(inside))
-
-    def carry_files(self, folder: Path) -> None:
-        """Copy what lies beside the weights (processors, licences) and is not in `folder` yet."""
-        carry_files(self._folder(), folder)
 
     def _folder(self) -> Path:
         """The directory, or that of a hub id in the cache."""

@@ -39,7 +39,7 @@ def _locked_folder() -> tuple[Path, FileLock]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         lock = FileLock(folder / _LOCK)
-        with suppress(Timeout, OSError):
+        with suppress(Timeout):  # nothing else: a folder that cannot be locked would be tried for ever
             lock.acquire(timeout=0)
             if (folder / _LOCK).exists():  # else another process took it for abandoned before it was locked
                 return folder, lock

@@ -168,7 +168,7 @@ def foresee_runnable(source: str | Path, engine: str | None) -> Runnable | None:
         ValueError: an engine that is unknown or not installed, or no such model.
     """
     kind, place = _kind(source)
-    runner = RUNNERS["transformers"] if engine is None else runner_named(engine)
+    runner = RUNNERS[_OURS] if engine is None else runner_named(engine)
     if kind not in _CHECKPOINTS:
         return None
     return Runnable(runner, place, name_for_record(source), False, *_sizes(place))
